@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install run test test-slow verify check docs bench-overhead clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorboard,dev]'
+	touch $@
+
+run: $(INSTALLED)
+	$(BIN)/mptrain run recipes/digits-fp16.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not verify'
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m 'slow and not verify'
+
+verify: $(INSTALLED)
+	$(BIN)/python -m pytest -m verify -s
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/terminal.py
+
+bench-overhead: $(INSTALLED)
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,50 @@
+"""`mptrain`: the list of commands and the entry point."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mpcli import __version__
+from mpcli.cli import check, env, init, plan, run, schema
+from mpcli.cli.console import prepare_streams, write
+from mpcli.cli.errors import guarded, interruptible
+
+app = typer.Typer(
+    help="Mixed-precision training that explains itself.",
+    rich_markup_mode=None,  # boxes cost a third of the time that help takes
+    pretty_exceptions_enable=False,
+)
+for command in (run.run, check.check, plan.plan, init.init, schema.schema, env.env):
+    app.command()(interruptible(command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(f"mptrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command of `arguments` (default: the process's own) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    prepare_streams()
+    return guarded(
+        lambda: app(arguments, prog_name="mptrain", standalone_mode=False),
+        as_json="--json" in arguments,
+    )

@@ -1,0 +1,117 @@
+"""`mptrain plan`, and what `run` shares with it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mpcli.cli.console import show_table, write
+from mpcli.cli.errors import as_records, show_problems, write_json
+from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
+from mpcli.recipe.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from mpcli.recipe.load import LoadedRecipe
+    from mpcli.records import Plan
+
+
+def plan(
+    recipe: RecipePath, overrides: Overrides, strict: Strict = False, as_json: AsJson = False
+) -> None:
+    """Show what a run would do, and every problem.
+
+    Each value of the recipe with its origin, the precision of each module, the number of
+    parameters and steps.
+    """
+    loaded, planned, warnings = make(recipe, overrides, strict=strict)
+    if as_json:
+        write_json(
+            {
+                "recipe": loaded.recipe.model_dump(mode="json"),
+                "origins": dict(loaded.origins),
+                "dropped": list(loaded.dropped),
+                "plan": planned.model_dump(mode="json"),
+                "problems": as_records(warnings),
+            }
+        )
+    else:
+        _show(loaded, planned)
+        show_problems(warnings)
+
+
+def make(
+    recipe: str, overrides: list[str], *, strict: bool
+) -> tuple[LoadedRecipe, Plan, list[Problem]]:
+    """Load and plan a recipe; the problems are the plan's warnings, with their places.
+
+    Raises:
+        UserError: every error of the recipe, or of the plan, or with `strict` every warning.
+    """
+    from mpcli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+
+    from mpcli.machine import detect_machine
+
+    machine = detect_machine()  # reports a broken torch, before the next line imports it
+
+    from mpcli.plan import make_plan
+
+    try:
+        planned = make_plan(loaded.recipe, machine)
+    except UserError as error:
+        raise UserError(*(p.at(loaded.place(p.path)) for p in error.problems)) from error
+    warnings = [
+        Problem(w.message, w.hint, path=w.path, severity="warning", finding=w.finding).at(
+            loaded.place(w.path)
+        )
+        for w in planned.warnings
+    ]
+    if strict and warnings:
+        raise UserError(*(replace(warning, severity="error") for warning in warnings))
+    return loaded, planned, warnings
+
+
+def _show(loaded: LoadedRecipe, planned: Plan) -> None:
+    values = loaded.recipe.model_dump(mode="json")
+    show_table(
+        "Recipe",
+        ("value", "", "from"),
+        [(path, _value_at(values, path), origin) for path, origin in loaded.origins.items()],
+    )
+    for message in loaded.dropped:
+        write(message)
+    show_table(
+        "Precision",
+        ("module", "type", "parameters", "stored", "computed", "gradient", "why"),
+        [
+            (m.name, m.type, f"{m.parameters:,}", m.stored, m.computed, m.gradient, m.why)
+            for m in planned.modules
+        ],
+    )
+    show_table("Run", ("", ""), summary(planned))
+
+
+def summary(planned: Plan) -> list[tuple[str, str]]:
+    """The plan's totals, as label and value."""
+    shape = "x".join(map(str, planned.input_shape))
+    return [
+        ("device", planned.device),
+        ("data", planned.data_source),
+        ("images", f"{planned.num_train:,} to train on, {planned.num_eval:,} to evaluate on"),
+        ("image shape", f"{shape}, {planned.num_classes} classes"),
+        ("parameters", f"{planned.parameters:,}"),
+        ("steps", f"{planned.steps:,} ({planned.steps_per_epoch:,} an epoch)"),
+        ("micro-batch", f"{planned.micro_batch_size:,} x {planned.accumulation} per step"),
+    ]
+
+
+def _value_at(values: Any, path: str) -> str:
+    """The resolved value at a dotted path, as YAML would show it."""
+    import yaml
+
+    for key in path.split("."):
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    text: str = yaml.safe_dump(values, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")

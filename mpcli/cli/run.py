@@ -1,0 +1,68 @@
+"""`mptrain run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpcli.cli.console import display, memory_text, show_table, write
+from mpcli.cli.errors import show_problems, write_json
+from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
+from mpcli.cli.plan import make
+from mpcli.recipe.errors import Problem
+
+if TYPE_CHECKING:
+    from mpcli.records import Result
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run directory itself; default: runs/<name>/<UTC time>-<recipe hash>.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a recipe says; leave a run directory."""
+    loaded, planned, warnings = make(recipe, overrides, strict=strict)
+
+    from mpcli.launch import launch
+    from mpcli.machine import environment
+    from mpcli.rundir import RunDirectory
+
+    show_problems(warnings)
+    for message in loaded.dropped:
+        write(message, sys.stderr)
+    directory = RunDirectory.create(loaded, planned, environment(), output)
+    result = launch(directory, display())
+    if as_json:
+        write_json(result.model_dump(mode="python"))
+    else:
+        show_table("Result", ("", ""), _summary(result, directory.path))
+    show_problems(Problem(p["message"], p["hint"], path=p["path"] or "") for p in result.problems)
+    raise typer.Exit(result.exit_code)
+
+
+def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
+    metrics = {
+        f"{split} {name}": f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
+        for split, values in result.metrics.items()
+        for name, value in values.items()
+    }
+    return [
+        ("status", result.status),
+        *([("reason", result.reason)] if result.reason else []),
+        ("steps", f"{result.steps_applied:,} applied, {result.steps_skipped:,} skipped"),
+        *metrics.items(),
+        ("time", f"{result.wall_seconds:.1f} s"),
+        ("peak memory", memory_text(result.peak_memory_bytes)),
+        ("run directory", str(path)),
+    ]

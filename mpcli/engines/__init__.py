@@ -1,0 +1,1 @@
+"""Engines: the classes that execute a step."""

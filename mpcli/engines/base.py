@@ -1,0 +1,49 @@
+"""What the trainer asks of an engine: run one optimizer step exactly as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpcli.data.batch import Batch
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+"""(model, micro-batch) -> scalar loss: the micro-batch's sum over the global batch's weight."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One attempted step, as fp32 scalar tensors on the device: nobody waits for them.
+
+    Attributes:
+        grad_norm: global L2 norm of the unscaled gradients, before clipping.
+        scale: loss scale that the step used.
+        found_inf: 1 where a gradient was NaN or infinite and the step changed nothing, else 0.
+    """
+
+    grad_norm: Tensor
+    scale: Tensor
+    found_inf: Tensor
+
+
+class Engine(Protocol):
+    """Where and how a step runs. Nothing here reads a device value on the host."""
+
+    device: torch.device
+
+    def accumulate(self, loss_function: LossFunction, batch: Batch, *, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; the detached loss. `last`: of this step."""
+
+    def step(self) -> Outcome:
+        """Unscale, check, clip, update or skip, advance loss scale and averages."""
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """The model with the weights to evaluate (their average with `train.ema`)."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes allocated now and at the peak: of the GPU, or of this process on a CPU."""

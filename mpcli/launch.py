@@ -1,0 +1,70 @@
+"""A run directory -> its result. Every way a run can end is told here."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from mpcli.recipe.errors import Exit, UserError
+from mpcli.recipe.load import load_recipe
+from mpcli.recipe.render import problem_json
+from mpcli.records import Result, Status
+from mpcli.rundir import RunDirectory, storage_errors
+from mpcli.trainer import Display, Diverged, Progress, logger, train
+
+
+def launch(run: RunDirectory, display: Display) -> Result:
+    """Train what the run directory says, and write `result.json`.
+
+    Raises:
+        Exception: a bug (after `result.json` said `failed`, exit 1), or a `UserError` where
+            even the result cannot be written.
+    """
+    started = time.monotonic()
+    progress = Progress()
+    recipe = load_recipe(run.recipe_path).recipe
+
+    def finish(
+        status: Status, code: Exit, reason: str | None = None, error: UserError | None = None
+    ) -> Result:
+        result = Result(
+            status=status,
+            exit_code=code,
+            reason=reason,
+            name=recipe.name,
+            steps_attempted=progress.attempted,
+            steps_applied=progress.applied,
+            steps_skipped=progress.attempted - progress.applied,
+            metrics=progress.metrics(),
+            wall_seconds=time.monotonic() - started,
+            peak_memory_bytes=progress.peak_memory_bytes,
+            checkpoint="final" if status == "done" else None,
+            problems=tuple(problem_json(p) for p in error.problems) if error else (),
+        )
+        logger.info("%s%s", status, f": {reason}" if reason else "")
+        run.write_result(result)
+        return result
+
+    with storage_errors(run.path):
+        handler = logging.FileHandler(run.log_path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        train(recipe, run.plan(), run, display, progress)
+        return finish("done", Exit.DONE)
+    except Diverged as diverged:
+        return finish("diverged", Exit.NUMERICS, str(diverged))
+    except UserError as error:
+        return finish("failed", error.exit_code, str(error), error)
+    except KeyboardInterrupt:
+        return finish("interrupted", Exit.INTERRUPTED, "stopped by Ctrl-C")
+    except Exception as error:
+        logger.exception("a bug")
+        finish("failed", Exit.BUG, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        display.close()
+        logger.removeHandler(handler)
+        handler.close()
+        run.close()

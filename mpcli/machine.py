@@ -1,0 +1,276 @@
+"""What this machine has: devices, which precisions they run, versions, relevant variables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpcli import __version__
+from mpcli.recipe.errors import Exit, UserError, user_error
+
+if TYPE_CHECKING:
+    import torch
+
+KNOWN_PAIR = 'pip install "torch==2.14.1" "torchvision==0.29.1"'
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "safetensors",
+    "scikit-learn",
+    "tensorboard",
+)
+_VARIABLES = re.compile(
+    r"(MPTRAIN|CUDA|NVIDIA|TORCH|PYTORCH|OMP|MKL|KMP|NCCL|GLOO|HF|SLURM|PYTHON)[A-Z0-9_]*"
+    r"|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT"
+)
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT|SIGNATURE", re.I)
+_SECRET_PART = re.compile(  # credentials before a URL's host, and secrets in its query
+    r"(://)\S+(?=@)|((?:token|key|secret|password|signature)=)[^&\s]+", re.I
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know of a machine. Keys of the mappings are `cpu` and `cuda`."""
+
+    cpu_count: int
+    cuda_devices: tuple[str, ...]
+    emulated: Mapping[str, frozenset[str]]  # precisions that run without hardware for them: slowly
+    unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
+
+
+def check_installation() -> None:
+    """Import torch and torchvision; an installation that cannot is a `UserError` (exit 3)."""
+    try:
+        import torch
+    except Exception as error:
+        raise _broken("torch", error) from error
+    try:
+        import torchvision
+    except Exception as error:
+        raise _broken("torchvision", error) from error
+    del torch, torchvision
+
+
+def _broken(package: str, error: Exception) -> UserError:
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        what, hint = f"{package} is not installed", KNOWN_PAIR
+    else:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        torch, torchvision = _version("torch"), _version("torchvision")
+        what = (
+            f"{package} cannot be imported: {reason} "
+            f"(installed: torch {torch}, torchvision {torchvision})"
+        )
+        if "TORCH_DEVICE_BACKEND_AUTOLOAD" in str(error):
+            hint = "set TORCH_DEVICE_BACKEND_AUTOLOAD=0, or uninstall the backend it names"
+        else:
+            hint = (
+                "torch and torchvision must be of matching versions and the same build "
+                f"(both CPU-only or both CUDA, from one package index): {KNOWN_PAIR}"
+            )
+    return user_error(what, hint, exit_code=Exit.ENVIRONMENT)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def detect_machine() -> Machine:
+    """Devices and the precisions that they run, without timing anything."""
+    check_installation()
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Machine(
+        cpu_count=_cpu_count(),
+        cuda_devices=tuple(names),
+        emulated={
+            device: frozenset(p for p in _precisions(device) if not _is_native(device, p))
+            for device in ("cpu", "cuda")
+        },
+        unsupported={
+            device: frozenset(p for p in _precisions(device) if _failure(device, p))
+            for device in ("cpu", "cuda")
+        },
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, variables, and each precision as found by running a small step in it.
+
+    `relative_time` is the time of that step over fp32's; `native` says whether the hardware
+    has instructions for the precision. Takes about a second.
+    """
+    check_installation()
+    import torch
+
+    cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "mptrain": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "devices": [
+            {
+                "device": "cpu",
+                "name": _cpu_name(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "cpus": _cpu_count(),
+                "threads": torch.get_num_threads(),
+                "memory_bytes": _memory_bytes(),
+            },
+            *(
+                {
+                    "device": f"cuda:{index}",
+                    "name": device.name,
+                    "capability": f"{device.major}.{device.minor}",
+                    "memory_bytes": device.total_memory,
+                }
+                for index, device in enumerate(cuda)
+            ),
+        ],
+        "precisions": {
+            device: _try_precisions(device) for device in ("cpu", *(["cuda"] if cuda else []))
+        },
+        "variables": {
+            name: _redact(name, value)
+            for name, value in sorted(os.environ.items())
+            if _VARIABLES.fullmatch(name)
+        },
+    }
+
+
+def _cpu_count() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _redact(name: str, value: str) -> str:
+    if _SECRET_NAME.search(name):
+        return "***"
+    return _SECRET_PART.sub(lambda match: f"{match[1] or match[2]}***", value)
+
+
+def _precisions(device: str) -> tuple[str, ...]:
+    import torch
+
+    if device == "cpu":
+        return ("fp32", "bf16", "fp16")
+    return ("fp32", "tf32", "bf16", "fp16") if torch.cuda.is_available() else ()
+
+
+def _is_native(device: str, precision: str) -> bool:
+    """Whether the hardware computes in this precision (otherwise it is emulated in fp32)."""
+    import torch
+
+    if precision == "fp32":
+        return True
+    if device == "cuda":
+        first = {"tf32": (8, 0), "bf16": (8, 0), "fp16": (5, 3)}[precision]
+        return torch.cuda.get_device_capability() >= first
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if precision == "fp16":
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN's own answer means AVX-512 alone here
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _try_precisions(device: str) -> dict[str, dict[str, Any]]:
+    failures = {precision: _failure(device, precision) for precision in _precisions(device)}
+    seconds = {
+        precision: _seconds(device, precision)
+        for precision, failure in failures.items()
+        if failure is None
+    }
+    return {
+        precision: {
+            "runs": failure is None,
+            "native": failure is None and _is_native(device, precision),
+            "relative_time": seconds[precision] / seconds["fp32"] if failure is None else None,
+            "error": failure,
+        }
+        for precision, failure in failures.items()
+    }
+
+
+def _failure(device: str, precision: str) -> str | None:
+    """Why forward and backward of a tiny layer fail in this precision; None if they run."""
+    try:
+        _small_step(device, precision, size=8)
+    except RuntimeError as error:
+        return (str(error) or repr(error)).splitlines()[0]
+    return None
+
+
+def _seconds(device: str, precision: str, repeats: int = 3) -> float:
+    import torch
+
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        _small_step(device, precision, size=128)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _small_step(device: str, precision: str, size: int) -> torch.Tensor:
+    """Forward and backward of a convolution and a matrix product of about `size`."""
+    import torch
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = torch.amp.autocast(device, dtype=half) if half else nullcontext()
+    matmul_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        images = torch.ones(8, 16, 12, 12, device=device)
+        kernel = torch.ones(16, 16, 3, 3, device=device, requires_grad=True)
+        weight = torch.ones(size, size, device=device, requires_grad=True)
+        with autocast:
+            convolved = torch.nn.functional.conv2d(images, kernel)
+            product = torch.ones(size, size, device=device) @ weight
+        (convolved.float().sum() + product.float().sum()).backward()
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+    assert weight.grad is not None
+    return weight.grad

@@ -1,0 +1,129 @@
+"""From device tensors of each step to rows of `steps.jsonl`, without stopping the device."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpcli.engines.base import Outcome
+from mpcli.records import StepRecord
+
+BLOCK = 8
+"""Steps gathered on the device before they are copied to the host together."""
+MAX_SECONDS = 0.8
+"""Slow steps are copied earlier: a row reaches its file within 10 steps or 1 s."""
+
+
+@dataclass
+class _Block:
+    """Copied or being copied rows; `ready` is None where the copy is already done."""
+
+    values: Tensor  # fp32 [rows, 4] on the host: loss, grad_norm, scale, found_inf
+    memory: list[tuple[int, int]]
+    ready: torch.cuda.Event | None
+
+
+class OutcomeLog:
+    """Gathers outcomes on the device and gives them back as records a few steps later.
+
+    Args:
+        learning_rate: rate by number of applied steps, as the device used it.
+        memory: (allocated, peak) bytes now.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        attempt: int,
+        samples_per_step: int,
+        learning_rate: Callable[[int], float],
+        memory: Callable[[], tuple[int, int]],
+    ) -> None:
+        self.attempt = attempt
+        self.samples_per_step = samples_per_step
+        self.learning_rate = learning_rate
+        self.memory = memory
+        self.steps = 0  # whose rows were given back
+        self.applied = 0
+        self._device = device
+        self._copying: deque[_Block] = deque()
+        self._last_read = time.monotonic()
+        self._start_block()
+
+    def push(self, loss: Tensor, outcome: Outcome) -> None:
+        """Note one attempted step."""
+        values = [loss, outcome.grad_norm, outcome.scale, outcome.found_inf]
+        torch.stack(values, out=self._rows[len(self._memory)])
+        self._memory.append(self.memory())
+
+    def collect(self, *, wait: bool = False) -> list[StepRecord]:
+        """The rows that are ready; with `wait`, every row there is."""
+        due = len(self._memory) == BLOCK or time.monotonic() - self._started > MAX_SECONDS
+        if self._memory and (due or wait):
+            self._copy_block()
+        records: list[StepRecord] = []
+        while self._copying and self._is_ready(self._copying[0], wait):
+            records += self._read(self._copying.popleft())
+        return records
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last row out of `samples_per_second` (an evaluation, say)."""
+        self._last_read = time.monotonic()
+
+    def _start_block(self) -> None:
+        self._block = torch.zeros(BLOCK, 4, dtype=torch.float32, device=self._device)
+        self._rows = list(self._block)
+        self._memory: list[tuple[int, int]] = []
+        self._started = time.monotonic()
+
+    def _copy_block(self) -> None:
+        rows = self._block[: len(self._memory)]
+        if self._device.type == "cuda":
+            values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            values.copy_(rows, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+            self._copying.append(_Block(values, self._memory, ready))
+        else:
+            self._copying.append(_Block(rows, self._memory, None))
+        self._start_block()
+
+    @staticmethod
+    def _is_ready(block: _Block, wait: bool) -> bool:
+        if block.ready is None or block.ready.query():
+            return True
+        if wait:
+            block.ready.synchronize()
+        return wait
+
+    def _read(self, block: _Block) -> list[StepRecord]:
+        now = time.monotonic()
+        seconds = max(now - self._last_read, 1e-9)
+        self._last_read = now
+        samples_per_second = len(block.memory) * self.samples_per_step / seconds
+        records = []
+        for values, (allocated, peak) in zip(block.values.tolist(), block.memory, strict=True):
+            loss, grad_norm, scale, found_inf = values
+            self.steps += 1
+            applied = not found_inf
+            records.append(
+                StepRecord(
+                    step=self.steps,
+                    attempt=self.attempt,
+                    loss=loss,
+                    lr=self.learning_rate(self.applied),
+                    grad_norm=grad_norm,
+                    scale=scale,
+                    applied=applied,
+                    samples_per_second=samples_per_second,
+                    memory_allocated_bytes=allocated,
+                    memory_peak_bytes=peak,
+                )
+            )
+            self.applied += applied
+        return records

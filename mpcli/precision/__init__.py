@@ -1,0 +1,1 @@
+"""Number formats, the loss scale, and the tensors that carry it."""

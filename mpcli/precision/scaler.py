@@ -1,0 +1,63 @@
+"""The loss scale as device tensors: every decision without a host read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpcli.precision.loss_scale import initial_state
+from mpcli.recipe.precision import DynamicScale, LossScale, NoScale
+
+
+class LossScaler:
+    """Tensor form of `loss_scale.advance`, equal to it step for step.
+
+    Attributes:
+        scale: fp32 scalar tensor on the device, the factor of the next loss. `update` binds a
+            new tensor, so a reference taken before it keeps the value that was used.
+    """
+
+    def __init__(self, policy: LossScale, device: torch.device) -> None:
+        self.policy = policy
+        self.scales = not isinstance(policy, NoScale)
+        state = initial_state(policy)
+        self.scale = torch.tensor(state.scale, dtype=torch.float32, device=device)
+        self.good_steps = torch.tensor(state.good_steps, dtype=torch.int32, device=device)
+        self.overflows = torch.tensor(state.overflows, dtype=torch.int32, device=device)
+        self._inverse_scale = self._inverse()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on."""
+        return loss * self.scale if self.scales else loss
+
+    def unscale_(self, gradients: list[Tensor]) -> Tensor:
+        """Divide fp32 gradients by the scale in place.
+
+        Returns:
+            fp32 scalar tensor: 1 where any element of any gradient is NaN or infinite, else 0.
+        """
+        found_inf = torch.zeros((), dtype=torch.float32, device=self.scale.device)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._inverse_scale)
+        return found_inf
+
+    def update(self, found_inf: Tensor) -> None:
+        """Take the policy's decision after a step. `found_inf`: what `unscale_` returned."""
+        policy = self.policy
+        if not isinstance(policy, DynamicScale):
+            return
+        overflow = found_inf > 0
+        overflows = self.overflows + overflow
+        good_steps = (self.good_steps + 1) * ~overflow
+        back_off = overflows >= policy.hysteresis  # then this step overflowed: it resets to 0
+        grow = good_steps >= policy.growth_interval
+        # Products in fp64, rounded once: what torch's own kernel and the pure form do.
+        scale = self.scale.double()
+        lower = (scale * policy.backoff_factor).clamp_min(policy.min_scale)
+        higher = (scale * policy.growth_factor).clamp_max(policy.max_scale)
+        self.scale = torch.where(back_off, lower, torch.where(grow, higher, scale)).float()
+        self.overflows = overflows * ~(back_off | grow)
+        self.good_steps = good_steps * ~grow
+        self._inverse_scale = self._inverse()
+
+    def _inverse(self) -> Tensor:
+        return self.scale.double().reciprocal().float()

@@ -1,0 +1,60 @@
+"""The types every recipe section is made of."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe: no unknown fields, no conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def mistake(message: str, hint: str | None = None, field: str | None = None) -> PydanticCustomError:
+    """What a validator raises: a message, its remedy, and the field to point at."""
+    about = {"message": message, "hint": hint, "field": field}
+    return PydanticCustomError("mistake", "{message}", about)
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+_DURATION = r"([1-9][0-9]{0,11}) (step|epoch|minute)s?"
+
+
+def _check_duration(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(_DURATION, value):
+        raise mistake("expected a duration", "such as `500 steps`, `1 epoch` or `10 minutes`")
+    return value
+
+
+Duration = Annotated[
+    str, BeforeValidator(_check_duration), Field(json_schema_extra={"pattern": f"^{_DURATION}$"})
+]
+"""`N steps`, `N epochs` or `N minutes` with a whole N >= 1."""
+
+
+def _absolute(text: str) -> str:
+    if not text or "\0" in text:
+        raise mistake("expected the path of a folder")
+    return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 - `..` goes too
+
+
+FolderPath = Annotated[str, AfterValidator(_absolute)]
+"""A folder, made absolute against the launch directory; `~` is the home directory."""
+
+
+def parse_duration(text: str) -> tuple[int, Literal["step", "epoch", "minute"]]:
+    """Split a validated `Duration` into its number and unit."""
+    match = re.fullmatch(_DURATION, text)
+    assert match is not None
+    unit: Any = match.group(2)
+    return int(match.group(1)), unit

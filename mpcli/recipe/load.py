@@ -1,0 +1,146 @@
+"""From a recipe file to a `Recipe`, or every problem in it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mpcli.recipe import nodes
+from mpcli.recipe.base import Section
+from mpcli.recipe.compose import compose, position
+from mpcli.recipe.errors import Place, Problem, UserError, closest, one_of
+from mpcli.recipe.fields import kinds
+from mpcli.recipe.messages import validation_problems
+from mpcli.recipe.packaged import template_names
+from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.source import OVERRIDE, Source, read_source
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and where each of its values comes from."""
+
+    recipe: Recipe
+    file: str  # as the user typed it
+    source: str  # text of the file
+    origins: Mapping[str, str]
+    """Dotted path of every leaf -> `file:line:column`, `--set` or `default`."""
+    dropped: tuple[str, ...]
+    """What a later layer made meaningless, in words."""
+    tree: nodes.Mapping = field(repr=False)
+
+    def place(self, path: str) -> Place | None:
+        """The place of the value at a dotted path, or of the nearest section written around it."""
+        parts = tuple(path.split("."))
+        for end in range(len(parts), 0, -1):
+            node = nodes.find(self.tree, parts[:end])
+            if isinstance(node, nodes.Mapping):
+                return nodes.key_place(self.tree, parts[:end])
+            if node:
+                return node.place
+        return None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, compose and validate a recipe.
+
+    Args:
+        path: the recipe file.
+        overrides: `path=value` texts, as given to `--set`.
+
+    Raises:
+        UserError: with every problem of the recipe, each at its place.
+    """
+    source = _read(Path(path), str(path))
+    root, problems = nodes.parse(source)
+    if root is None or (isinstance(root, nodes.Scalar) and root.value is None):
+        raise source.error(0, 0, "the file holds no recipe", "`mptrain init` lists recipes to copy")
+    if not isinstance(root, nodes.Mapping):
+        hint = "a recipe is made of sections such as `optim:`; `mptrain init` lists recipes to copy"
+        raise UserError(*problems, Problem("the file holds no sections", hint, place=root.place))
+    composed = compose(root, overrides, Path(path).parent)
+    problems += composed.problems
+    data = _with_default_kinds(Recipe, nodes.plain(composed.tree))
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        places = [problem.place for problem in problems]  # one problem of a value is enough
+        found = validation_problems(error, composed.tree, source.file)
+        problems += [
+            replace(p, hint="it was dropped with the old `kind`: set it beside the new one")
+            if p.path in composed.dropped
+            else p
+            for p in found
+            if p.path.split(".")[0] not in composed.lost and p.place not in places
+        ]
+    if problems:
+        raise UserError(*_in_order(problems, source.file))
+    return LoadedRecipe(
+        recipe=recipe,
+        file=source.file,
+        source=source.text,
+        origins=dict(_origins(recipe.model_dump(), composed.tree, ())),
+        dropped=tuple(composed.dropped.values()),
+        tree=composed.tree,
+    )
+
+
+def _read(path: Path, file: str) -> Source:
+    try:
+        return read_source(path, file)
+    except FileNotFoundError:
+        pass
+    templates = template_names()
+    if path.stem in templates and path.parent == Path():
+        hint = f"copy it here first: `mptrain init {path.stem}`"
+    elif close := closest(path.name, (beside.name for beside in path.parent.glob("*.yaml"))):
+        hint = f"did you mean `{path.with_name(close)}`?"
+    elif close := closest(path.stem, templates):
+        hint = f"did you mean the template `{close}`? Copy it here: `mptrain init {close}`"
+    else:
+        hint = f"`mptrain init` copies a recipe to begin with: {one_of(templates)}"
+    raise UserError(Problem("no such file", hint, place=Place(file, 0, 0)))
+
+
+def _with_default_kinds(section: type[Section], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with a `kind` where a section leaves it to the section's default."""
+    filled = dict(data)
+    for name, field_info in section.model_fields.items():
+        value, known = data.get(name), kinds(field_info)
+        if not known or not isinstance(value, dict):
+            continue
+        default = field_info.get_default(call_default_factory=True, validated_data=data)
+        if "kind" not in value and isinstance(default, Section) and "" not in known:
+            value = {"kind": getattr(default, "kind"), **value}  # noqa: B009 - of every such section
+        kind = value.get("kind", "")
+        inner = known.get("") or (known.get(kind) if isinstance(kind, str) else None)
+        filled[name] = _with_default_kinds(inner, value) if inner else value
+    return filled
+
+
+def _in_order(problems: list[Problem], file: str) -> list[Problem]:
+    """By place: the recipe's own first, overrides last; the first 50."""
+
+    def order(problem: Problem) -> tuple[int, str, int, int]:
+        place = problem.place or Place(file, 0, 0)
+        rank = 0 if place.file == file else 2 if place.file == OVERRIDE else 1
+        return rank, place.file, place.line, place.column
+
+    ordered = sorted(problems, key=order)
+    if len(ordered) > nodes.MAX_PROBLEMS:
+        rest = len(ordered) - nodes.MAX_PROBLEMS
+        return [*ordered[: nodes.MAX_PROBLEMS], Problem(f"{rest:,} more problems are not shown")]
+    return ordered
+
+
+def _origins(value: Any, tree: nodes.Mapping, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _origins(inner, tree, (*path, key))
+    else:
+        node = nodes.find(tree, path)
+        yield ".".join(path), position(node.place) if node else "default"

@@ -1,0 +1,340 @@
+"""Words for what is wrong with a value: every validation error as a `Problem` at its place."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass
+from types import NoneType
+from typing import get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mpcli.recipe.base import Section
+from mpcli.recipe.errors import Place, Problem, closest, did_you_mean, one_of
+from mpcli.recipe.fields import all_fields, kind_of, kinds, located
+from mpcli.recipe.nodes import Mapping, Node, Scalar, Sequence, find, key_place, resolve
+
+Path = tuple[str, ...]
+
+MAX_ERRORS = 500  # a file of thousands of mistakes is not worth as many suggestions
+
+# What other tools call the fields here.
+_SYNONYMS = {
+    "accumulate_grad_batches": "train.micro_batch_size",
+    "batch_size": "train.global_batch_size",
+    "grad_clip": "train.clip",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "learning_rate": "optim.lr",
+    "max_epochs": "train.epochs",
+    "max_grad_norm": "train.clip.max_norm",
+    "max_steps": "train.steps",
+    "model": "task.model",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "warmup_steps": "optim.schedule.warmup",
+}
+
+_LATER = "this version has `fp32`, `bf16` and `fp16`"
+_FP16 = "write `fp16`: fp32 weights, fp16 autocast, dynamic loss scale"
+_BF16 = "write `bf16`: fp32 weights, bf16 autocast"
+
+# (path, lower-case value) -> remedy: what other tools call the values here, and what is to come.
+_VALUES = {
+    **{
+        ("precision.mode", word): _FP16
+        for word in (
+            "16",
+            "16-mixed",
+            "amp",
+            "float16",
+            "half",
+            "mixed",
+            "o1",
+            "o2",
+            "torch.float16",
+        )
+    },
+    **{("precision.mode", word): _BF16 for word in ("bf16-mixed", "bfloat16", "torch.bfloat16")},
+    **{
+        ("precision.mode", word): "write `fp32`"
+        for word in ("32", "32-true", "float", "float32", "full", "single", "o0", "torch.float32")
+    },
+    **{
+        ("precision.mode", word): _LATER
+        for word in ("tf32", "fp16-master", "bf16-master", "fp16-pure", "bf16-pure", "fp8", "fp64")
+    },
+    **{
+        ("engine.kind", word): "this version has one engine: `local`, one process on one device"
+        for word in ("ddp", "fsdp2", "fsdp", "deepspeed")
+    },
+    ("engine.device", "gpu"): "write `cuda`",
+}
+
+
+def validation_problems(error: ValidationError, tree: Mapping, file: str) -> list[Problem]:
+    """One problem for each value that is wrong.
+
+    Args:
+        tree: the nodes of what was validated.
+        file: the recipe's, for what is missing altogether.
+    """
+    grouped: dict[Path, list[ErrorDetails]] = {}
+    holders: dict[Path, type[Section]] = {}
+    for details in error.errors(include_url=False)[:MAX_ERRORS]:
+        if details["type"] == "default_factory_not_called":
+            continue  # another field of the section is wrong
+        path, holder = located(details["loc"])
+        if details["type"] == "missing" and isinstance(details["loc"][-1], int):
+            path = path[:-1]  # an item of a list: the list is too short
+        field = details.get("ctx", {}).get("field")
+        if field:
+            path = (*path, field)
+        grouped.setdefault(path, []).append(details)
+        holders[path] = holder
+    meant = {
+        _meant(path, holders[path])
+        for path, details in grouped.items()
+        if details[0]["type"] == "extra_forbidden"
+    }
+    for path in [path for path, details in grouped.items() if details[0]["type"] == "missing"]:
+        if ".".join(path) in meant:
+            del grouped[path]  # it is there, under another name
+    words = _Words(tree, file)
+    return [words.problem(path, holders[path], details) for path, details in grouped.items()]
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Words one problem; `path` is where it is and `holder` the section that holds that field."""
+
+    tree: Mapping
+    file: str
+
+    def problem(
+        self, path: Path, holder: type[Section], errors: SequenceType[ErrorDetails]
+    ) -> Problem:
+        first, *_ = errors
+        field = holder.model_fields.get(path[-1])
+        known = sorted(kinds(field)) if field else []
+        node = find(self.tree, path)
+        match first["type"]:
+            case "extra_forbidden":
+                what, hint = "unknown field", _unknown_hint(path, holder)
+                return Problem(what, hint, ".".join(path), key_place(self.tree, path))
+            case "missing" if isinstance(first["loc"][-1], str):
+                hint = _missing_hint(path[-1], field)
+                return Problem("required, but missing", hint, ".".join(path), self.key(path[:-1]))
+            case "union_tag_not_found":
+                path = (*path, "kind")
+                hint = f"add `kind:` with {one_of(known)}"
+                return Problem("required, but missing", hint, ".".join(path), self.key(path[:-1]))
+            case "union_tag_invalid":
+                path = (*path, "kind")
+                node = find(self.tree, path)  # of the kind
+                hint = _value_hint(path, node) or did_you_mean(_written(node), known)
+                what = f"unknown kind, found {_found(node)}"
+            case "model_type" | "model_attributes_type":
+                what = f"expected a section, found {_found(node)}"
+                hint = _section_hint(path[-1], node, known)
+            case "mistake":
+                what, hint = first["ctx"]["message"], first["ctx"]["hint"]
+                if what.startswith("expected"):
+                    what = f"{what}, found {_found(node)}"
+                elif isinstance(node, Mapping):
+                    return Problem(what, hint, ".".join(path), self.key(path))
+                hint = _null_hint(field, node) or hint
+            case "too_long" | "missing" if field and isinstance(node, Sequence):
+                length = len(get_args(field.annotation))
+                what, hint = f"expected {length} values, found {len(node.items)}", None
+            case _:
+                what = f"expected {_expected(errors)}, found {_found(node)}"
+                hint = _value_hint(path, node) or _null_hint(field, node) or _hint(errors, node)
+        return Problem(what, hint, ".".join(path), self.value(path))
+
+    def value(self, path: Path) -> Place:
+        """The place of the value at `path`, or of the nearest thing written around it."""
+        node = find(self.tree, path)
+        return node.place if node and path else self.key(path)
+
+    def key(self, path: Path) -> Place:
+        """The place of the key of a section, or of the nearest one written around it."""
+        for end in range(len(path), 0, -1):
+            if place := key_place(self.tree, path[:end]):
+                return place
+        return Place(self.file, 1, 1)
+
+
+def _unknown_hint(path: Path, holder: type[Section]) -> str | None:
+    name, parent = path[-1], ".".join(path[:-1])
+    if name.casefold() in _SYNONYMS:
+        return f"here it is called `{_SYNONYMS[name.casefold()]}`"
+    if close := _close(name, holder):
+        return f"did you mean `{close}`?"
+    for place, field, section in all_fields():
+        if field == name != "kind":
+            if place == parent:
+                return f"`{name}` is a field of `kind: {kind_of(section)}`"
+            return f"`{name}` belongs to `{place}`" if place else f"`{name}` is a field of its own"
+    return did_you_mean(name, holder.model_fields)
+
+
+def _close(name: str, holder: type[Section]) -> str | None:
+    return closest(name, holder.model_fields, cutoff=0.75)
+
+
+def _meant(path: Path, holder: type[Section]) -> str | None:
+    """The path that an unknown field most likely stands for."""
+    close = _close(path[-1], holder)
+    return _SYNONYMS.get(path[-1].casefold()) or (".".join((*path[:-1], close)) if close else None)
+
+
+def _missing_hint(name: str, field: FieldInfo | None) -> str:
+    known = sorted(kinds(field)) if field else []
+    if known and "" not in known:
+        return f"add `{name}: {{kind: ...}}` with {one_of(known)}"
+    about = f" ({field.description})" if field and field.description else ""
+    return f"add `{name}:`{about}"
+
+
+def _section_hint(name: str, node: Node | None, known: list[str]) -> str | None:
+    word = _written(node)
+    if re.match(r"[\w-]+:[^\s/]", word):
+        return "a field needs a space after its `:`"
+    if word in known and word:
+        return f"write `{name}: {{kind: {word}}}`"
+    if isinstance(node, Scalar) and node.value is None:
+        return f"give `{name}` fields, or remove the line"
+    return f"write `{name}: {{field: value}}`, or the fields on indented lines below"
+
+
+def _expected(errors: SequenceType[ErrorDetails]) -> str:
+    phrases = dict.fromkeys(_phrase(details) for details in errors)
+    return " or ".join(phrases)
+
+
+def _phrase(details: ErrorDetails) -> str:
+    about = details.get("ctx", {})
+    match details["type"]:
+        case "int_type" | "int_from_float":
+            return "a whole number"
+        case "float_type":
+            return "a number"
+        case "finite_number":
+            return "a finite number"
+        case "bool_type":
+            return "`true` or `false`"
+        case "string_type":
+            return "text"
+        case "tuple_type":
+            return "a list"
+        case "literal_error":
+            return one_of(_literals(details))
+        case "greater_than":
+            return f"more than {_number(about['gt'])}"
+        case "greater_than_equal":
+            return f"at least {_number(about['ge'])}"
+        case "less_than":
+            return f"less than {_number(about['lt'])}"
+        case "less_than_equal":
+            return f"at most {_number(about['le'])}"
+        case _:
+            return details["msg"]
+
+
+def _hint(errors: SequenceType[ErrorDetails], node: Node | None) -> str | None:
+    """What helps with a value of the wrong type."""
+    types = {details["type"] for details in errors}
+    choices = [name for details in errors for name in _literals(details)]
+    if isinstance(node, Mapping):
+        if "tuple_type" in types:
+            return "lists are written whole, such as `[a, b]`"
+        return "this is a single value: it has no fields"
+    if not isinstance(node, Scalar):
+        return None
+    if node.value is None:
+        return "write a value, or remove the line"
+    if "tuple_type" in types:
+        return f"write `[{node.written}]`"
+    if "string_type" in types and len(node.written) <= 40:
+        return f'put it in quotes: `"{node.written}"`'
+    if "bool_type" in types:
+        truth = _TRUTH.get(node.written.casefold())
+        return f"write `{truth}`" if truth else None
+    if types & {"int_type", "float_type"}:
+        number = _number_meant(node, whole="int_type" in types)
+        if number is not None:
+            return f"write `{number}`" + (" without quotes" if node.quoted else "")
+    if "finite_number" in types and any(map(str.isdigit, node.written)):
+        return "the largest number is about 1.8e308"
+    close = closest(node.written, choices)
+    return f"did you mean `{close}`?" if close else None
+
+
+_TRUTH = {
+    **dict.fromkeys(("yes", "on", "y", "true", "1"), "true"),
+    **dict.fromkeys(("no", "off", "n", "false", "0"), "false"),
+}
+
+
+def _number_meant(node: Scalar, *, whole: bool) -> str | None:
+    """A number written in a way that recipes do not read."""
+    text = node.written
+    value: object = node.value if isinstance(node.value, float) else None
+    if isinstance(node.value, str) and len(text) <= 40:
+        plain = re.sub(r"[_, ](?=[0-9])|^\+", "", text.strip())
+        if power := re.fullmatch(r"2(?:\^|\*\*)(-?[0-9]{1,3})", plain):
+            value = 2 ** int(power[1])
+        elif percent := re.fullmatch(r"([0-9.]+)%", plain):
+            share = resolve(percent[1])
+            value = share / 100 if isinstance(share, int | float) else None
+        elif re.fullmatch(r"0[xX][0-9a-fA-F]+", plain):
+            value = int(plain, 16)
+        else:
+            value = resolve(re.sub(r"^(-?)0+(?=[0-9])", r"\1", plain))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    if value == int(value) and abs(value) < 2**53:
+        return str(int(value))
+    return None if whole else repr(value)
+
+
+def _value_hint(path: Path, node: Node | None) -> str | None:
+    return _VALUES.get((".".join(path), _written(node).casefold()))
+
+
+def _null_hint(field: FieldInfo | None, node: Node | None) -> str | None:
+    may_be_null = field is not None and NoneType in get_args(field.annotation)
+    if may_be_null and _written(node).casefold() in ("none", "null", "nil"):
+        return "write `null`"
+    return None
+
+
+def _found(node: Node | None) -> str:
+    if isinstance(node, Mapping):
+        return "a section"
+    if isinstance(node, Sequence):
+        return "a list"
+    if node is None or (node.written == "" and not node.quoted):
+        return "nothing"
+    text = node.written if len(node.written) <= 40 else f"{node.written[:40]}…"
+    return f'`"{text}"`' if node.quoted else f"`{text}`"
+
+
+def _written(node: Node | None) -> str:
+    return node.written if isinstance(node, Scalar) else ""
+
+
+def _literals(details: ErrorDetails) -> list[str]:
+    if details["type"] != "literal_error":
+        return []
+    return re.findall("'([^']*)'", details["ctx"]["expected"])
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 2**64 else f"{value:g}"

@@ -1,0 +1,92 @@
+"""`optim`: the optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpcli.recipe.base import Fraction, NonNegative, Positive, Section, mistake
+
+Warmup = Annotated[Fraction, Field(description="share of the run over which the rate rises")]
+
+
+class Constant(Section):
+    """The learning rate stays at `lr` after the warm-up."""
+
+    kind: Literal["constant"]
+    warmup: Warmup = 0.0
+
+
+class Linear(Section):
+    """Straight line from `lr` after the warm-up to zero at the end."""
+
+    kind: Literal["linear"]
+    warmup: Warmup = 0.0
+
+
+class Cosine(Section):
+    """Half a cosine from `lr` after the warm-up to zero at the end (SGDR, 2017)."""
+
+    kind: Literal["cosine"]
+    warmup: Warmup = 0.0
+
+
+class OneCycle(Section):
+    """Cosine up from lr/25 and down to lr/250,000, as `torch.optim.lr_scheduler.OneCycleLR`."""
+
+    kind: Literal["one-cycle"]
+    warmup: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.3, description="share of the run over which the rate rises"
+    )
+
+
+Schedule = Annotated[Constant | Linear | Cosine | OneCycle, Field(discriminator="kind")]
+
+
+class _Optimizer(Section):
+    lr: Positive = Field(description="peak learning rate")
+    schedule: Schedule = Field(
+        default=Constant(kind="constant"), description="course of the learning rate over the run"
+    )
+
+
+class Sgd(_Optimizer):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"]
+    momentum: Fraction = Field(default=0.0, description="share of the last update kept")
+    nesterov: bool = Field(default=False, description="look ahead along the momentum")
+    weight_decay: NonNegative = Field(default=0.0, description="not on norms and biases")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Sgd:
+        if self.nesterov and not self.momentum:
+            raise mistake(
+                "needs a momentum", "add `momentum: 0.9`, or write `nesterov: false`", "nesterov"
+            )
+        return self
+
+
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+
+
+class Adam(_Optimizer):
+    """Adam (Kingma & Ba 2015); weight decay is added to the gradient."""
+
+    kind: Literal["adam"]
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of both moment estimates")
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(default=0.0, description="not on norms and biases")
+
+
+class AdamW(_Optimizer):
+    """AdamW (Loshchilov & Hutter 2019); weight decay is applied to the weight."""
+
+    kind: Literal["adamw"]
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of both moment estimates")
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(default=0.01, description="not on norms and biases")
+
+
+Optim = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]

@@ -1,0 +1,50 @@
+"""The whole recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from mpcli.recipe.base import Section, mistake
+from mpcli.recipe.data import Data
+from mpcli.recipe.engine import Engine, Local
+from mpcli.recipe.eval import Eval
+from mpcli.recipe.optim import Optim
+from mpcli.recipe.output import Output
+from mpcli.recipe.precision import Precision
+from mpcli.recipe.task import Task
+from mpcli.recipe.train import Train
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
+
+def _check_name(name: str) -> str:
+    if re.fullmatch(_NAME, name):
+        return name
+    allowed = "letters, digits, `.`, `_` and `-`, beginning with a letter or digit"
+    if len(name) > 100:
+        raise mistake(f"at most 100 characters, found {len(name)}", "shorten it")
+    if "/" in name or "\\" in name:
+        raise mistake("must not be a path", f"it names a folder below `runs`: use {allowed}")
+    fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+    hint = f"such as `{fitting}`" if fitting else "such as `my-run`"
+    raise mistake(f"may hold only {allowed}", hint)
+
+
+class Recipe(Section):
+    """Everything a run does. Each section may come from a fragment named in `use:`."""
+
+    name: Annotated[str, AfterValidator(_check_name)] = Field(
+        description="the run's folder: letters, digits, `.`, `_`, `-`; 100 at most",
+        json_schema_extra={"pattern": f"^{_NAME}$"},
+    )
+    task: Task
+    data: Data
+    precision: Precision = Precision()
+    optim: Optim
+    train: Train
+    eval: Eval = Eval()
+    engine: Engine = Local(kind="local")
+    output: Output = Output()

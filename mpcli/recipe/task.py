@@ -1,0 +1,54 @@
+"""`task`: what is learnt, and by which model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpcli.recipe.base import Fraction, Section
+
+Width = Annotated[int, Field(ge=1, le=4096)]
+
+
+class SmallNet(Section):
+    """A small, fast convolutional network for digits and CIFAR."""
+
+    kind: Literal["smallnet"]
+    width: Width = Field(default=32, description="channels of the first stage; later ones double")
+
+
+class ResNet9(Section):
+    """The 9-layer residual network of the DAWNBench CIFAR-10 entries."""
+
+    kind: Literal["resnet9"]
+    width: Width = Field(default=64, description="channels of the first stage; later ones double")
+
+
+class TorchvisionModel(Section):
+    """Any classification model of torchvision, from random initial weights."""
+
+    kind: Literal["torchvision"]
+    name: str = Field(description="torchvision's name of the model, such as `resnet18`")
+    stem: Literal["imagenet", "cifar"] = Field(
+        default="imagenet",
+        description="`cifar` keeps the resolution of small images: 3x3 stride-1 first "
+        "convolution, no first pooling",
+    )
+
+
+ImageModel = Annotated[SmallNet | ResNet9 | TorchvisionModel, Field(discriminator="kind")]
+
+
+class ImageClassification(Section):
+    """One label per image, cross-entropy loss."""
+
+    kind: Literal["image-classification"]
+    model: ImageModel
+    label_smoothing: Fraction = Field(default=0.0, description="share spread over all classes")
+    channels_last: bool = Field(
+        default=False, description="store activations as NHWC, the faster layout for convolutions"
+    )
+
+
+Task = Annotated[ImageClassification, Field(discriminator="kind")]

@@ -1,0 +1,60 @@
+"""`train`: how long, in which batches, and what happens when numbers go wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from mpcli.recipe.base import Count, Positive, Section, mistake
+
+
+class ClipNorm(Section):
+    """Scale all gradients down together when their global L2 norm exceeds `max_norm`."""
+
+    kind: Literal["norm"]
+    max_norm: Positive = Field(description="largest L2 norm of all gradients together")
+
+
+Clip = Annotated[ClipNorm, Field(discriminator="kind")]
+
+
+class Train(Section):
+    """Exactly one of `epochs` and `steps` is named."""
+
+    epochs: Count | None = Field(default=None, description="passes over the training data")
+    steps: Count | None = Field(default=None, description="attempted optimizer steps")
+    global_batch_size: Count = Field(description="samples per optimizer step, over everything")
+    micro_batch_size: Count | None = Field(
+        default=None,
+        description="most samples per forward; null: the whole batch. Smaller values accumulate",
+    )
+    clip: Clip | None = Field(default=None, description="clipping of unscaled gradients")
+    on_nonfinite: Literal["skip", "stop"] = Field(
+        default="skip", description="what a step with a NaN or infinite gradient does"
+    )
+    max_consecutive_skips: Count = Field(default=50, description="then the run ends (exit 5)")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="decay of an average of the weights, used to evaluate"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order and augmentation")
+    deterministic: bool = Field(default=False, description="only deterministic kernels")
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _within_global(cls, micro: int | None, info: ValidationInfo) -> int | None:
+        whole = info.data.get("global_batch_size")
+        if micro is not None and whole is not None and micro > whole:
+            raise mistake(
+                f"{micro} is more than global_batch_size = {whole}",
+                f"write {whole} or less, or null for the whole batch",
+            )
+        return micro
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is None and self.steps is None:
+            raise mistake("how long to train is not said", "add `epochs: 10` or `steps: 1000`")
+        if self.epochs is not None and self.steps is not None:
+            raise mistake("`epochs` and `steps` are both set", "remove one of them", "steps")
+        return self

@@ -1,0 +1,136 @@
+"""Every type written to a run directory. Field names and units are a contract with readers."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """A frozen value that is written as strict JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Strict JSON text; NaN and infinities become `"nan"`, `"inf"`, `"-inf"`."""
+        return strict_json(self.model_dump(mode="python"), indent=indent)
+
+
+def json_number(value: float) -> float | str:
+    """`value`, or its name where strict JSON has no number for it."""
+    return value if math.isfinite(value) else str(value)
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON text without NaN or Infinity literals (RFC 8259)."""
+    encode = json.JSONEncoder(allow_nan=False, indent=indent).encode if indent else _encode
+    try:
+        return encode(value)
+    except ValueError:
+        return encode(_named(value))
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in value]
+    return value
+
+
+class ModulePrecision(Record):
+    """Types of one leaf module, as planned."""
+
+    name: str
+    type: str
+    parameters: int
+    stored: str
+    computed: str
+    gradient: str
+    why: str
+
+
+class PlanWarning(Record):
+    """Possible but unsafe: what `diagnose` would find later."""
+
+    finding: str | None
+    path: str
+    message: str
+    hint: str | None
+
+
+class Plan(Record):
+    """Everything derived from (Recipe, Machine) before a tensor is made."""
+
+    version: int = SCHEMA_VERSION
+    device: str
+    world_size: int
+    num_train: int
+    num_eval: int
+    data_source: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    steps: int
+    steps_per_epoch: int
+    micro_batch_size: int
+    accumulation: int = Field(description="micro-batches per optimizer step")
+    parameters: int
+    modules: tuple[ModulePrecision, ...]
+    warnings: tuple[PlanWarning, ...] = ()
+
+
+class StepRecord(Record):
+    """One row of `steps.jsonl`: one attempted optimizer step."""
+
+    step: int
+    attempt: int
+    loss: float
+    lr: float
+    grad_norm: float
+    scale: float
+    applied: bool
+    samples_per_second: float
+    memory_allocated_bytes: int
+    memory_peak_bytes: int
+
+
+class EvalRecord(Record):
+    """One row of `evals.jsonl`."""
+
+    step: int
+    attempt: int
+    loss: float
+    accuracy: float | None = None
+    ema: bool
+    seconds: float
+
+
+Status = Literal["done", "diverged", "preempted", "interrupted", "failed"]
+
+
+class Result(Record):
+    """`result.json`, and what `run --json` prints."""
+
+    version: int = SCHEMA_VERSION
+    status: Status
+    exit_code: int
+    reason: str | None = None
+    name: str
+    steps_attempted: int
+    steps_applied: int
+    steps_skipped: int
+    metrics: dict[str, dict[str, float]]
+    wall_seconds: float
+    peak_memory_bytes: int
+    checkpoint: str | None
+    problems: tuple[dict[str, Any], ...] = ()

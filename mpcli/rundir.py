@@ -1,0 +1,192 @@
+"""The run directory: the only module that knows its file names.
+
+recipe.yaml            resolved, runnable as it is, never rewritten
+recipe.source.yaml     the text the person wrote
+attempts/<k>/          plan.json, environment.json, log.rank0.txt
+steps.jsonl            one row per attempted step
+evals.jsonl            one row per evaluation
+final/                 model.safetensors, model.json
+lock                   held while a process writes here
+result.json            last, and atomically
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from mpcli.recipe.dump import resolved_yaml
+from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.load import LoadedRecipe
+from mpcli.records import EvalRecord, Plan, Record, Result, StepRecord, strict_json
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing below `path` into exit code 7."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise user_error(
+            f"cannot write the run directory {path}: {reason}",
+            "free some space, or choose another place with `--output DIR`",
+            exit_code=Exit.STORAGE,
+        ) from error
+
+
+class RunDirectory:
+    """A run's folder on disk. Nothing in it names its own path."""
+
+    attempt = 1
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, IO[str]] = {}
+
+    @classmethod
+    def create(
+        cls,
+        loaded: LoadedRecipe,
+        plan: Plan,
+        environment: Mapping[str, Any],
+        output: Path | None = None,
+    ) -> RunDirectory:
+        """Make the folder with all that is known before step 1, and take its lock.
+
+        Args:
+            output: the folder itself; None: `runs/<name>/<UTC time>-<recipe hash>`, to which
+                `runs/<name>/latest` then points.
+
+        Raises:
+            UserError: exit 2 for an `output` that is not empty, 7 where it cannot be written.
+        """
+        text = resolved_yaml(loaded.recipe)
+        path = _new_folder(loaded.recipe.name, text) if output is None else _empty_folder(output)
+        run = cls(path)
+        with storage_errors(path):
+            run._lock()
+            run._write("recipe.yaml", text)
+            run._write("recipe.source.yaml", loaded.source)
+            run.attempt_path.mkdir(parents=True)
+            run._write_record("plan.json", plan)
+            run._write(
+                f"attempts/{run.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
+            )
+            if output is None:
+                _point_latest(path)
+        return run
+
+    @property
+    def attempt_path(self) -> Path:
+        """Folder of this attempt."""
+        return self.path / "attempts" / str(self.attempt)
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def log_path(self) -> Path:
+        """Text log of this process."""
+        return self.attempt_path / "log.rank0.txt"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def final_path(self) -> Path:
+        """Folder of the trained model."""
+        return self.path / "final"
+
+    def plan(self) -> Plan:
+        """The plan of this attempt."""
+        return Plan.model_validate_json((self.attempt_path / "plan.json").read_text("utf-8"))
+
+    def append_steps(self, rows: Iterable[StepRecord]) -> None:
+        """Write rows to `steps.jsonl`; they have left this process when this returns."""
+        self._append("steps.jsonl", rows)
+
+    def append_evaluation(self, row: EvalRecord) -> None:
+        """Write a row to `evals.jsonl`."""
+        self._append("evals.jsonl", [row])
+
+    def write_result(self, result: Result) -> None:
+        """Write `result.json`, after which the run is over."""
+        with storage_errors(self.path):
+            temporary = self.path / "result.json.tmp"
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(result.to_json(indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / "result.json")
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _append(self, name: str, rows: Iterable[Record]) -> None:
+        with storage_errors(self.path):
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("a", encoding="utf-8")
+            self._files[name].write("".join(row.to_json() + "\n" for row in rows))
+            self._files[name].flush()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text, "utf-8", newline="")
+
+    def _write_record(self, name: str, record: Record) -> None:
+        self._write(f"attempts/{self.attempt}/{name}", record.to_json(indent=2) + "\n")
+
+    def _lock(self) -> None:
+        # The kernel releases it when the process dies, however that happens.
+        lock = (self.path / "lock").open("a", encoding="utf-8")
+        self._files["lock"] = lock
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+
+
+def _empty_folder(output: Path) -> Path:
+    with storage_errors(output):
+        if output.exists() and not output.is_dir():
+            raise user_error(f"--output {output}: is a file", "name a new or an empty folder")
+        if output.is_dir() and any(output.iterdir()):
+            found = "holds a run" if (output / "recipe.yaml").exists() else "is not empty"
+            raise user_error(
+                f"--output {output}: the folder {found}",
+                "name a new or an empty folder; this version cannot continue a run (--resume)",
+            )
+        output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _new_folder(name: str, recipe_text: str) -> Path:
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    digest = hashlib.sha256(recipe_text.encode()).hexdigest()[:8]
+    root = Path("runs") / name
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                path = root / f"{time}-{digest}{suffix}"
+                path.mkdir()
+                return path
+    raise user_error(f"{root}: 999 runs of this second exist", exit_code=Exit.STORAGE)
+
+
+def _point_latest(path: Path) -> None:
+    latest, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+    temporary.symlink_to(path.name)
+    temporary.replace(latest)

@@ -1,0 +1,126 @@
+"""torchvision's classification models, for images of any size and number of channels."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mpcli.data import DatasetInfo
+from mpcli.recipe.errors import did_you_mean, user_error
+from mpcli.recipe.task import TorchvisionModel
+
+# Families whose stem can keep the resolution of small images, and the stem's first pooling.
+# The others cut the image into patches, or have a 3x3 stride-1 first convolution anyway.
+_STEM_POOLING: dict[str, str | None] = {
+    "densenet": "features.pool0",
+    "efficientnet": None,
+    "googlenet": "maxpool1",
+    "mnasnet": None,
+    "mobilenet": None,
+    "regnet": None,
+    "resnet": "maxpool",
+    "resnext": "maxpool",
+    "shufflenet": "maxpool",
+    "squeezenet": "features.2",
+    "wide_resnet": "maxpool",
+}
+
+
+def build(model: TorchvisionModel, info: DatasetInfo) -> nn.Module:
+    """The named model with fresh weights, fitted to the images' channels and classes.
+
+    Raises:
+        UserError: an unknown name, a stem that the model cannot have, or a model that torchvision
+            refuses to build for images of this size.
+    """
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if model.name not in known:
+        raise user_error(
+            f"torchvision has no classification model `{model.name}`",
+            did_you_mean(model.name, known),
+            path="task.model.name",
+        )
+    if model.stem == "cifar" and not has_cifar_stem(model.name):
+        raise user_error(
+            f"`{model.name}` has no stem to make smaller",
+            f"`stem: cifar` works for the families {', '.join(_STEM_POOLING)}",
+            path="task.model.stem",
+        )
+    try:
+        with _RegNetWidths() if model.name.startswith("regnet") else nullcontext():
+            network: nn.Module = models.get_model(
+                model.name,
+                weights=None,
+                num_classes=info.num_classes,
+                **_size_arguments(model, info),
+            )
+    except (ValueError, AssertionError) as error:
+        height, width = info.input_shape[1:]
+        raise user_error(
+            f"`{model.name}` cannot be built for {height}x{width} images: {error}",
+            "choose another model",
+            path="task.model.name",
+        ) from error
+    _fit_first_convolution(network, info.input_shape[0], small=model.stem == "cifar")
+    if model.stem == "cifar":
+        pooling = _STEM_POOLING[_family(model.name)]
+        if pooling is not None:
+            network.set_submodule(pooling, nn.Identity())
+    return network
+
+
+def has_cifar_stem(name: str) -> bool:
+    """Whether the named model can be built with `stem: cifar`."""
+    return _family(name) in _STEM_POOLING
+
+
+def _family(name: str) -> str:
+    return next((family for family in _STEM_POOLING if name.startswith(family)), name)
+
+
+def _size_arguments(model: TorchvisionModel, info: DatasetInfo) -> dict[str, Any]:
+    height, width = info.input_shape[1:]
+    if model.name.startswith("vit_"):
+        return {"image_size": height}
+    if model.name.startswith("maxvit"):
+        return {"input_size": (height, width)}
+    if model.name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    return {}
+
+
+class _RegNetWidths(TorchFunctionMode):
+    """RegNet computes its widths with tensors: they need numbers on the meta device too."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.arange or (func is torch.tensor and isinstance(args[0], list)):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def _fit_first_convolution(network: nn.Module, channels: int, *, small: bool) -> None:
+    """Give the first convolution this many input channels; 3x3 with stride 1 when `small`."""
+    name, first = next(
+        (name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
+    )
+    if not small and channels == first.in_channels:
+        return
+    fitted = nn.Conv2d(
+        channels,
+        first.out_channels,
+        3 if small else first.kernel_size,  # type: ignore[arg-type]
+        stride=1 if small else first.stride,  # type: ignore[arg-type]
+        padding=1 if small else first.padding,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+    )
+    nn.init.kaiming_normal_(fitted.weight, mode="fan_out", nonlinearity="relu")
+    network.set_submodule(name, fitted)

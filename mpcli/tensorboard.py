@@ -1,0 +1,39 @@
+"""TensorBoard event files of a run (`output.tensorboard: true`, extra `tensorboard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpcli.records import EvalRecord, StepRecord
+from mpcli.rundir import storage_errors
+
+
+class TensorBoard:
+    """Writes every step and evaluation as scalars, as they are recorded."""
+
+    def __init__(self, path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = path
+        with storage_errors(path):
+            self._writer = SummaryWriter(str(path))
+
+    def steps(self, rows: Sequence[StepRecord]) -> None:
+        """One point per row and quantity; `train/applied` is 1 or 0."""
+        for row in rows:
+            self._scalars("train", row.model_dump(exclude={"step", "attempt"}), row.step)
+
+    def evaluated(self, row: EvalRecord) -> None:
+        """Metrics of one evaluation."""
+        self._scalars("eval", row.model_dump(include={"loss", "accuracy"}), row.step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        with storage_errors(self.path):
+            self._writer.close()
+
+    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        with storage_errors(self.path):
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)

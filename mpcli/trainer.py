@@ -1,0 +1,252 @@
+"""The training loop, from the first step to the trained model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mpcli.data.batch import Batch
+from mpcli.engines.base import Engine
+from mpcli.engines.local import LocalEngine
+from mpcli.optim import learning_rate
+from mpcli.outcomes import OutcomeLog
+from mpcli.precision.numerics import exact_fp32
+from mpcli.recipe.base import parse_duration
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import EvalRecord, Plan, StepRecord
+from mpcli.rundir import RunDirectory, storage_errors
+from mpcli.tasks import apply_activation_checkpointing, task_module
+from mpcli.tensorboard import TensorBoard
+
+logger = logging.getLogger("mptrain")
+
+
+class Display(Protocol):
+    """Who is told what happens while it happens."""
+
+    def start(self, plan: Plan, recipe: Recipe) -> None: ...
+    def steps(self, rows: Sequence[StepRecord]) -> None: ...
+    def evaluated(self, row: EvalRecord) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Diverged(Exception):
+    """The numbers went wrong and the recipe says to stop."""
+
+
+@dataclass
+class Progress:
+    """What is known of a run so far, also when it ends early."""
+
+    attempted: int = 0
+    applied: int = 0
+    consecutive_skips: int = 0
+    peak_memory_bytes: int = 0
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    def add(self, row: StepRecord) -> None:
+        """Count one attempted step."""
+        self.attempted = row.step
+        self.applied += row.applied
+        self.consecutive_skips = 0 if row.applied else self.consecutive_skips + 1
+        self.peak_memory_bytes = max(self.peak_memory_bytes, row.memory_peak_bytes)
+        self.recent_losses.append(row.loss)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """`train.loss` is the mean raw loss of the last 50 steps at most."""
+        metrics = {}
+        if self.recent_losses:
+            mean = sum(self.recent_losses) / len(self.recent_losses)
+            metrics["train"] = {"loss": mean}
+        if self.evaluation:
+            metrics["eval"] = self.evaluation
+        return metrics
+
+
+def train(
+    recipe: Recipe, plan: Plan, run: RunDirectory, display: Display, progress: Progress
+) -> None:
+    """Train as planned; rows, evaluations and the final model go to the run directory.
+
+    Raises:
+        Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run.
+    """
+    with _settings(recipe, plan), contextlib.ExitStack() as stack:
+        device = torch.device(plan.device)
+        task, options = task_module(recipe.task), recipe.task
+        display.message(f"loading {plan.data_source}")
+        data = task.load_data(options, recipe.data, device)
+        torch.manual_seed(recipe.train.seed)
+        model = task.build_model(options, data.info).to(device)
+        if recipe.engine.activation_checkpointing:
+            apply_activation_checkpointing(model)
+        engine: Engine = LocalEngine(recipe, model, device, plan.steps)
+        log = OutcomeLog(
+            device,
+            run.attempt,
+            recipe.train.global_batch_size,
+            lambda applied: learning_rate(
+                recipe.optim.schedule, recipe.optim.lr, plan.steps, applied
+            ),
+            engine.memory,
+        )
+        board = TensorBoard(run.tensorboard_path) if recipe.output.tensorboard else None
+        if board:
+            stack.callback(board.close)
+
+        def record(*, wait: bool = False) -> None:
+            rows = log.collect(wait=wait)
+            if not rows:
+                return
+            run.append_steps(rows)
+            for row in rows:
+                progress.add(row)
+            display.steps(rows)
+            if board:
+                board.steps(rows)
+            _stop_if_diverged(recipe, rows, progress)
+
+        def evaluate(step: int) -> None:
+            record(wait=True)
+            started = time.monotonic()
+            with engine.evaluating() as weights:
+                batches = data.eval_batches(plan.micro_batch_size)
+                progress.evaluation = task.evaluate(options, weights, batches)
+            row = EvalRecord(
+                step=step,
+                attempt=run.attempt,
+                ema=recipe.train.ema is not None,
+                seconds=time.monotonic() - started,
+                **progress.evaluation,
+            )
+            run.append_evaluation(row)
+            display.evaluated(row)
+            if board:
+                board.evaluated(row)
+            logger.info("step %d: evaluation %s", step, progress.evaluation)
+            log.restart_clock()
+
+        stack.callback(_write_remaining, log, run, progress)
+        display.start(plan, recipe)
+        logger.info("training %d steps on %s", plan.steps, plan.device)
+        evaluation_due = _due(recipe.eval.every, plan)
+        for step in range(1, plan.steps + 1):
+            batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
+            total_weight = task.weight(batch)
+
+            def loss_function(
+                model: nn.Module, micro_batch: Batch, total_weight: int = total_weight
+            ) -> Tensor:
+                loss_sum, _ = task.loss(options, model, micro_batch)
+                return loss_sum / total_weight
+
+            losses = [
+                engine.accumulate(loss_function, micro_batch, last=index == plan.accumulation)
+                for index, micro_batch in enumerate(_split(batch, plan.micro_batch_size), 1)
+            ]
+            outcome = engine.step()
+            log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
+            record()
+            if step == plan.steps or evaluation_due(step):
+                evaluate(step)
+
+        with engine.evaluating() as weights:
+            _save_model(weights, recipe, plan, run)
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of at most `size` samples, cut from one prepared global batch."""
+    if size >= len(batch.targets):
+        return [batch]
+    pairs = zip(batch.inputs.split(size), batch.targets.split(size), strict=True)
+    return [Batch(inputs, targets) for inputs, targets in pairs]
+
+
+class _Due(Protocol):
+    def __call__(self, step: int) -> bool: ...
+
+
+def _due(every: str | None, plan: Plan) -> _Due:
+    """Whether an interval such as `2 epochs` ends with a step."""
+    if every is None:
+        return lambda step: False
+    number, unit = parse_duration(every)
+    if unit == "minute":
+        last = time.monotonic()
+
+        def minutes_passed(step: int) -> bool:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < 60 * number:
+                return False
+            last = now
+            return True
+
+        return minutes_passed
+    steps = number * (plan.steps_per_epoch if unit == "epoch" else 1)
+    return lambda step: step % steps == 0
+
+
+def _stop_if_diverged(recipe: Recipe, rows: Sequence[StepRecord], progress: Progress) -> None:
+    skipped = [row.step for row in rows if not row.applied]
+    if skipped and recipe.train.on_nonfinite == "stop":
+        raise Diverged(
+            f"step {skipped[0]}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
+        )
+    if progress.consecutive_skips >= recipe.train.max_consecutive_skips:
+        raise Diverged(
+            f"step {progress.attempted}: {progress.consecutive_skips} steps in a row had NaN or "
+            f"infinite gradients (scale {rows[-1].scale:g}); `train.max_consecutive_skips` is "
+            f"{recipe.train.max_consecutive_skips}"
+        )
+
+
+def _write_remaining(log: OutcomeLog, run: RunDirectory, progress: Progress) -> None:
+    """Steps that ran before the loop was left by an exception are records too."""
+    rows = log.collect(wait=True)
+    for row in rows:
+        progress.add(row)
+    if rows:
+        run.append_steps(rows)
+
+
+def _save_model(model: nn.Module, recipe: Recipe, plan: Plan, run: RunDirectory) -> None:
+    """`final/`: safetensors weights, and what is needed to build the model elsewhere."""
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    about = {
+        "task": recipe.task.model_dump(mode="json"),
+        "input_shape": plan.input_shape,
+        "num_classes": plan.num_classes,
+        "weights": "average" if recipe.train.ema else "last",
+    }
+    with storage_errors(run.path):
+        run.final_path.mkdir()
+        safetensors.torch.save_file(tensors, run.final_path / "model.safetensors")
+        (run.final_path / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def _settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
+    """torch's global switches, put back afterwards."""
+    benchmark = torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
+        torch.backends.cudnn.benchmark = not recipe.train.deterministic
+        with exact_fp32():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,73 @@
+"""A real run on a real (pseudo-)terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+CTRL_C = b"\x03"
+
+
+def on_a_terminal(
+    folder: Path, *arguments: str, columns: int = 120, interrupt_after: str | None = None
+) -> tuple[int, str]:
+    """Exit code and everything written to the terminal, which sends Ctrl-C after some text."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        variables = {"COLUMNS": str(columns), "TERM": "xterm-256color"}
+        tool = str(Path(sys.executable).with_name("mptrain"))
+        os.execve(tool, ["mptrain", *arguments], os.environ | variables)
+    output = b""
+    with contextlib.suppress(OSError):  # EIO: the process has gone
+        while data := os.read(terminal, 4096):
+            output += data
+            if interrupt_after is not None and interrupt_after.encode() in output:
+                time.sleep(0.5)
+                os.write(terminal, CTRL_C)
+                interrupt_after = None
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode()
+
+
+@pytest.mark.parametrize("columns", [120, 20])
+def test_a_bar_grows_to_its_end_and_a_table_follows(recipe, columns):
+    code, shown = on_a_terminal(recipe.parent, "run", "tiny.yaml", columns=columns)
+    assert code == 0, shown
+    assert "step 0/6" in shown
+    assert "step 6/6" in shown
+    assert "\r\x1b[2K" in shown
+    assert "status" in shown.rpartition("Result")[2]
+
+
+def test_ctrl_c_in_training_ends_it_with_130_and_a_table(recipe):
+    code, shown = on_a_terminal(
+        recipe.parent, "run", "tiny.yaml", "--set", "train.steps=100000",
+        interrupt_after="step 0/100000",
+    )  # fmt: skip
+    assert code == 130, shown
+    assert "interrupted" in shown.rpartition("Result")[2]
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_while_torch_is_imported_ends_it_with_130(recipe):
+    command = [Path(sys.executable).with_name("mptrain"), "run", recipe, "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent
+    )
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == json.loads(out)["exit_code"] == 130
+    assert json.loads(out)["status"] == "interrupted"
+    assert "Traceback" not in err

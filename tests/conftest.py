@@ -1,0 +1,31 @@
+"""One thread and no network for every test, and nothing of the person's own settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every run: a red build is a change, not a new random number.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+DATA = Path(os.environ.get("MPTRAIN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+os.environ.pop("MPTRAIN_DATA", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["MPTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def shared_data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the real data sets; the test is skipped where there is none."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs the real data sets: MPTRAIN_DATA or {DATA}")
+    monkeypatch.setenv("MPTRAIN_DATA", str(DATA))
+    return DATA

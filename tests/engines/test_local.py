@@ -1,0 +1,235 @@
+"""The transactional step: exact gradients, and a skipped step that changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpcli.data.batch import Batch
+from mpcli.engines.local import LocalEngine
+from tests.small import small_recipe
+
+CPU = torch.device("cpu")
+OPTIMIZERS = {
+    "sgd": "{kind: sgd, lr: 0.1}",
+    "sgd-momentum": "{kind: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.01}",
+    "adam": "{kind: adam, lr: 0.01}",
+    "adamw": "{kind: adamw, lr: 0.01, schedule: {kind: linear, warmup: 0.5}}",
+}
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
+    )
+
+
+def _engine(tmp_path: Path, *overrides: str) -> LocalEngine:
+    recipe = small_recipe(tmp_path, *overrides).recipe
+    return LocalEngine(recipe, _net(), CPU, steps=20)
+
+
+def _batch(seed: int = 0, size: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 1, 8, 8, generator=generator)
+    return Batch(inputs, torch.randint(0, 3, (size,), generator=generator))
+
+
+def _loss(factor: float = 1.0, weight: int = 8) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch.inputs).float()
+        return factor * nn.functional.cross_entropy(logits, batch.targets, reduction="sum") / weight
+
+    return loss
+
+
+def _state_hash(engine: LocalEngine) -> str:
+    """Of everything that a step may change, but the loss scale."""
+    digest = hashlib.sha256()
+    tensors = [*engine.model.state_dict().values(), *engine.average, engine.applied]
+    for state in engine.optimizer.state.values():
+        tensors += [value for _, value in sorted(state.items())]
+    for tensor in tensors:
+        digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("good_steps_before", [0, 3])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_changes_nothing(
+    tmp_path: Path, optimizer: str, good_steps_before: int, mode: str
+) -> None:
+    engine = _engine(
+        tmp_path,
+        f"optim={OPTIMIZERS[optimizer]}",
+        f"precision.mode={mode}",
+        "train.ema=0.9",
+        "train.clip={kind: norm, max_norm: 1.0}",
+    )
+    for step in range(good_steps_before):
+        engine.accumulate(_loss(), _batch(step), last=True)
+        assert engine.step().found_inf == 0
+    before = _state_hash(engine)
+
+    # The overflow comes in the second of two micro-batches.
+    engine.accumulate(_loss(), _batch(7), last=False)
+    engine.accumulate(_loss(float("inf")), _batch(8), last=True)
+    assert engine.step().found_inf == 1
+    assert _state_hash(engine) == before
+    assert engine.applied.item() == good_steps_before
+
+    engine.accumulate(_loss(), _batch(9), last=True)
+    assert engine.step().found_inf == 0
+    assert _state_hash(engine) != before
+    assert all(bool(p.isfinite().all()) for p in engine.model.state_dict().values())
+
+
+def test_skipped_steps_do_not_influence_later_ones(tmp_path: Path) -> None:
+    """With the scale held still, a run with skipped steps ends where one without them ends."""
+    settings = ("precision={mode: fp16, loss_scale: {kind: static, scale: 1024}}", "train.ema=0.5")
+    clean, disturbed = _engine(tmp_path, *settings), _engine(tmp_path, *settings)
+    for step in range(6):
+        for engine in (clean, disturbed):
+            engine.accumulate(_loss(), _batch(step), last=True)
+            engine.step()
+        if step in (0, 2, 3):
+            disturbed.accumulate(_loss(float("nan")), _batch(99), last=True)
+            disturbed.step()
+    assert _state_hash(clean) == _state_hash(disturbed)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(
+    tmp_path: Path, micro_batch_size: int
+) -> None:
+    whole, parts = _engine(tmp_path), _engine(tmp_path)
+    for engine in (whole, parts):
+        engine.model.eval()  # BatchNorm's statistics depend on the micro-batch, rightly
+    batch = _batch()
+    whole.accumulate(_loss(), batch, last=True)
+    for inputs, targets in zip(
+        batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True
+    ):
+        parts.accumulate(_loss(), Batch(inputs, targets), last=False)
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**-6, 1.0, 2.0**16])
+def test_norm_and_clipping_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> None:
+    """Powers of two are exact in fp32, so the steps are bit-equal."""
+    clip = "train.clip={kind: norm, max_norm: 0.05}"
+    plain = _engine(tmp_path, clip)
+    scaled = _engine(tmp_path, clip, f"precision.loss_scale={{kind: static, scale: {scale}}}")
+    norms = []
+    for engine in (plain, scaled):
+        engine.accumulate(_loss(), _batch(), last=True)
+        norms.append(engine.step().grad_norm)
+    assert torch.equal(norms[0], norms[1])
+    assert norms[0] > 0.05
+    assert _state_hash(plain) == _state_hash(scaled)
+
+
+def test_clipping_is_torchs(tmp_path: Path) -> None:
+    engine = _engine(
+        tmp_path, "train.clip={kind: norm, max_norm: 0.05}", "optim={kind: sgd, lr: 1}"
+    )
+    theirs = _net()
+    _loss()(theirs, _batch()).backward()
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+    engine.accumulate(_loss(), _batch(), last=True)
+    torch.testing.assert_close(engine.step().grad_norm, norm)
+    for ours, p in zip(engine.model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), p.detach() - p.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path) -> None:
+    engine = _engine(tmp_path, "train.ema=0.75")
+    expected = [p.detach().clone() for p in engine.parameters]
+    for step in range(3):
+        engine.accumulate(_loss(), _batch(step), last=True)
+        engine.step()
+        expected = [0.75 * a + 0.25 * p for a, p in zip(expected, engine.parameters, strict=True)]
+    trained = [p.detach().clone() for p in engine.parameters]
+    with engine.evaluating() as model:
+        for a, p in zip(expected, model.parameters(), strict=True):
+            torch.testing.assert_close(a, p)
+    for a, p in zip(trained, engine.parameters, strict=True):
+        assert torch.equal(a, p)
+
+
+def test_learning_rate_follows_applied_steps(tmp_path: Path) -> None:
+    engine = _engine(tmp_path, "optim={kind: sgd, lr: 1, schedule: {kind: linear, warmup: 0}}")
+    seen = []
+    for step in range(4):
+        engine.accumulate(_loss(float("inf") if step == 1 else 1.0), _batch(step), last=True)
+        engine.step()
+        seen.append(engine.lr.item())
+    assert seen == pytest.approx([1.0, 0.95, 0.95, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_types_of_weights_activations_gradients_and_state(
+    tmp_path: Path, mode: str, expected: torch.dtype
+) -> None:
+    engine = _engine(tmp_path, f"precision.mode={mode}")
+    seen: dict[str, torch.dtype] = {}
+    for name, module in engine.model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: seen.update({name: output.dtype})
+            )
+    loss = engine.accumulate(_loss(), _batch(), last=True)
+    assert set(seen.values()) == {expected}
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in engine.parameters} == {torch.float32}
+    assert {p.grad.dtype for p in engine.parameters if p.grad is not None} == {torch.float32}
+    engine.step()
+    assert {v.dtype for s in engine.optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a device value by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_counts() -> None:
+    with HostReads() as reads:
+        torch.ones(()).item()
+        bool(torch.ones(()) > 0)
+    assert reads.count == 2
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_read_nothing_on_the_host(tmp_path: Path, mode: str, optimizer: str) -> None:
+    engine = _engine(
+        tmp_path,
+        f"optim={OPTIMIZERS[optimizer]}",
+        f"precision.mode={mode}",
+        "train.ema=0.9",
+        "train.clip={kind: norm, max_norm: 1.0}",
+    )
+    with HostReads() as reads:
+        for step in range(20):
+            engine.accumulate(_loss(float("inf") if step == 5 else 1.0), _batch(step), last=True)
+            engine.step()
+    assert reads.count == 0

@@ -1,0 +1,289 @@
+"""A run from recipe to result, in this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from mpcli.launch import launch
+from mpcli.plan import make_plan
+from mpcli.recipe.load import load_recipe
+from mpcli.rundir import RunDirectory
+from tests.engines.test_local import HostReads
+from tests.small import CPU, Silent, run_small, small_recipe
+
+
+def rows(run: RunDirectory, name: str = "steps.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / name).read_text().splitlines()]
+
+
+def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run.final_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_run_leaves_what_the_contract_names(tmp_path: Path, mode: str) -> None:
+    run, result = run_small(tmp_path, f"precision.mode={mode}", "train.steps=11")
+    assert {path.name for path in run.path.iterdir()} == {
+        "recipe.yaml",
+        "recipe.source.yaml",
+        "attempts",
+        "steps.jsonl",
+        "evals.jsonl",
+        "final",
+        "lock",
+        "result.json",
+    }
+    assert {path.name for path in (run.path / "attempts" / "1").iterdir()} == {
+        "plan.json",
+        "environment.json",
+        "log.rank0.txt",
+    }
+    steps = rows(run)
+    assert [row["step"] for row in steps] == list(range(1, 12))
+    assert set(steps[0]) == {
+        "step",
+        "attempt",
+        "loss",
+        "lr",
+        "grad_norm",
+        "scale",
+        "applied",
+        "samples_per_second",
+        "memory_allocated_bytes",
+        "memory_peak_bytes",
+    }
+    assert steps[0]["scale"] == (65536.0 if mode == "fp16" else 1.0)
+    assert all(row["attempt"] == 1 for row in steps)
+    applied = sum(row["applied"] for row in steps)
+    assert applied >= (6 if mode == "fp16" else 11)  # the scale may have to come down first
+    assert all(0 < row["memory_allocated_bytes"] <= row["memory_peak_bytes"] for row in steps)
+
+    written = json.loads((run.path / "result.json").read_text())
+    assert written == json.loads(result.to_json())
+    assert written["status"] == "done"
+    assert written["exit_code"] == 0
+    assert (written["steps_attempted"], written["steps_applied"]) == (11, applied)
+    assert written["steps_skipped"] == 11 - applied
+    assert written["metrics"]["train"]["loss"] == pytest.approx(
+        sum(row["loss"] for row in steps) / 11
+    )
+    evaluation = rows(run, "evals.jsonl")[-1]
+    assert evaluation["step"] == 11
+    assert written["metrics"]["eval"] == {
+        "loss": evaluation["loss"],
+        "accuracy": evaluation["accuracy"],
+    }
+    text = "".join(path.read_text() for path in run.path.rglob("*.json*"))
+    assert str(tmp_path) not in text  # a run directory can be moved
+
+
+def test_final_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
+    from mpcli.tasks import image_classification as task
+
+    recipe = small_recipe(tmp_path).recipe
+    run, result = run_small(tmp_path, "train.ema=0.5", "train.steps=20")
+    data = task.load_data(recipe.task, recipe.data, torch.device("cpu"))
+    model = task.build_model(recipe.task, data.info)
+    model.load_state_dict(weights(run))
+    metrics = task.evaluate(recipe.task, model, data.eval_batches(16))
+    assert metrics == pytest.approx(result.metrics["eval"], rel=1e-5)
+    about = json.loads((run.final_path / "model.json").read_text())
+    assert about["input_shape"] == [1, 8, 8]
+    assert about["weights"] == "average"
+
+
+def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
+    first, _ = run_small(tmp_path, "train.seed=3", "precision.mode=fp16")
+    again = load_recipe(first.recipe_path)
+    plan = make_plan(again.recipe, CPU)
+    second = RunDirectory.create(again, plan, {}, tmp_path / "again")
+    launch(second, Silent())
+    assert [row["loss"] for row in rows(first)] == [row["loss"] for row in rows(second)]
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(second)[name])
+    other, _ = run_small(tmp_path, "train.seed=4", "precision.mode=fp16", name="other")
+    assert rows(other)[0]["loss"] != rows(first)[0]["loss"]
+
+
+def test_micro_batches_do_not_change_the_loss(tmp_path: Path) -> None:
+    """Sum over total weight: an uneven last micro-batch counts by its samples."""
+    no_dropped_statistics = "optim.lr=0.01"
+    whole, _ = run_small(tmp_path, no_dropped_statistics, "train.steps=1", name="whole")
+    parts, _ = run_small(
+        tmp_path, no_dropped_statistics, "train.steps=1", "train.micro_batch_size=16", name="parts"
+    )
+    assert rows(whole)[0]["loss"] == rows(parts)[0]["loss"]
+    uneven, _ = run_small(tmp_path, "train.steps=1", "train.micro_batch_size=7", name="uneven")
+    assert rows(uneven)[0]["loss"] == pytest.approx(rows(whole)[0]["loss"], rel=0.2)
+
+
+def test_an_overflow_is_skipped_recorded_and_survived(tmp_path: Path) -> None:
+    scale = "{kind: dynamic, init_scale: 1e12, max_scale: 1e12}"
+    run, result = run_small(
+        tmp_path, "precision.mode=fp16", f"precision.loss_scale={scale}", "train.steps=40"
+    )
+    steps = rows(run)
+    skipped = [row for row in steps if not row["applied"]]
+    assert skipped
+    assert result.status == "done"
+    assert result.steps_skipped == len(skipped)
+    assert result.steps_applied == 40 - len(skipped)
+    for row, following in itertools.pairwise(steps):
+        assert following["scale"] == row["scale"] * (1.0 if row["applied"] else 0.5)
+    assert all(row["grad_norm"] in ("inf", "nan") for row in skipped)
+
+
+def test_endless_overflow_ends_the_run_with_exit_5(tmp_path: Path) -> None:
+    run, result = run_small(
+        tmp_path,
+        "precision={mode: fp16, loss_scale: {kind: static, scale: 1e30}}",
+        "train={steps: 500, global_batch_size: 16, max_consecutive_skips: 5}",
+    )
+    assert (result.status, result.exit_code) == ("diverged", 5)
+    assert "steps in a row had NaN or infinite gradients" in (result.reason or "")
+    assert 5 <= result.steps_attempted < 30
+    assert result.steps_applied == 0
+    assert len(rows(run)) == result.steps_attempted
+    assert json.loads((run.path / "result.json").read_text())["checkpoint"] is None
+
+
+def test_on_nonfinite_stop_names_the_step(tmp_path: Path) -> None:
+    _, result = run_small(
+        tmp_path,
+        "precision={mode: fp16, loss_scale: {kind: static, scale: 1e30}}",
+        "train.on_nonfinite=stop",
+        "train.steps=500",
+    )
+    assert (result.status, result.exit_code) == ("diverged", 5)
+    assert "step 1:" in (result.reason or "")
+
+
+def test_evaluations_fall_due(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path, "eval.every=3 steps", "train.steps=7")
+    assert [row["step"] for row in rows(run, "evals.jsonl")] == [3, 6, 7]
+    run, _ = run_small(
+        tmp_path,
+        "eval.every=1 epoch",
+        "train={epochs: 2, global_batch_size: 700}",
+        name="epochs",
+    )
+    assert [row["step"] for row in rows(run, "evals.jsonl")] == [2, 4]
+
+
+def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path) -> None:
+    """The whole loop, records included: the only reads are the evaluation's."""
+    recipe = small_recipe(tmp_path, "precision.mode=fp16", "train.steps=24", "train.ema=0.9")
+    run = RunDirectory.create(recipe, make_plan(recipe.recipe, CPU), {}, tmp_path / "run")
+    display = Silent()
+    counts: list[int] = []
+    with HostReads() as reads:
+        display.start = lambda plan, recipe: counts.append(reads.count)  # type: ignore[method-assign]
+        display.steps = lambda new: counts.append(reads.count)  # type: ignore[method-assign]
+        launch(run, display)
+    assert len(counts) >= 4
+    assert len(set(counts)) == 1
+
+
+def test_learning_rates_in_rows_follow_the_schedule(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path, "optim.schedule={kind: linear}", "train.steps=4")
+    assert [row["lr"] for row in rows(run)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_a_bug_leaves_a_result_and_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcli.trainer.LocalEngine.step", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_small(tmp_path)
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (written["status"], written["exit_code"]) == ("failed", 1)
+    assert "ZeroDivisionError" in (tmp_path / "run/attempts/1/log.rank0.txt").read_text()
+
+
+def test_ctrl_c_keeps_every_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcli.engines.local import LocalEngine
+
+    step, calls = LocalEngine.step, []
+
+    def interrupted(self: LocalEngine) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(LocalEngine, "step", interrupted)
+    run, result = run_small(tmp_path)
+    assert (result.status, result.exit_code) == ("interrupted", 130)
+    assert result.steps_attempted == len(rows(run)) == 3
+
+
+def test_nan_loss_is_recorded_raw_in_strict_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpcli.tasks import image_classification as task
+
+    loss = task.loss
+    monkeypatch.setattr(
+        task,
+        "loss",
+        lambda *arguments: (loss(*arguments)[0] * math.nan, arguments[2].targets.size(0)),
+    )
+    run, result = run_small(tmp_path)
+    assert [row["loss"] for row in rows(run)] == ["nan"] * 4
+    assert result.steps_skipped == 4
+    assert json.loads((run.path / "result.json").read_text())["metrics"]["train"]["loss"] == "nan"
+
+
+def test_tensorboard_events_when_asked_for(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    run, _ = run_small(tmp_path, "output.tensorboard=true")
+    events = event_accumulator.EventAccumulator(str(run.tensorboard_path))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx([row["loss"] for row in rows(run)])
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [4]
+
+
+@pytest.mark.slow
+def test_deterministic_and_compiled_runs_train(tmp_path: Path) -> None:
+    _, plain = run_small(tmp_path, name="plain")
+    _, deterministic = run_small(tmp_path, "train.deterministic=true", name="deterministic")
+    assert deterministic.metrics == plain.metrics
+    assert not torch.are_deterministic_algorithms_enabled()
+    run, compiled = run_small(tmp_path, "engine.compile=true", name="compiled")
+    assert compiled.metrics["eval"]["loss"] == pytest.approx(
+        plain.metrics["eval"]["loss"], rel=1e-3
+    )
+    assert not any("_orig_mod" in name for name in weights(run))
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    plain, _ = run_small(tmp_path, "task.model.width=8", name="plain")
+    recomputed, _ = run_small(
+        tmp_path, "task.model.width=8", "engine.activation_checkpointing=true", name="recomputed"
+    )
+    assert [row["loss"] for row in rows(plain)] == [row["loss"] for row in rows(recomputed)]
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(recomputed)[name])
+
+
+@pytest.mark.slow
+def test_digits_in_every_mode_end_within_a_point_of_fp32(tmp_path: Path) -> None:
+    accuracy = {}
+    for mode in ("fp32", "bf16", "fp16"):
+        loaded = load_recipe(Path("recipes") / f"digits-{mode}.yaml")
+        run = RunDirectory.create(loaded, make_plan(loaded.recipe, CPU), {}, tmp_path / mode)
+        accuracy[mode] = launch(run, Silent()).metrics["eval"]["accuracy"]
+    assert accuracy["fp32"] >= 0.97
+    assert abs(accuracy["fp16"] - accuracy["fp32"]) <= 0.01
+    assert abs(accuracy["bf16"] - accuracy["fp32"]) <= 0.01
