@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from mpcli.recipe.errors import Exit, UserError
+import torch
+
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.render import problem_json
 from mpcli.records import Result, Status
@@ -60,6 +62,9 @@ def launch(run: RunDirectory, display: Display) -> Result:
     except KeyboardInterrupt:
         return finish("interrupted", Exit.INTERRUPTED, "stopped by Ctrl-C")
     except Exception as error:
+        if _is_out_of_memory(error):
+            told = _out_of_memory(error)
+            return finish("failed", told.exit_code, str(told), told)
         logger.exception("a bug")
         finish("failed", Exit.BUG, f"{type(error).__name__}: {error}")
         raise
@@ -68,3 +73,16 @@ def launch(run: RunDirectory, display: Display) -> Result:
         logger.removeHandler(handler)
         handler.close()
         run.close()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception) -> UserError:
+    return user_error(
+        f"out of memory: {str(error).splitlines()[0]}",
+        "lower `train.micro_batch_size`: gradients accumulate to the same global batch",
+        path="train.micro_batch_size",
+        exit_code=Exit.ENVIRONMENT,
+    )

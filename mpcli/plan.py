@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     if problems:
         raise UserError(*problems, *warnings)
 
-    micro_batch = min(recipe.train.micro_batch_size or batch, batch)
+    micro_batch = _micro_batch_size(recipe)
     return Plan(
         device=device.type,
         world_size=1,
@@ -92,6 +92,10 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
             for w in warnings
         ),
     )
+
+
+def _micro_batch_size(recipe: Recipe) -> int:
+    return recipe.train.micro_batch_size or recipe.train.global_batch_size
 
 
 def _device(recipe: Recipe, machine: Machine) -> torch.device:
@@ -148,6 +152,8 @@ def _trace(
 ) -> Iterator[ModulePrecision]:
     """Run one forward on fake tensors and report what autocast did with each leaf module."""
     meaning = numerics(recipe.precision.mode)
+    batch, micro_batch = recipe.train.global_batch_size, _micro_batch_size(recipe)
+    smallest = batch % micro_batch or micro_batch
     leaves = {m: name for name, m in model.named_modules() if not list(m.children())}
     computed: dict[nn.Module, torch.dtype] = {}
 
@@ -158,7 +164,7 @@ def _trace(
     handles = [module.register_forward_hook(observe) for module in leaves]
     try:
         with autocast(meaning, device), torch.no_grad():
-            task_module(recipe.task).check_forward(recipe.task, model, info)
+            task_module(recipe.task).check_forward(recipe.task, model, info, smallest)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -242,6 +243,8 @@ def _settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     """torch's global switches, put back afterwards."""
     benchmark = torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         torch.backends.cudnn.benchmark = not recipe.train.deterministic

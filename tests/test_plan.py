@@ -61,6 +61,15 @@ def test_a_model_that_cannot_take_the_images(tmp_path: Path) -> None:
     assert "1x8x8" in found["task.model"][0]
 
 
+@pytest.mark.parametrize(
+    "train", ["global_batch_size: 1", "global_batch_size: 9, micro_batch_size: 4"]
+)
+def test_a_single_image_is_too_few_for_batchnorm_on_one_pixel(tmp_path: Path, train: str) -> None:
+    model = "task.model={kind: torchvision, name: resnet18}"
+    found = problems(tmp_path, model, f"train={{steps: 1, {train}}}")
+    assert "BatchNorm" in found["train.micro_batch_size"][0]
+
+
 def test_too_many_steps(tmp_path: Path) -> None:
     assert "train.steps" in problems(tmp_path, f"train.steps={MAX_STEPS + 1}")
 

@@ -208,6 +208,25 @@ def test_a_bug_leaves_a_result_and_a_traceback(
     assert "ZeroDivisionError" in (tmp_path / "run/attempts/1/log.rank0.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("[enforce fail at alloc] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def step(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mpcli.trainer.LocalEngine.step", step)
+    _, result = run_small(tmp_path)
+    assert (result.status, result.exit_code) == ("failed", 3)
+    assert "micro_batch_size" in result.problems[0]["hint"]
+
+
 def test_ctrl_c_keeps_every_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mpcli.engines.local import LocalEngine
 

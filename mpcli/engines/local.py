@@ -43,7 +43,7 @@ class LocalEngine:
         self.ema = recipe.train.ema
         self.average = [p.detach().clone() for p in self.parameters] if self.ema else []
         if recipe.engine.compile:
-            model.compile()
+            model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks (2.14.1)
 
     def accumulate(self, loss_function: LossFunction, batch: Batch, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up in fp32."""

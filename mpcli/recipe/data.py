@@ -15,7 +15,7 @@ class Digits(Section):
     """scikit-learn's 1,797 real 8x8 digits; embedded, nothing to download."""
 
     kind: Literal["digits"]
-    augment: Augment = Field(default=(), description="augmentations of training images, in order")
+    augment: Augment = Field(default=(), description="augmentations of training images")
 
 
 class _Cifar(Section):

@@ -39,8 +39,10 @@ class TaskModule(Protocol):
     def build_model(self, task: Any, info: DatasetInfo) -> nn.Module:
         """Fresh weights on torch's default device. UserError when there is no such model."""
 
-    def check_forward(self, task: Any, model: nn.Module, info: DatasetInfo) -> None:
-        """UserError when a model on the meta device cannot take the data."""
+    def check_forward(
+        self, task: Any, model: nn.Module, info: DatasetInfo, num_images: int
+    ) -> None:
+        """UserError when a model of fake tensors cannot take so many examples of the data."""
 
     def weight(self, batch: Batch) -> int:
         """How many things the loss of a batch sums."""

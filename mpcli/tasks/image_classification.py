@@ -51,18 +51,27 @@ def build_model(task: ImageClassification, info: DatasetInfo) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if task.channels_last else model
 
 
-def check_forward(task: ImageClassification, model: nn.Module, info: DatasetInfo) -> None:
-    """Run two images through a model on the meta device or of fake tensors: only shapes.
+def check_forward(
+    task: ImageClassification, model: nn.Module, info: DatasetInfo, num_images: int
+) -> None:
+    """Run images through a model on the meta device or of fake tensors: only shapes.
 
     Raises:
-        UserError: the model cannot take images of this size.
+        UserError: the model cannot take images of this size, or so few of them.
     """
-    images = torch.empty(2, *info.input_shape, device=next(model.parameters()).device)
+    shape = "x".join(map(str, info.input_shape))
+    images = torch.empty(num_images, *info.input_shape, device=next(model.parameters()).device)
     try:
         logits = model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        shape = "x".join(map(str, info.input_shape))
         reason = str(error).strip().splitlines()[0]
+        if "more than 1 value per channel" in reason:  # BatchNorm
+            raise user_error(
+                f"this model cannot learn from {num_images} image of {shape} at a time: "
+                "BatchNorm needs more than one value per channel",
+                "let no micro-batch hold a single image",
+                path="train.micro_batch_size",
+            ) from error
         hint = "choose a model made for small images, such as `smallnet` or `resnet9`"
         if isinstance(task.model, TorchvisionModel):
             stem, name = task.model.stem, task.model.name
@@ -70,7 +79,7 @@ def check_forward(task: ImageClassification, model: nn.Module, info: DatasetInfo
                 hint += ", or set `stem: cifar`"
         what = f"this model cannot take images of {shape}: {reason}"
         raise user_error(what, hint, path="task.model") from error
-    assert logits.shape == (2, info.num_classes)
+    assert logits.shape == (num_images, info.num_classes)
 
 
 def weight(batch: Batch) -> int:

@@ -24,7 +24,7 @@ OPTIMIZERS = {
 }
 
 
-def _net() -> nn.Module:
+def make_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
@@ -33,16 +33,16 @@ def _net() -> nn.Module:
 
 def _engine(tmp_path: Path, *overrides: str) -> LocalEngine:
     recipe = small_recipe(tmp_path, *overrides).recipe
-    return LocalEngine(recipe, _net(), CPU, steps=20)
+    return LocalEngine(recipe, make_net(), CPU, steps=20)
 
 
-def _batch(seed: int = 0, size: int = 8) -> Batch:
+def make_batch(seed: int = 0, size: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(size, 1, 8, 8, generator=generator)
     return Batch(inputs, torch.randint(0, 3, (size,), generator=generator))
 
 
-def _loss(factor: float = 1.0, weight: int = 8) -> Any:
+def make_loss(factor: float = 1.0, weight: int = 8) -> Any:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch.inputs).float()
         return factor * nn.functional.cross_entropy(logits, batch.targets, reduction="sum") / weight
@@ -50,14 +50,14 @@ def _loss(factor: float = 1.0, weight: int = 8) -> Any:
     return loss
 
 
-def _state_hash(engine: LocalEngine) -> str:
+def state_hash(engine: LocalEngine) -> str:
     """Of everything that a step may change, but the loss scale."""
     digest = hashlib.sha256()
     tensors = [*engine.model.state_dict().values(), *engine.average, engine.applied]
     for state in engine.optimizer.state.values():
         tensors += [value for _, value in sorted(state.items())]
     for tensor in tensors:
-        digest.update(tensor.detach().numpy().tobytes())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -75,20 +75,20 @@ def test_a_skipped_step_changes_nothing(
         "train.clip={kind: norm, max_norm: 1.0}",
     )
     for step in range(good_steps_before):
-        engine.accumulate(_loss(), _batch(step), last=True)
+        engine.accumulate(make_loss(), make_batch(step), last=True)
         assert engine.step().found_inf == 0
-    before = _state_hash(engine)
+    before = state_hash(engine)
 
     # The overflow comes in the second of two micro-batches.
-    engine.accumulate(_loss(), _batch(7), last=False)
-    engine.accumulate(_loss(float("inf")), _batch(8), last=True)
+    engine.accumulate(make_loss(), make_batch(7), last=False)
+    engine.accumulate(make_loss(float("inf")), make_batch(8), last=True)
     assert engine.step().found_inf == 1
-    assert _state_hash(engine) == before
+    assert state_hash(engine) == before
     assert engine.applied.item() == good_steps_before
 
-    engine.accumulate(_loss(), _batch(9), last=True)
+    engine.accumulate(make_loss(), make_batch(9), last=True)
     assert engine.step().found_inf == 0
-    assert _state_hash(engine) != before
+    assert state_hash(engine) != before
     assert all(bool(p.isfinite().all()) for p in engine.model.state_dict().values())
 
 
@@ -98,12 +98,12 @@ def test_skipped_steps_do_not_influence_later_ones(tmp_path: Path) -> None:
     clean, disturbed = _engine(tmp_path, *settings), _engine(tmp_path, *settings)
     for step in range(6):
         for engine in (clean, disturbed):
-            engine.accumulate(_loss(), _batch(step), last=True)
+            engine.accumulate(make_loss(), make_batch(step), last=True)
             engine.step()
         if step in (0, 2, 3):
-            disturbed.accumulate(_loss(float("nan")), _batch(99), last=True)
+            disturbed.accumulate(make_loss(float("nan")), make_batch(99), last=True)
             disturbed.step()
-    assert _state_hash(clean) == _state_hash(disturbed)
+    assert state_hash(clean) == state_hash(disturbed)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8])
@@ -113,12 +113,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     whole, parts = _engine(tmp_path), _engine(tmp_path)
     for engine in (whole, parts):
         engine.model.eval()  # BatchNorm's statistics depend on the micro-batch, rightly
-    batch = _batch()
-    whole.accumulate(_loss(), batch, last=True)
+    batch = make_batch()
+    whole.accumulate(make_loss(), batch, last=True)
     for inputs, targets in zip(
         batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True
     ):
-        parts.accumulate(_loss(), Batch(inputs, targets), last=False)
+        parts.accumulate(make_loss(), Batch(inputs, targets), last=False)
     for a, b in zip(whole.parameters, parts.parameters, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -131,21 +131,21 @@ def test_norm_and_clipping_do_not_depend_on_the_scale(tmp_path: Path, scale: flo
     scaled = _engine(tmp_path, clip, f"precision.loss_scale={{kind: static, scale: {scale}}}")
     norms = []
     for engine in (plain, scaled):
-        engine.accumulate(_loss(), _batch(), last=True)
+        engine.accumulate(make_loss(), make_batch(), last=True)
         norms.append(engine.step().grad_norm)
     assert torch.equal(norms[0], norms[1])
     assert norms[0] > 0.05
-    assert _state_hash(plain) == _state_hash(scaled)
+    assert state_hash(plain) == state_hash(scaled)
 
 
 def test_clipping_is_torchs(tmp_path: Path) -> None:
     engine = _engine(
         tmp_path, "train.clip={kind: norm, max_norm: 0.05}", "optim={kind: sgd, lr: 1}"
     )
-    theirs = _net()
-    _loss()(theirs, _batch()).backward()
+    theirs = make_net()
+    make_loss()(theirs, make_batch()).backward()
     norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
-    engine.accumulate(_loss(), _batch(), last=True)
+    engine.accumulate(make_loss(), make_batch(), last=True)
     torch.testing.assert_close(engine.step().grad_norm, norm)
     for ours, p in zip(engine.model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours.detach(), p.detach() - p.grad, rtol=1e-5, atol=1e-7)
@@ -155,7 +155,7 @@ def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path)
     engine = _engine(tmp_path, "train.ema=0.75")
     expected = [p.detach().clone() for p in engine.parameters]
     for step in range(3):
-        engine.accumulate(_loss(), _batch(step), last=True)
+        engine.accumulate(make_loss(), make_batch(step), last=True)
         engine.step()
         expected = [0.75 * a + 0.25 * p for a, p in zip(expected, engine.parameters, strict=True)]
     trained = [p.detach().clone() for p in engine.parameters]
@@ -170,7 +170,9 @@ def test_learning_rate_follows_applied_steps(tmp_path: Path) -> None:
     engine = _engine(tmp_path, "optim={kind: sgd, lr: 1, schedule: {kind: linear, warmup: 0}}")
     seen = []
     for step in range(4):
-        engine.accumulate(_loss(float("inf") if step == 1 else 1.0), _batch(step), last=True)
+        engine.accumulate(
+            make_loss(float("inf") if step == 1 else 1.0), make_batch(step), last=True
+        )
         engine.step()
         seen.append(engine.lr.item())
     assert seen == pytest.approx([1.0, 0.95, 0.95, 0.9])
@@ -190,7 +192,7 @@ def test_types_of_weights_activations_gradients_and_state(
             module.register_forward_hook(
                 lambda module, inputs, output, name=name: seen.update({name: output.dtype})
             )
-    loss = engine.accumulate(_loss(), _batch(), last=True)
+    loss = engine.accumulate(make_loss(), make_batch(), last=True)
     assert set(seen.values()) == {expected}
     assert loss.dtype == torch.float32
     assert {p.dtype for p in engine.parameters} == {torch.float32}
@@ -230,6 +232,8 @@ def test_steps_read_nothing_on_the_host(tmp_path: Path, mode: str, optimizer: st
     )
     with HostReads() as reads:
         for step in range(20):
-            engine.accumulate(_loss(float("inf") if step == 5 else 1.0), _batch(step), last=True)
+            engine.accumulate(
+                make_loss(float("inf") if step == 5 else 1.0), make_batch(step), last=True
+            )
             engine.step()
     assert reads.count == 0

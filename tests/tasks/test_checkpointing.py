@@ -25,7 +25,6 @@ MODELS = [
     {"kind": "torchvision", "name": "mobilenet_v3_small"},
     {"kind": "torchvision", "name": "shufflenet_v2_x0_5", "stem": "cifar"},
     pytest.param({"kind": "torchvision", "name": "efficientnet_b0"}, marks=pytest.mark.slow),
-    pytest.param({"kind": "torchvision", "name": "vit_b_32"}, marks=pytest.mark.slow),
 ]
 
 

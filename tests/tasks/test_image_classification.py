@@ -113,7 +113,7 @@ MODELS = [{"kind": "smallnet"}, {"kind": "resnet9"}, {"kind": "torchvision", "na
 def test_a_model_takes_what_its_description_says(model: dict[str, Any], info: DatasetInfo):
     with torch.device("meta"):
         built = image_classification.build_model(task(model), info)
-    image_classification.check_forward(task(model), built, info)
+    image_classification.check_forward(task(model), built, info, 2)
     assert all(tensor.is_meta for tensor in built.state_dict().values())
 
 
@@ -151,6 +151,6 @@ def test_a_model_that_images_are_too_small_for_says_so():
     with torch.device("meta"):
         model = image_classification.build_model(chosen, DIGITS)
     with pytest.raises(UserError, match=r"cannot take images of 1x8x8: .*too small") as caught:
-        image_classification.check_forward(chosen, model, DIGITS)
+        image_classification.check_forward(chosen, model, DIGITS, 2)
     (problem,) = caught.value.problems
     assert problem.path == "task.model" and "`stem: cifar`" in (problem.hint or "")

@@ -36,7 +36,7 @@ def build(
     task = ImageClassification(kind="image-classification", model=model)
     with torch.device("meta"):
         built = image_classification.build_model(task, info)
-    image_classification.check_forward(task, built, info)
+    image_classification.check_forward(task, built, info, 2)
     return built
 
 
