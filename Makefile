@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: install run test test-slow verify check docs bench-overhead clean
 .DELETE_ON_ERROR:

@@ -12,7 +12,9 @@ from mpcli.recipe.load import load_recipe
 from mpcli.recipe.render import problem_json
 from mpcli.records import Result, Status
 from mpcli.rundir import RunDirectory, storage_errors
-from mpcli.trainer import Display, Diverged, Progress, logger, train
+from mpcli.trainer import Display, Diverged, Progress, train
+
+logger = logging.getLogger("mpcli")
 
 
 def launch(run: RunDirectory, display: Display) -> Result:
@@ -48,9 +50,11 @@ def launch(run: RunDirectory, display: Display) -> Result:
         return result
 
     with storage_errors(run.path):
-        handler = logging.FileHandler(run.log_path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+        to_file = logging.FileHandler(run.log_path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers = [to_file, _WarningsTo(display)]
+    for handler in handlers:
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         train(recipe, run.plan(), run, display, progress)
@@ -62,27 +66,46 @@ def launch(run: RunDirectory, display: Display) -> Result:
     except KeyboardInterrupt:
         return finish("interrupted", Exit.INTERRUPTED, "stopped by Ctrl-C")
     except Exception as error:
-        if _is_out_of_memory(error):
-            told = _out_of_memory(error)
+        if told := _explained(error):
             return finish("failed", told.exit_code, str(told), told)
         logger.exception("a bug")
         finish("failed", Exit.BUG, f"{type(error).__name__}: {error}")
         raise
     finally:
         display.close()
-        logger.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
         run.close()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+class _WarningsTo(logging.Handler):
+    """Shows warnings to the person too."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One message."""
+        if record.exc_info is None:  # a traceback is for the log
+            self.display.message(record.getMessage())
 
 
-def _out_of_memory(error: Exception) -> UserError:
-    return user_error(
-        f"out of memory: {str(error).splitlines()[0]}",
-        "lower `train.micro_batch_size`: gradients accumulate to the same global batch",
-        path="train.micro_batch_size",
-        exit_code=Exit.ENVIRONMENT,
-    )
+def _explained(error: Exception) -> UserError | None:
+    """What torch raises through no fault of the program, with its remedy."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return user_error(
+            f"out of memory: {text.splitlines()[0]}",
+            "lower `train.micro_batch_size`: gradients accumulate to the same global batch",
+            path="train.micro_batch_size",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    if "does not have a deterministic implementation" in text:
+        return user_error(
+            text.splitlines()[0],
+            "use `train.deterministic: false`, or another model",
+            path="train.deterministic",
+        )
+    return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,13 +34,32 @@ _PACKAGES = (
     "scikit-learn",
     "tensorboard",
 )
-_VARIABLES = re.compile(
-    r"(MPTRAIN|CUDA|NVIDIA|TORCH|PYTORCH|OMP|MKL|KMP|NCCL|GLOO|HF|SLURM|PYTHON)[A-Z0-9_]*"
-    r"|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT"
+# What bears on numerics, devices, threads, processes and caches. A list of names and no pattern:
+# what a person's own variables hold is nobody's business.
+_VARIABLES = (
+    *("MPTRAIN_DATA", "MPTRAIN_CACHE", "XDG_CACHE_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING"),
+    *("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+    *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    *(
+        "TORCH_DEVICE_BACKEND_AUTOLOAD",
+        "TORCHDYNAMO_DISABLE",
+        "TORCH_COMPILE_DISABLE",
+        "TORCH_LOGS",
+    ),
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_DYNAMIC"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES"),
+    *("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME"),
+    *("GOMP_CPU_AFFINITY", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "PYTHONPATH"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("NCCL_DEBUG", "NCCL_ALGO", "NCCL_PROTO", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"),
+    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID"),
+    *("SLURM_CPUS_PER_TASK", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT"),
+    *("HF_TOKEN", "NO_COLOR", "LANG", "LC_ALL"),
 )
-_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT|SIGNATURE", re.I)
-_SECRET_PART = re.compile(  # credentials before a URL's host, and secrets in its query
-    r"(://)\S+(?=@)|((?:token|key|secret|password|signature)=)[^&\s]+", re.I
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS")
+_SECRET_PART = re.compile(  # credentials before a URL's host, and its query
+    r"(://).*(?=@)|(\?).+|((?:token|key|secret|password|signature)=)[^&\s]+", re.I
 )
 
 
@@ -52,17 +73,46 @@ class Machine:
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put the first Ctrl-C off to the end of the block; the second one is not waited for.
+
+    For imports: numpy and scipy may swallow a `KeyboardInterrupt` while they are half imported,
+    and fail in strange ways afterwards.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or before is not signal.default_int_handler:
+        yield  # whoever handles Ctrl-C otherwise, or ignores it, goes on to
+        return
+    interrupted = False
+
+    def note(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
+
+
 def check_installation() -> None:
     """Import torch and torchvision; an installation that cannot is a `UserError` (exit 3)."""
-    try:
-        import torch
-    except Exception as error:
-        raise _broken("torch", error) from error
-    try:
-        import torchvision
-    except Exception as error:
-        raise _broken("torchvision", error) from error
-    del torch, torchvision
+    with uninterrupted():
+        try:
+            import torch
+        except Exception as error:
+            raise _broken("torch", error) from error
+        try:
+            import torchvision
+        except Exception as error:
+            raise _broken("torchvision", error) from error
+        del torch, torchvision
 
 
 def _broken(package: str, error: Exception) -> UserError:
@@ -153,9 +203,9 @@ def environment() -> dict[str, Any]:
             device: _try_precisions(device) for device in ("cpu", *(["cuda"] if cuda else []))
         },
         "variables": {
-            name: _redact(name, value)
-            for name, value in sorted(os.environ.items())
-            if _VARIABLES.fullmatch(name)
+            name: _redact(name, os.environ[name])
+            for name in sorted(_VARIABLES)
+            if name in os.environ
         },
     }
 
@@ -185,7 +235,7 @@ def _memory_bytes() -> int | None:
 def _redact(name: str, value: str) -> str:
     if _SECRET_NAME.search(name):
         return "***"
-    return _SECRET_PART.sub(lambda match: f"{match[1] or match[2]}***", value)
+    return _SECRET_PART.sub(lambda match: f"{''.join(filter(None, match.groups()))}***", value)
 
 
 def _precisions(device: str) -> tuple[str, ...]:

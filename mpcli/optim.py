@@ -71,10 +71,15 @@ def build_optimizer(optim: Optim, model: nn.Module, learning_rate: Tensor) -> to
     Args:
         learning_rate: fp32 scalar tensor on the parameters' device, written before each step.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Norms, biases and other vectors keep their scale free: no decay (He et al. 2019, sec. 3.1).
-    decayed = [p for p in parameters if p.ndim > 1 and optim.weight_decay]
-    free = [p for p in parameters if p.ndim <= 1 or not optim.weight_decay]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
+    for name, parameter in named:
+        # Norms, biases and other vectors keep their scale (He et al. 2019, section 3.1); so do
+        # tables of biases, as Swin's.
+        is_free = parameter.ndim <= 1 or "bias" in name.rpartition(".")[2]
+        (free if is_free or not optim.weight_decay else decayed).append(parameter)
     groups = [
         {"params": members, "weight_decay": weight_decay}
         for members, weight_decay in ((decayed, optim.weight_decay), (free, 0.0))

@@ -25,6 +25,7 @@ class _Block:
 
     values: Tensor  # fp32 [rows, 4] on the host: loss, grad_norm, scale, found_inf
     memory: list[tuple[int, int]]
+    seconds: float  # that the steps took
     ready: torch.cuda.Event | None
 
 
@@ -52,7 +53,6 @@ class OutcomeLog:
         self.applied = 0
         self._device = device
         self._copying: deque[_Block] = deque()
-        self._last_read = time.monotonic()
         self._start_block()
 
     def push(self, loss: Tensor, outcome: Outcome) -> None:
@@ -73,7 +73,7 @@ class OutcomeLog:
 
     def restart_clock(self) -> None:
         """Leave the time since the last row out of `samples_per_second` (an evaluation, say)."""
-        self._last_read = time.monotonic()
+        self._started = time.monotonic()
 
     def _start_block(self) -> None:
         self._block = torch.zeros(BLOCK, 4, dtype=torch.float32, device=self._device)
@@ -83,14 +83,15 @@ class OutcomeLog:
 
     def _copy_block(self) -> None:
         rows = self._block[: len(self._memory)]
+        seconds = max(time.monotonic() - self._started, 1e-9)
         if self._device.type == "cuda":
             values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             values.copy_(rows, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-            self._copying.append(_Block(values, self._memory, ready))
+            self._copying.append(_Block(values, self._memory, seconds, ready))
         else:
-            self._copying.append(_Block(rows, self._memory, None))
+            self._copying.append(_Block(rows, self._memory, seconds, None))
         self._start_block()
 
     @staticmethod
@@ -102,10 +103,7 @@ class OutcomeLog:
         return wait
 
     def _read(self, block: _Block) -> list[StepRecord]:
-        now = time.monotonic()
-        seconds = max(now - self._last_read, 1e-9)
-        self._last_read = now
-        samples_per_second = len(block.memory) * self.samples_per_step / seconds
+        samples_per_second = len(block.memory) * self.samples_per_step / block.seconds
         records = []
         for values, (allocated, peak) in zip(block.values.tolist(), block.memory, strict=True):
             loss, grad_norm, scale, found_inf = values

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import shutil
 from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from mpcli.data import DatasetInfo, describe
 from mpcli.machine import Machine
@@ -95,7 +96,8 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 
 
 def _micro_batch_size(recipe: Recipe) -> int:
-    return recipe.train.micro_batch_size or recipe.train.global_batch_size
+    whole = recipe.train.global_batch_size
+    return min(recipe.train.micro_batch_size or whole, whole)
 
 
 def _device(recipe: Recipe, machine: Machine) -> torch.device:
@@ -120,9 +122,10 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
         )
-    if recipe.engine.compile and device == "cpu" and not shutil.which("g++"):
+    compiler = "g++" if device == "cpu" else "gcc"
+    if recipe.engine.compile and not shutil.which(compiler):
         yield Problem(
-            "torch.compile needs a C++ compiler (g++) on the PATH",
+            f"torch.compile needs a compiler ({compiler}) on the PATH",
             "install one, or use `compile: false`",
             path="engine.compile",
             exit_code=Exit.ENVIRONMENT,
@@ -140,8 +143,10 @@ def _fake_model(recipe: Recipe, info: DatasetInfo, device: torch.device) -> nn.M
     """The model with tensors that have a shape, a type and a device, but no memory."""
     # Fake tensors of a device that is absent (said already) cannot be made.
     place = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-    with place:
+    # Constructors may read numbers, which meta tensors allow and fake ones do not.
+    with unset_fake_temporarily(), torch.device("meta"):
         model = task_module(recipe.task).build_model(recipe.task, info)
+    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=place))
     if recipe.engine.activation_checkpointing:
         apply_activation_checkpointing(model)
     return model
@@ -161,11 +166,15 @@ def _trace(
         if isinstance(output, torch.Tensor):
             computed.setdefault(module, output.dtype)
 
+    # torch logs a traceback of what is raised, and reported, here.
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    torch_log.disabled = True
     handles = [module.register_forward_hook(observe) for module in leaves]
     try:
         with autocast(meaning, device), torch.no_grad():
             task_module(recipe.task).check_forward(recipe.task, model, info, smallest)
     finally:
+        torch_log.disabled = False
         for handle in handles:
             handle.remove()
     for module, name in leaves.items():

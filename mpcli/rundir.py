@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +29,17 @@ from mpcli.records import EvalRecord, Plan, Record, Result, StepRecord, strict_j
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing below `path` into exit code 7."""
+def storage_errors(path: Path, named: str = "the run directory") -> Iterator[None]:
+    """Turn an OSError while writing below `path` into exit code 7.
+
+    What goes wrong is recorded in the run directory, which never names its own path.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).replace(f"{path}{os.sep}", "")
         raise user_error(
-            f"cannot write the run directory {path}: {reason}",
+            f"cannot write to {named}: {reason}",
             "free some space, or choose another place with `--output DIR`",
             exit_code=Exit.STORAGE,
         ) from error
@@ -49,6 +53,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, IO[str]] = {}
+        self._failed = False  # a write did, and was reported
 
     @classmethod
     def create(
@@ -70,17 +75,15 @@ class RunDirectory:
         text = resolved_yaml(loaded.recipe)
         path = _new_folder(loaded.recipe.name, text) if output is None else _empty_folder(output)
         run = cls(path)
-        with storage_errors(path):
+        with storage_errors(path, f"the run directory {path}"):
             run._lock()
-            run._write("recipe.yaml", text)
-            run._write("recipe.source.yaml", loaded.source)
-            run.attempt_path.mkdir(parents=True)
-            run._write_record("plan.json", plan)
-            run._write(
-                f"attempts/{run.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
-            )
-            if output is None:
-                _point_latest(path)
+            try:
+                run._write_beginning(loaded, text, plan, environment)
+                if output is None:
+                    _point_latest(path)
+            except BaseException:
+                run._undo(keep_folder=output is not None)
+                raise
         return run
 
     @property
@@ -131,17 +134,50 @@ class RunDirectory:
             temporary.replace(self.path / "result.json")
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Close the files and give the lock back.
+
+        Raises:
+            UserError: exit 7, what was written before may be lost; silent where that was told.
+        """
+        told = contextlib.suppress(OSError) if self._failed else contextlib.nullcontext()
+        with storage_errors(self.path), told, contextlib.ExitStack() as stack:
+            for file in self._files.values():
+                stack.callback(file.close)
+            self._files.clear()
 
     def _append(self, name: str, rows: Iterable[Record]) -> None:
         with storage_errors(self.path):
-            if name not in self._files:
-                self._files[name] = (self.path / name).open("a", encoding="utf-8")
-            self._files[name].write("".join(row.to_json() + "\n" for row in rows))
-            self._files[name].flush()
+            try:
+                if name not in self._files:
+                    self._files[name] = (self.path / name).open("a", encoding="utf-8")
+                self._files[name].write("".join(row.to_json() + "\n" for row in rows))
+                self._files[name].flush()
+            except OSError:
+                self._failed = True
+                raise
+
+    def _write_beginning(
+        self, loaded: LoadedRecipe, text: str, plan: Plan, environment: Mapping[str, Any]
+    ) -> None:
+        self._files["lock"].write(f"{os.getpid()}\n")
+        self._files["lock"].flush()
+        self._write("recipe.yaml", text)
+        self._write("recipe.source.yaml", loaded.source)
+        self.attempt_path.mkdir(parents=True)
+        self._write_record("plan.json", plan)
+        self._write(
+            f"attempts/{self.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
+        )
+
+    def _undo(self, *, keep_folder: bool) -> None:
+        """Leave an empty folder, or none, so that the same command can be tried again."""
+        self._failed = True
+        with contextlib.suppress(OSError):
+            for made in self.path.iterdir():
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+            if not keep_folder:
+                self.path.rmdir()
+        self.close()
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, "utf-8", newline="")
@@ -152,14 +188,19 @@ class RunDirectory:
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.
         lock = (self.path / "lock").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise
         self._files["lock"] = lock
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
 
 
 def _empty_folder(output: Path) -> Path:
-    with storage_errors(output):
+    with storage_errors(output, f"the run directory {output}"):
+        if output.is_symlink() and not output.exists():
+            what = f"--output {output}: a link to {output.readlink()}, which does not exist"
+            raise user_error(what, "name a new or an empty folder")
         if output.exists() and not output.is_dir():
             raise user_error(f"--output {output}: is a file", "name a new or an empty folder")
         if output.is_dir() and any(output.iterdir()):
@@ -176,7 +217,7 @@ def _new_folder(name: str, recipe_text: str) -> Path:
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()[:8]
     root = Path("runs") / name
-    with storage_errors(root):
+    with storage_errors(root, str(root)):
         root.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
             with contextlib.suppress(FileExistsError):
@@ -188,5 +229,10 @@ def _new_folder(name: str, recipe_text: str) -> Path:
 
 def _point_latest(path: Path) -> None:
     latest, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
-    temporary.replace(latest)
+    try:
+        temporary.replace(latest)
+    except OSError:
+        temporary.unlink()
+        raise

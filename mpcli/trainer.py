@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -14,6 +16,7 @@ from typing import Protocol
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
@@ -21,7 +24,7 @@ from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
-from mpcli.precision.numerics import exact_fp32
+from mpcli.precision.numerics import exact_sums
 from mpcli.recipe.base import parse_duration
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, StepRecord
@@ -29,7 +32,7 @@ from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.tasks import apply_activation_checkpointing, task_module
 from mpcli.tensorboard import TensorBoard
 
-logger = logging.getLogger("mptrain")
+logger = logging.getLogger(__name__)
 
 
 class Display(Protocol):
@@ -82,7 +85,8 @@ def train(
     """Train as planned; rows, evaluations and the final model go to the run directory.
 
     Raises:
-        Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run.
+        Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run, or what it
+            ended with is not a trained model.
     """
     with _settings(recipe, plan), contextlib.ExitStack() as stack:
         device = torch.device(plan.device)
@@ -112,12 +116,15 @@ def train(
             if not rows:
                 return
             run.append_steps(rows)
-            for row in rows:
-                progress.add(row)
             display.steps(rows)
             if board:
                 board.steps(rows)
-            _stop_if_diverged(recipe, rows, progress)
+            reasons: list[str] = []
+            for row in rows:
+                progress.add(row)
+                reasons += _divergence(recipe, row, progress)
+            if reasons:
+                raise Diverged(reasons[0])
 
         def evaluate(step: int) -> None:
             record(wait=True)
@@ -163,6 +170,10 @@ def train(
             if step == plan.steps or evaluation_due(step):
                 evaluate(step)
 
+        if not progress.applied:
+            raise Diverged("every step had NaN or infinite gradients: nothing was learnt")
+        if not math.isfinite(progress.evaluation["loss"]):
+            raise Diverged("the trained model's loss on the evaluation data is not finite")
         with engine.evaluating() as weights:
             _save_model(weights, recipe, plan, run)
 
@@ -200,16 +211,16 @@ def _due(every: str | None, plan: Plan) -> _Due:
     return lambda step: step % steps == 0
 
 
-def _stop_if_diverged(recipe: Recipe, rows: Sequence[StepRecord], progress: Progress) -> None:
-    skipped = [row.step for row in rows if not row.applied]
-    if skipped and recipe.train.on_nonfinite == "stop":
-        raise Diverged(
-            f"step {skipped[0]}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
-        )
+def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[str]:
+    """Why the run has to end with this step, if it has to."""
+    if row.applied:
+        return
+    if recipe.train.on_nonfinite == "stop":
+        yield f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
     if progress.consecutive_skips >= recipe.train.max_consecutive_skips:
-        raise Diverged(
-            f"step {progress.attempted}: {progress.consecutive_skips} steps in a row had NaN or "
-            f"infinite gradients (scale {rows[-1].scale:g}); `train.max_consecutive_skips` is "
+        yield (
+            f"step {row.step}: {progress.consecutive_skips} steps in a row had NaN or infinite "
+            f"gradients (scale {row.scale:g}); `train.max_consecutive_skips` is "
             f"{recipe.train.max_consecutive_skips}"
         )
 
@@ -234,7 +245,10 @@ def _save_model(model: nn.Module, recipe: Recipe, plan: Plan, run: RunDirectory)
     }
     with storage_errors(run.path):
         run.final_path.mkdir()
-        safetensors.torch.save_file(tensors, run.final_path / "model.safetensors")
+        try:
+            safetensors.torch.save_file(tensors, run.final_path / "model.safetensors")
+        except SafetensorError as error:  # what its writer makes of an OSError
+            raise OSError(errno.EIO, str(error)) from error
         (run.final_path / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
@@ -248,7 +262,7 @@ def _settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         torch.backends.cudnn.benchmark = not recipe.train.deterministic
-        with exact_fp32():
+        with exact_sums():
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,21 @@ import torch
 
 from mpcli import machine
 from mpcli.cli.app import main
-from mpcli.machine import check_installation, detect_machine, environment
+from mpcli.machine import check_installation, detect_machine, environment, uninterrupted
 
-SECRETS = {
-    "HF_TOKEN": "hf_abcdef",
+SHOWN = {
+    "OMP_NUM_THREADS": ("1", "1"),
+    "HF_TOKEN": ("hf_abcdef", "***"),
+    "HF_ENDPOINT": ("http://user:ab cdef@h/path?page=2&sig=abcdef", "http://***@h/path?***"),
+    "MPTRAIN_DATA": ("/data?a&token=abcdef", "/data?***"),
+    "TORCH_LOGS": ("key=abcdef x", "key=*** x"),
+}
+HIDDEN = {
+    "MPTRAIN_PAT": "ghp_abcdef",
+    "TORCH_X": "Bearer abcdef",
+    "CUDA_FOO": "--password abcdef",
     "SLURM_JWT": "abcdef",
-    "MPTRAIN_PASSWORD": "abcdef",
-    "CUDA_API_KEY": "abcdef",
-    "HF_ENDPOINT": "https://someone:abcdef@host/path?token=abcdef&page=2",
+    "UNRELATED": "abcdef",
 }
 
 
@@ -62,16 +71,42 @@ def test_trying_leaves_torchs_settings_as_they_were():
 
 
 def test_variables_are_the_relevant_ones_without_their_secrets(monkeypatch):
-    for name, value in SECRETS.items():
+    for name, (value, _) in SHOWN.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("UNRELATED", "value")
+    for name, value in HIDDEN.items():
+        monkeypatch.setenv(name, value)
     variables = environment()["variables"]
-    assert variables["OMP_NUM_THREADS"] == "1"
-    assert variables["HF_ENDPOINT"] == "https://***@host/path?token=***&page=2"
-    assert set(SECRETS) <= set(variables)
-    assert "UNRELATED" not in variables
-    assert "abcdef" not in json.dumps(variables)
+    assert {name: variables.get(name) for name in SHOWN} == {n: v for n, (_, v) in SHOWN.items()}
+    assert not set(HIDDEN) & set(variables)
+
+
+@pytest.mark.parametrize("in_block", [True, False])
+def test_ctrl_c_waits_for_the_end_of_imports(in_block):
+    reached = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        if in_block:
+            signal.raise_signal(signal.SIGINT)  # a second one is not waited for
+            reached.append(2)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_program_that_handles_ctrl_c_itself_goes_on_to(monkeypatch):
+    handled = []
+    before = signal.signal(signal.SIGINT, lambda *_: handled.append(1))
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert handled == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_imports_of_another_thread_are_none_of_its_business():
+    with ThreadPoolExecutor() as pool:
+        pool.submit(check_installation).result()
 
 
 def test_env_shows_the_same_as_text_and_as_json(capsys, monkeypatch):

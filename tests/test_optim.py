@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcli.optim import build_optimizer, learning_rate, learning_rate_table
-from mpcli.recipe.optim import Adam, AdamW, Constant, Cosine, Linear, OneCycle, Optim, Sgd
+from mpcli.recipe.errors import UserError
+from mpcli.recipe.optim import Adam, AdamW, Constant, Cosine, Linear, OneCycle, Optim, Schedule, Sgd
+from tests.small import small_recipe
 
 steps_and_warmup = {"steps": st.integers(1, 200), "warmup": st.floats(0.0, 0.99)}
 
@@ -42,6 +46,16 @@ def test_warm_up_rises_to_the_peak(steps: int, warmup: float) -> None:
     assert rates == sorted(rates)
     assert rates[warmup_steps:] == [0.5] * (steps - warmup_steps)
     assert all(rate < 0.5 for rate in rates[:warmup_steps])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Constant(kind="constant", warmup=0.3), Linear(kind="linear", warmup=0.3)],
+    ids=lambda schedule: schedule.kind,
+)
+def test_warm_up_rises_by_equal_amounts(schedule: Schedule) -> None:
+    rates = [learning_rate(schedule, 0.5, 10, applied) for applied in range(4)]
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5])
 
 
 @given(**steps_and_warmup)
@@ -117,3 +131,22 @@ def test_optimizer_equals_torchs_unfused(
             optimizer.step()
     for a, b in zip(ours_model.parameters(), theirs_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_tables_of_biases_do_not_decay() -> None:
+    model = nn.Linear(2, 2)
+    model.register_parameter("position_bias_table", nn.Parameter(torch.ones(2, 2)))
+    weight, bias, table = (p.detach().clone() for p in model.parameters())
+    optimizer = build_optimizer(Sgd(kind="sgd", lr=1.0, weight_decay=0.5), model, torch.tensor(1.0))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, expected in zip(model.parameters(), (0.5 * weight, bias, table), strict=True):
+        assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_a_rate_that_fp32_cannot_hold_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError) as caught:
+        small_recipe(tmp_path, f"optim={{kind: {kind}, lr: 1e300}}")
+    assert [problem.path for problem in caught.value.problems] == ["optim.lr"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torchvision import models
 
 from mpcli.machine import Machine
 from mpcli.plan import MAX_STEPS, make_plan
 from mpcli.recipe.errors import Exit, UserError
 from tests.small import CPU, small_recipe
+from tests.tiny_cifar import write_tiny_cifar
+
+GPU = Machine(cpu_count=2, cuda_devices=("x",), emulated={}, unsupported={})
 
 
 def problems(folder: Path, *overrides: str, machine: Machine = CPU) -> dict[str, tuple[str, Exit]]:
@@ -31,6 +39,11 @@ def test_counts(tmp_path: Path) -> None:
     assert (plan.micro_batch_size, plan.accumulation) == (30, 4)
     assert plan.device == "cpu"
     assert plan.parameters == sum(module.parameters for module in plan.modules)
+
+
+def test_a_micro_batch_is_at_most_the_batch(tmp_path: Path) -> None:
+    plan = make_plan(small_recipe(tmp_path, "train.micro_batch_size=64").recipe, CPU)
+    assert (plan.micro_batch_size, plan.accumulation) == (16, 1)
 
 
 @pytest.mark.parametrize("mode", ["fp16", "bf16"])
@@ -87,6 +100,90 @@ def test_unsupported_and_emulated_precisions(tmp_path: Path) -> None:
     emulating = Machine(2, (), emulated={"cpu": frozenset({"fp16"})}, unsupported={})
     plan = make_plan(small_recipe(tmp_path, "precision.mode=fp16").recipe, emulating)
     assert [warning.path for warning in plan.warnings] == ["precision.mode"]
+
+
+@pytest.mark.parametrize(("machine", "device"), [(CPU, "cpu"), (GPU, "cuda")])
+def test_auto_is_a_gpu_if_there_is_one(tmp_path: Path, machine: Machine, device: str) -> None:
+    recipe = small_recipe(tmp_path, "engine.device=auto").recipe
+    assert make_plan(recipe, machine).device == device
+
+
+@pytest.mark.parametrize(("machine", "compiler"), [(CPU, "g++"), (GPU, "gcc")])
+def test_compiling_needs_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, compiler: str
+) -> None:
+    compiled = ("engine={kind: local, device: auto, compile: true}",)
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == compiler else f"/{name}")
+    what, code = problems(tmp_path, *compiled, machine=machine)["engine.compile"]
+    assert compiler in what
+    assert code == Exit.ENVIRONMENT
+    monkeypatch.setattr(shutil, "which", lambda name: f"/{name}" if name == compiler else None)
+    assert make_plan(small_recipe(tmp_path, *compiled).recipe, machine)
+
+
+def test_tensorboard_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> Any:
+        return None if name == "tensorboard" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    what, code = problems(tmp_path, "output.tensorboard=true")["output.tensorboard"]
+    assert "not installed" in what
+    assert code == Exit.ENVIRONMENT
+
+
+def test_a_model_without_blocks_has_nothing_to_recompute(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        "task.model={kind: torchvision, name: alexnet}",
+        "engine.activation_checkpointing=true",
+    )
+    assert "engine.activation_checkpointing" in found
+
+
+@pytest.fixture(scope="module")
+def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cifar")
+    write_tiny_cifar(folder)
+    return f"data={{kind: cifar10, path: {folder}}}"
+
+
+FAMILIES = [
+    "alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5",
+    "mobilenet_v3_small regnet_y_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t",
+    "vgg11 vit_b_16",
+]
+TOO_LARGE = {"alexnet", "inception_v3", "maxvit_t"}  # for 32x32 images
+
+
+@pytest.mark.parametrize("name", " ".join(FAMILIES).split())
+def test_every_family_is_planned_or_refused_in_silence(
+    tmp_path: Path,
+    tiny_cifar: str,
+    name: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    overrides = (tiny_cifar, f"task.model={{kind: torchvision, name: {name}}}")
+    if name in TOO_LARGE:
+        (path,) = problems(tmp_path, *overrides)
+        assert path.startswith("task.model")
+    else:
+        plan = make_plan(small_recipe(tmp_path, *overrides).recipe, CPU)
+        assert plan.parameters > 100_000
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert recwarn.list == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
+def test_parameters_are_the_models_own(tmp_path: Path, tiny_cifar: str, name: str) -> None:
+    overrides = (tiny_cifar, f"task.model={{kind: torchvision, name: {name}}}")
+    model = models.get_model(name, weights=None, num_classes=10)
+    plan = make_plan(small_recipe(tmp_path, *overrides).recipe, CPU)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,65 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
+from mpcli.data import DatasetInfo
+from mpcli.data.batch import Batch
+from mpcli.engines.local import LocalEngine
 from mpcli.launch import launch
 from mpcli.plan import make_plan
 from mpcli.recipe.load import load_recipe
 from mpcli.rundir import RunDirectory
-from tests.engines.test_local import HostReads
+from mpcli.tasks import image_classification as task
+from mpcli.tasks.vision import ConvBlock
+from tests.clock import Clock, stop_time
+from tests.host_reads import HostReads
 from tests.small import CPU, Silent, run_small, small_recipe
+from tests.tiny_cifar import write_tiny_cifar
 
 
 def rows(run: RunDirectory, name: str = "steps.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / name).read_text().splitlines()]
 
 
-def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+def weights(run: RunDirectory) -> dict[str, Tensor]:
     return safetensors.torch.load_file(run.final_path / "model.safetensors")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the loss of these attempted steps NaN."""
+    loss, calls = task.loss, itertools.count(1)
+
+    def spoilt(*arguments: Any) -> tuple[Tensor, int]:
+        value, weight = loss(*arguments)
+        return value * (math.nan if next(calls) in steps else 1.0), weight
+
+    monkeypatch.setattr(task, "loss", spoilt)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A step takes 25 s and an evaluation 100 s."""
+    clock, step, evaluate = stop_time(monkeypatch), LocalEngine.step, task.evaluate
+
+    def slow_step(self: LocalEngine) -> Any:
+        clock.now += 25.0
+        return step(self)
+
+    def slow_evaluation(*arguments: Any) -> dict[str, float]:
+        clock.now += 100.0
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(LocalEngine, "step", slow_step)
+    monkeypatch.setattr(task, "evaluate", slow_evaluation)
+    return clock
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
@@ -86,8 +124,6 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, mode: str) -> None
 
 
 def test_final_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
-    from mpcli.tasks import image_classification as task
-
     recipe = small_recipe(tmp_path).recipe
     run, result = run_small(tmp_path, "train.ema=0.5", "train.steps=20")
     data = task.load_data(recipe.task, recipe.data, torch.device("cpu"))
@@ -109,20 +145,39 @@ def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(first)] == [row["loss"] for row in rows(second)]
     for name, tensor in weights(first).items():
         assert torch.equal(tensor, weights(second)[name])
-    other, _ = run_small(tmp_path, "train.seed=4", "precision.mode=fp16", name="other")
-    assert rows(other)[0]["loss"] != rows(first)[0]["loss"]
 
 
-def test_micro_batches_do_not_change_the_loss(tmp_path: Path) -> None:
+def test_weights_and_order_follow_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, seen = task.loss, []
+
+    def watched(options: Any, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        seen.append((next(model.parameters()).detach().clone(), batch.targets))
+        return loss(options, model, batch)
+
+    monkeypatch.setattr(task, "loss", watched)
+    for seed in (3, 4):
+        run_small(tmp_path, "train.steps=1", f"train.seed={seed}", name=f"{seed}")
+    for first, other in zip(*seen, strict=True):
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("micro_batch_size", [7, 64])
+def test_micro_batches_change_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int
+) -> None:
     """Sum over total weight: an uneven last micro-batch counts by its samples."""
-    no_dropped_statistics = "optim.lr=0.01"
-    whole, _ = run_small(tmp_path, no_dropped_statistics, "train.steps=1", name="whole")
-    parts, _ = run_small(
-        tmp_path, no_dropped_statistics, "train.steps=1", "train.micro_batch_size=16", name="parts"
-    )
-    assert rows(whole)[0]["loss"] == rows(parts)[0]["loss"]
-    uneven, _ = run_small(tmp_path, "train.steps=1", "train.micro_batch_size=7", name="uneven")
-    assert rows(uneven)[0]["loss"] == pytest.approx(rows(whole)[0]["loss"], rel=0.2)
+
+    def build_model(options: object, info: DatasetInfo) -> nn.Module:  # without BatchNorm
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+
+    monkeypatch.setattr(task, "build_model", build_model)
+    whole, _ = run_small(tmp_path, name="whole")
+    parts, _ = run_small(tmp_path, f"train.micro_batch_size={micro_batch_size}", name="parts")
+    for expected, row in zip(rows(whole), rows(parts), strict=True):
+        for number in ("loss", "grad_norm"):
+            assert row[number] == pytest.approx(expected[number], rel=1e-5)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_an_overflow_is_skipped_recorded_and_survived(tmp_path: Path) -> None:
@@ -155,6 +210,23 @@ def test_endless_overflow_ends_the_run_with_exit_5(tmp_path: Path) -> None:
     assert json.loads((run.path / "result.json").read_text())["checkpoint"] is None
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "last"), [((2, 3, 4), 4), ((7, 8, 9), 9), ((1, 3, 4, 6, 7, 9), None)]
+)
+def test_only_skips_in_a_row_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: tuple[int, ...], last: int | None
+) -> None:
+    """Also where good steps follow in the rows that are read together."""
+    spoil(monkeypatch, *spoilt)
+    run, result = run_small(
+        tmp_path, "train={steps: 20, global_batch_size: 16, max_consecutive_skips: 3}"
+    )
+    assert result.status == ("done" if last is None else "diverged")
+    assert last is None or f"step {last}: 3 steps in a row" in (result.reason or "")
+    assert result.steps_attempted == len(rows(run))
+    assert result.steps_skipped == sum(not row["applied"] for row in rows(run))
+
+
 def test_on_nonfinite_stop_names_the_step(tmp_path: Path) -> None:
     _, result = run_small(
         tmp_path,
@@ -178,6 +250,29 @@ def test_evaluations_fall_due(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run, "evals.jsonl")] == [2, 4]
 
 
+@pytest.mark.usefixtures("clock")
+def test_evaluations_fall_due_by_the_minute(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path, "eval.every=5 minutes", "train.steps=21")
+    assert [row["step"] for row in rows(run, "evals.jsonl")] == [12, 20, 21]
+
+
+@pytest.mark.usefixtures("clock")
+def test_rates_leave_evaluations_out(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path, "eval.every=2 steps", "train.steps=5")
+    assert [row["samples_per_second"] for row in rows(run)] == [16 / 25] * 5
+    assert [row["seconds"] for row in rows(run, "evals.jsonl")] == [100.0] * 3
+
+
+@pytest.mark.usefixtures("clock")
+def test_slow_steps_are_in_the_file_and_shown_one_by_one(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    run = RunDirectory.create(recipe, make_plan(recipe.recipe, CPU), {}, tmp_path / "run")
+    display, written = Silent(), []
+    display.steps = lambda new: written.append(len(rows(run)))  # type: ignore[method-assign]
+    launch(run, display)
+    assert written == [1, 2, 3, 4]
+
+
 def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path) -> None:
     """The whole loop, records included: the only reads are the evaluation's."""
     recipe = small_recipe(tmp_path, "precision.mode=fp16", "train.steps=24", "train.ema=0.9")
@@ -192,9 +287,65 @@ def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path) -> N
     assert len(set(counts)) == 1
 
 
-def test_learning_rates_in_rows_follow_the_schedule(tmp_path: Path) -> None:
-    run, _ = run_small(tmp_path, "optim.schedule={kind: linear}", "train.steps=4")
-    assert [row["lr"] for row in rows(run)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+def test_learning_rates_in_rows_follow_the_applied_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    run, _ = run_small(tmp_path, "optim.schedule={kind: linear}", "train.steps=5")
+    assert [row["lr"] for row in rows(run)] == pytest.approx([0.1, 0.08, 0.08, 0.06, 0.04])
+
+
+@pytest.fixture
+def inexact() -> Iterator[list[tuple[Any, str]]]:
+    """torch's switches that round products or their sums, all on."""
+    matmul = torch.backends.cuda.matmul
+    switches = [
+        (matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+    ]
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, True)
+    yield switches
+    for (module, name), value in zip(switches, before, strict=True):
+        setattr(module, name, value)
+
+
+def test_products_are_exact_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inexact: list[tuple[Any, str]]
+) -> None:
+    step, seen = LocalEngine.step, []
+
+    def watched(self: LocalEngine) -> Any:
+        seen.extend(getattr(module, name) for module, name in inexact)
+        return step(self)
+
+    monkeypatch.setattr(LocalEngine, "step", watched)
+    run_small(tmp_path)
+    assert seen == [False] * 4 * 4
+    assert all(getattr(module, name) for module, name in inexact)
+
+
+def test_channels_last_holds_for_images_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_cifar(tmp_path / "cifar")
+    data = f"data={{kind: cifar10, path: {tmp_path / 'cifar'}, augment: []}}"
+    usual, _ = run_small(tmp_path, data, "train.steps=1", name="usual")
+    loss, seen = task.loss, []
+
+    def watched(options: Any, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        for tensor in (batch.inputs, *model.parameters()):
+            if tensor.ndim == 4:
+                seen.append(tensor.is_contiguous(memory_format=torch.channels_last))
+        return loss(options, model, batch)
+
+    monkeypatch.setattr(task, "loss", watched)
+    nhwc, _ = run_small(tmp_path, data, "train.steps=1", "task.channels_last=true", name="nhwc")
+    assert seen == [True] * 5  # the images and four convolutions
+    assert rows(nhwc)[0]["loss"] == pytest.approx(rows(usual)[0]["loss"], rel=1e-5)
 
 
 def test_a_bug_leaves_a_result_and_a_traceback(
@@ -209,27 +360,55 @@ def test_a_bug_leaves_a_result_and_a_traceback(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "code", "field"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-        RuntimeError("[enforce fail at alloc] DefaultCPUAllocator: can't allocate memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            3,
+            "train.micro_batch_size",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc] DefaultCPUAllocator: can't allocate memory"),
+            3,
+            "train.micro_batch_size",
+        ),
+        (
+            RuntimeError("cumsum_cuda does not have a deterministic implementation, but"),
+            2,
+            "train.deterministic",
+        ),
     ],
 )
-def test_out_of_memory_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_what_torch_refuses_comes_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, field: str
 ) -> None:
     def step(self: object) -> None:
         raise error
 
     monkeypatch.setattr("mpcli.trainer.LocalEngine.step", step)
     _, result = run_small(tmp_path)
-    assert (result.status, result.exit_code) == ("failed", 3)
-    assert "micro_batch_size" in result.problems[0]["hint"]
+    assert (result.status, result.exit_code) == ("failed", code)
+    assert result.problems[0]["path"] == field
+    assert field in result.problems[0]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["precision={mode: fp16, loss_scale: {kind: static, scale: 1e30}}"], "nothing was learnt"),
+        (["optim.lr=1e30", "train.steps=1"], "evaluation data is not finite"),
+    ],
+)
+def test_a_model_that_learnt_nothing_usable_is_not_left_as_final(
+    tmp_path: Path, overrides: list[str], reason: str
+) -> None:
+    run, result = run_small(tmp_path, *overrides)
+    assert (result.status, result.exit_code, result.checkpoint) == ("diverged", 5, None)
+    assert reason in (result.reason or "")
+    assert not run.final_path.exists()
 
 
 def test_ctrl_c_keeps_every_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpcli.engines.local import LocalEngine
-
     step, calls = LocalEngine.step, []
 
     def interrupted(self: LocalEngine) -> Any:
@@ -247,14 +426,7 @@ def test_ctrl_c_keeps_every_finished_step(tmp_path: Path, monkeypatch: pytest.Mo
 def test_nan_loss_is_recorded_raw_in_strict_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpcli.tasks import image_classification as task
-
-    loss = task.loss
-    monkeypatch.setattr(
-        task,
-        "loss",
-        lambda *arguments: (loss(*arguments)[0] * math.nan, arguments[2].targets.size(0)),
-    )
+    spoil(monkeypatch, 1, 2, 3, 4)
     run, result = run_small(tmp_path)
     assert [row["loss"] for row in rows(run)] == ["nan"] * 4
     assert result.steps_skipped == 4
@@ -286,11 +458,20 @@ def test_deterministic_and_compiled_runs_train(tmp_path: Path) -> None:
     assert not any("_orig_mod" in name for name in weights(run))
 
 
-def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
-    plain, _ = run_small(tmp_path, "task.model.width=8", name="plain")
-    recomputed, _ = run_small(
-        tmp_path, "task.model.width=8", "engine.activation_checkpointing=true", name="recomputed"
-    )
+def test_activation_checkpointing_recomputes_and_changes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = ConvBlock.forward, []
+
+    def counted(self: ConvBlock, images: Tensor) -> Tensor:
+        calls.append(self)
+        return forward(self, images)
+
+    monkeypatch.setattr(ConvBlock, "forward", counted)
+    plain, _ = run_small(tmp_path, name="plain")
+    without = len(calls)
+    recomputed, _ = run_small(tmp_path, "engine.activation_checkpointing=true", name="recomputed")
+    assert len(calls) - without == without + 4 * 4  # every block in every step once more
     assert [row["loss"] for row in rows(plain)] == [row["loss"] for row in rows(recomputed)]
     for name, tensor in weights(plain).items():
         assert torch.equal(tensor, weights(recomputed)[name])

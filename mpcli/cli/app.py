@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from mpcli import __version__
 from mpcli.cli import check, env, init, plan, run, schema
 from mpcli.cli.console import prepare_streams, write
 from mpcli.cli.errors import guarded, interruptible
 
+COMMANDS = (run.run, check.check, plan.plan, init.init, schema.schema, env.env)
+
+
+def _print_help(text: str) -> NoReturn:
+    write(text)  # typer's own printing has no answer to a full disk
+    raise typer.Exit
+
+
+class _Command(TyperCommand):
+    def get_help(self, ctx: Any) -> str:
+        _print_help(super().get_help(ctx))
+
+
+class _Group(TyperGroup):
+    def get_help(self, ctx: Any) -> str:
+        _print_help(super().get_help(ctx))
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Mixed-precision training that explains itself.",
     rich_markup_mode=None,  # boxes cost a third of the time that help takes
     pretty_exceptions_enable=False,
 )
-for command in (run.run, check.check, plan.plan, init.init, schema.schema, env.env):
-    app.command()(interruptible(command))
+for command in COMMANDS:
+    app.command(cls=_Command)(interruptible(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -44,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `arguments` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
+    named = [command.__name__ for command in COMMANDS if command.__name__ == arguments[0]]
     return guarded(
         lambda: app(arguments, prog_name="mptrain", standalone_mode=False),
         as_json="--json" in arguments,
+        usage=" ".join(["mptrain", *named, "--help"]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from mpcli.recipe.recipe import Recipe
     from mpcli.records import EvalRecord, Plan, StepRecord
     from mpcli.trainer import Display
+
+
+_NARROWEST = 24  # cells in which sentences are still readable
 
 
 def prepare_streams() -> None:
@@ -41,23 +45,46 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout: as wide as a terminal, or as its rows elsewhere."""
+    """Print a table on stdout, or a line for each row where a terminal is too narrow for it.
+
+    Nothing that a person may want to copy (a name, a path) is cut in two: only the last column
+    has several lines, broken between words.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    rows = list(rows)
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else 10_000
+    *columns, last = zip(header, *rows, strict=True)
+    room = width - sum(max(map(cell_len, column)) + 2 for column in columns)
+    words = [word for cell in last for word in cell.split()]
+    wanted = min(max(map(cell_len, last)), _NARROWEST)
+    if room < max([wanted, *map(cell_len, words)]):
+        write("\n".join([title, *(_line(header, row) for row in rows), ""]))
+        return
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False,
         show_header=any(header), header_style="dim",
     )  # fmt: skip
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for name in header[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(header[-1])
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    with console.capture() as capture:
-        console.print(table)
-    write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")
+    text = io.StringIO()
+    Console(file=text, width=width, force_terminal=on_terminal).print(table)
+    write("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+
+
+def _line(header: Sequence[str], row: Sequence[str]) -> str:
+    """`first: second, name of the third column and third`."""
+    facts = (
+        f"{name} {cell}".strip() for name, cell in zip(header[1:], row[1:], strict=True) if cell
+    )
+    return f"{row[0]}: {', '.join(facts)}"
 
 
 def memory_text(num_bytes: int | None) -> str:
@@ -87,15 +114,22 @@ class _Facts:
             f"{plan.steps:,} steps of {recipe.train.global_batch_size:,}"
         )
 
-    def of(self, rows: Sequence[StepRecord]) -> str:
-        """Step, loss, scale, skips, time left and speed after the newest of `rows`."""
+    def of(self, rows: Sequence[StepRecord], room: int | None = None) -> str:
+        """What is so after the newest of `rows`, by worth: as much as `room` cells hold."""
         last = rows[-1]
         self.skipped += sum(not row.applied for row in rows)
         left = (time.monotonic() - self.started) / last.step * (self.steps - last.step)
-        return (
-            f"step {last.step}/{self.steps}  loss {last.loss:.4f}  scale {last.scale:g}  "
-            f"skipped {self.skipped}  {_clock(left)} left  {last.samples_per_second:,.0f} samples/s"
-        )
+        facts = [
+            f"step {last.step}/{self.steps}",
+            f"loss {last.loss:.4f}",
+            f"scale {last.scale:g}",
+            f"skipped {self.skipped}",
+            f"{_clock(left)} left",
+            f"{last.samples_per_second:,.0f} samples/s",
+        ]
+        while room is not None and len(facts) > 1 and len("  ".join(facts)) > room:
+            facts.pop()
+        return "  ".join(facts)
 
 
 def _evaluation(row: EvalRecord) -> str:
@@ -148,6 +182,7 @@ class BarDisplay:
     """A bar at the bottom of a terminal, drawn when rows arrive, 4 times a second at most."""
 
     SECONDS = 0.25
+    BAR = 24
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -155,7 +190,7 @@ class BarDisplay:
 
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         text = TextColumn("{task.description}", markup=False)
-        columns = (BarColumn(bar_width=24), text) if console.width >= 110 else (text,)
+        columns = (BarColumn(self.BAR), text) if console.width >= 110 else (text,)
         self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._last_drawn = 0.0
 
@@ -168,7 +203,8 @@ class BarDisplay:
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """New rows: draw them unless the bar was drawn just now."""
-        facts = self._facts.of(rows)
+        width = self._progress.console.width
+        facts = self._facts.of(rows, room=width - self.BAR - 1 if width >= 110 else width)
         self._progress.update(self._task, completed=rows[-1].step, description=facts)
         if time.monotonic() - self._last_drawn >= self.SECONDS:
             self._progress.refresh()

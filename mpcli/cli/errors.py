@@ -31,14 +31,21 @@ def interruptible(command: Callable[_Arguments, None]) -> Callable[_Arguments, N
     return call
 
 
-def guarded(command: Callable[[], int | None], *, as_json: bool) -> int:
-    """Run `command` and return its exit code; whatever it raises is reported, not propagated."""
+def guarded(
+    command: Callable[[], int | None], *, as_json: bool, usage: str = "mptrain --help"
+) -> int:
+    """Run `command` and return its exit code; whatever it raises is reported, not propagated.
+
+    Args:
+        as_json: failures are one JSON object on stdout too.
+        usage: the command that shows how this one is used.
+    """
     try:
         return command() or Exit.DONE
     except UserError as error:
         return fail(error.problems, error.exit_code, as_json=as_json)
     except _UsageError as error:
-        return fail([_usage_problem(error)], Exit.USAGE, as_json=as_json)
+        return fail([_usage_problem(error, usage)], Exit.USAGE, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return fail([Problem("interrupted")], Exit.INTERRUPTED, as_json=as_json)
     except Exception as error:
@@ -81,17 +88,35 @@ def write_json(value: dict[str, Any]) -> None:
     write(strict_json(value, indent=2))
 
 
-def _usage_problem(error: Any) -> Problem:
+_OPTION_HINTS = {
+    ("run", "--resume"): "this version cannot continue a run",
+    ("schema", "--json"): "`mptrain schema` prints JSON as it is",
+}
+
+
+def _usage_problem(error: Any, usage: str) -> Problem:
     """A mistake on the command line, in the words of every other problem."""
     context = error.ctx
-    hint = f"`{context.command_path if context else 'mptrain'} --help` shows the usage"
+    hint = f"`{usage}` shows the usage"
     message = error.format_message().rstrip(".").replace("'", "`")
     if option := getattr(error, "option_name", None):
         if type(error).__name__ == "NoSuchOption":
-            known = [name for p in context.command.params for name in p.opts if name[:2] == "--"]
-            return Problem(f"unknown option `{option}`", did_you_mean(option, known))
+            return Problem(f"unknown option `{option}`", _option_hint(option, context))
     elif match := re.match(r"No such command `(.*?)`", message):
         return Problem(
             f"unknown command `{match[1]}`", did_you_mean(match[1], context.command.commands)
         )
     return Problem(message[:1].lower() + message[1:], hint)
+
+
+def _option_hint(option: str, context: Any) -> str | None:
+    commands = getattr(context.command, "commands", {}).values()
+    if any(option in _options(command) for command in commands):
+        return f"it belongs after the command, such as `mptrain check RECIPE {option}`"
+    return _OPTION_HINTS.get((context.info_name, option)) or did_you_mean(
+        option, _options(context.command), cutoff=0.7
+    )
+
+
+def _options(command: Any) -> list[str]:
+    return [name for p in command.params for name in p.opts if name.startswith("--")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +37,7 @@ def init(
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="File (`x.yaml`) or folder to write; default: the current folder.",
+            help="File to write (`x.yaml`), or a folder; default: the current folder.",
             show_default=False,
         ),
     ] = None,
@@ -48,22 +48,23 @@ def init(
     if template is None:
         descriptions = {name: _description(text) for name, text in templates.items()}
         if as_json:
-            write_json({"templates": descriptions})
+            _write_done(templates=descriptions)
         else:
             show_table("Templates", ("", ""), descriptions.items())
         return
     if template not in templates:
         raise user_error(f"no template `{template}`", did_you_mean(template, templates))
-    target = path or Path()
-    if target.suffix not in (".yaml", ".yml") or target.is_dir():
-        target = target / f"{template}.yaml"
-    schema = target.parent / SCHEMA_FILE
-    _write(target, templates[template], schema)
+    target, schema = _write(template, templates[template], path or Path())
     if as_json:
-        write_json({"written": [str(target), str(schema)]})
+        _write_done(written=[str(target), str(schema)])
     else:
+        name = shlex.quote(str(target))
         write(f"wrote {target}")
-        write(f"next: mptrain check {target} && mptrain run {target}", sys.stderr)
+        write(f"next: mptrain check {name} && mptrain run {name}", sys.stderr)
+
+
+def _write_done(**found: object) -> None:
+    write_json({"status": "done", "exit_code": Exit.DONE, "problems": [], **found})
 
 
 def _description(text: str) -> str:
@@ -72,19 +73,51 @@ def _description(text: str) -> str:
     return next(line for line in comments if not line.startswith("yaml-language-server"))
 
 
-def _write(target: Path, text: str, schema: Path) -> None:
+def _write(template: str, text: str, path: Path) -> tuple[Path, Path]:
+    """Write a recipe to the file or into the folder `path`, and the schema beside it."""
     from mpcli.recipe.packaged import packaged_dir
 
+    schema_text = (packaged_dir("recipes") / SCHEMA_FILE).read_text(encoding="utf-8")
+    target = path
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
-        shutil.copyfile(packaged_dir("recipes") / SCHEMA_FILE, schema)
+        if path.is_dir():
+            target = path / f"{template}.yaml"
+        elif path.suffix not in (".yaml", ".yml"):
+            what = "is no folder, and the name of a recipe ends in `.yaml`"
+            hint = f"name a folder that is there, or `{path.with_suffix('.yaml')}`"
+            raise user_error(f"{path}: {what}", hint)
+        schema = target.parent / SCHEMA_FILE
+        _make_folder(target.parent)
+        _create(target, text, "x")
+        try:
+            _create(schema, schema_text, "w")
+        except OSError:
+            target.unlink()
+            raise
     except FileExistsError:
         raise user_error(f"{target} exists already", "name another PATH, or remove it") from None
     except OSError as error:
         raise user_error(
-            f"cannot write {error.filename}: {error.strerror}",
+            f"cannot write {target}: {error.strerror}",
             "name a PATH in a folder that you can write to",
             exit_code=Exit.STORAGE,
         ) from error
+    return target, schema
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(error.errno, f"{folder} is a file") from error
+
+
+def _create(path: Path, text: str, mode: str) -> None:
+    """Write a file whole, or leave none."""
+    with path.open(mode, encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise

@@ -52,14 +52,14 @@ def make(
 
     loaded = load_recipe(recipe, overrides)
 
-    from mpcli.machine import detect_machine
+    from mpcli.machine import detect_machine, uninterrupted
 
-    machine = detect_machine()  # reports a broken torch, before the next line imports it
-
-    from mpcli.plan import make_plan
-
+    machine = detect_machine()  # reports a broken torch, before the next lines import it
     try:
-        planned = make_plan(loaded.recipe, machine)
+        with uninterrupted():
+            from mpcli.plan import make_plan
+
+            planned = make_plan(loaded.recipe, machine)
     except UserError as error:
         raise UserError(*(p.at(loaded.place(p.path)) for p in error.problems)) from error
     warnings = [

@@ -12,7 +12,7 @@ from mpcli.cli.console import display, memory_text, show_table, write
 from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
 from mpcli.cli.plan import make
-from mpcli.recipe.errors import Problem
+from mpcli.recipe.errors import Problem, user_error
 
 if TYPE_CHECKING:
     from mpcli.records import Result
@@ -22,8 +22,9 @@ def run(
     recipe: RecipePath,
     overrides: Overrides,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
+            metavar="DIR",
             help="The run directory itself; default: runs/<name>/<UTC time>-<recipe hash>.",
             show_default=False,
         ),
@@ -32,22 +33,30 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train what a recipe says; leave a run directory."""
+    if output == "":
+        raise user_error("`--output` names no folder", "leave it out, or name a new folder")
     loaded, planned, warnings = make(recipe, overrides, strict=strict)
 
-    from mpcli.launch import launch
-    from mpcli.machine import environment
-    from mpcli.rundir import RunDirectory
+    from mpcli.machine import environment, uninterrupted
+
+    with uninterrupted():
+        from mpcli.launch import launch
+        from mpcli.rundir import RunDirectory
 
     show_problems(warnings)
     for message in loaded.dropped:
         write(message, sys.stderr)
-    directory = RunDirectory.create(loaded, planned, environment(), output)
+    folder = None if output is None else Path(output)
+    directory = RunDirectory.create(loaded, planned, environment(), folder)
     result = launch(directory, display())
     if as_json:
         write_json(result.model_dump(mode="python"))
     else:
         show_table("Result", ("", ""), _summary(result, directory.path))
-    show_problems(Problem(p["message"], p["hint"], path=p["path"] or "") for p in result.problems)
+    show_problems(
+        Problem(p["message"], p["hint"], path=p["path"] or "").at(loaded.place(p["path"] or ""))
+        for p in result.problems
+    )
     raise typer.Exit(result.exit_code)
 
 
@@ -59,7 +68,7 @@ def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
     }
     return [
         ("status", result.status),
-        *([("reason", result.reason)] if result.reason else []),
+        *([("reason", result.reason)] if result.reason and not result.problems else []),
         ("steps", f"{result.steps_applied:,} applied, {result.steps_skipped:,} skipped"),
         *metrics.items(),
         ("time", f"{result.wall_seconds:.1f} s"),

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
@@ -33,8 +32,6 @@ class Outcome:
 
 class Engine(Protocol):
     """Where and how a step runs. Nothing here reads a device value on the host."""
-
-    device: torch.device
 
     def accumulate(self, loss_function: LossFunction, batch: Batch, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; the detached loss. `last`: of this step."""

@@ -41,7 +41,7 @@ class LocalEngine:
         self.buffers = list(model.buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
         self.ema = recipe.train.ema
-        self.average = [p.detach().clone() for p in self.parameters] if self.ema else []
+        self.average = [torch.zeros_like(p) for p in self.parameters] if self.ema else []
         if recipe.engine.compile:
             model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks (2.14.1)
 
@@ -90,13 +90,21 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model under autocast, with its averaged weights when there are any."""
+        """The model under autocast, with its averaged weights when there are any.
+
+        The average begins at zero and is divided by 1 - decay^applied, as Adam's moments are
+        (Kingma & Ba 2015, section 3): a mean of the weights after each step, to which the random
+        initial weights do not belong.
+        """
         with torch.no_grad(), self.autocast:
-            if not self.ema:
+            applied = self.applied.item() if self.ema else 0
+            if not self.ema or not applied:
                 yield self.model
                 return
             trained = [p.clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
+            torch._foreach_copy_(
+                self.parameters, torch._foreach_div(self.average, 1.0 - self.ema**applied)
+            )
             try:
                 yield self.model
             finally:

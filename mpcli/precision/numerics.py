@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -17,13 +18,11 @@ class Numerics:
     """A precision mode as data.
 
     Attributes:
-        weights: storage type of parameters; gradients have the same type.
         autocast: type of the operations that autocast runs in half precision, or None where
             every operation runs in the type of its inputs.
     """
 
     mode: Mode
-    weights: torch.dtype
     autocast: torch.dtype | None
 
 
@@ -36,33 +35,43 @@ def numerics(mode: Mode) -> Numerics:
     """
     match mode:
         case "fp32":
-            return Numerics(mode, torch.float32, None)
+            return Numerics(mode, None)
         case "bf16":
-            return Numerics(mode, torch.float32, torch.bfloat16)
+            return Numerics(mode, torch.bfloat16)
         case "fp16":
-            return Numerics(mode, torch.float32, torch.float16)
+            return Numerics(mode, torch.float16)
         case _:
             assert_never(mode)
 
 
-def autocast(meaning: Numerics, device: torch.device) -> torch.amp.autocast:
-    """The autocast region in which forward runs; re-entrant, made once per run."""
-    return torch.amp.autocast(
-        device.type,
-        dtype=meaning.autocast or torch.bfloat16,
-        enabled=meaning.autocast is not None,
-    )
+def autocast(meaning: Numerics, device: torch.device) -> AbstractContextManager[object]:
+    """The region in which forward runs; made once per run and entered at every step."""
+    if meaning.autocast is None:
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device.type, dtype=meaning.autocast)
 
 
 @contextlib.contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Keep fp32 products in fp32: torch rounds cuDNN convolutions to TF32 by default."""
+def exact_sums() -> Iterator[None]:
+    """Keep fp32 products in fp32 and sum half-precision products in fp32, as the modes promise.
+
+    By default torch lets cuDNN round fp32 convolutions to TF32, and cuBLAS add up partial sums
+    in half precision.
+    """
     # torch.backends.cudnn.rnn is shadowed by a submodule, so that `fp32_precision` cannot reach
     # it; `allow_tf32` sets convolutions and RNNs together.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    switches = [
+        (matmul, "allow_tf32"),
+        (cudnn, "allow_tf32"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+    ]
+    before = [getattr(module, name) for module, name in switches]
     try:
+        for module, name in switches:
+            setattr(module, name, False)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,10 @@ class Composition:
 
 
 def compose(recipe: Mapping, overrides: Sequence[str], folder: Path) -> Composition:
-    """Fragments, then the recipe's own keys, then the overrides, all of them together.
+    """Fragments, the recipe's own keys, then fragments and values of the overrides.
+
+    All overrides are one layer. A fragment that it names stands in the place of the recipe's for
+    that section, and over the recipe's own keys.
 
     Args:
         recipe: root of the recipe file.
@@ -57,12 +60,13 @@ def compose(recipe: Mapping, overrides: Sequence[str], folder: Path) -> Composit
     """
     whole = Composition(Mapping({}, recipe.place))
     changes = _override_layer(overrides, whole.problems)
-    use = Composition(_part(recipe, use=True))
-    use.merge(_part(changes, use=True))
-    if entry := use.tree.entries.get("use"):
-        _use_fragments(entry, folder, whole)
-    whole.merge(_part(recipe, use=False))
-    whole.merge(_part(changes, use=False))
+    ours, theirs = changes.entries.get("use"), recipe.entries.get("use")
+    if theirs:
+        _use_fragments(theirs, folder, whole, kind_only=_sections_of(ours))
+    whole.merge(_part(recipe))
+    if ours:
+        _use_fragments(ours, folder, whole)
+    whole.merge(_part(changes))
     return whole
 
 
@@ -91,8 +95,9 @@ def _value(mapping: Mapping, key: str) -> object:
     return entry.node.value if entry and isinstance(entry.node, Scalar) else None
 
 
-def _part(layer: Mapping, *, use: bool) -> Mapping:
-    entries = {key: entry for key, entry in layer.entries.items() if (key == "use") == use}
+def _part(layer: Mapping) -> Mapping:
+    """A layer's own keys."""
+    entries = {key: entry for key, entry in layer.entries.items() if key != "use"}
     return Mapping(entries, layer.place)
 
 
@@ -103,7 +108,14 @@ def _join(path: str, key: str) -> str:
 # Fragments
 
 
-def _use_fragments(use: Entry, folder: Path, whole: Composition) -> None:
+def _sections_of(use: Entry | None) -> Collection[str]:
+    return use.node.entries if use and isinstance(use.node, Mapping) else ()
+
+
+def _use_fragments(
+    use: Entry, folder: Path, whole: Composition, kind_only: Collection[str] = ()
+) -> None:
+    """Merge the fragments; of sections in `kind_only` the kind, which says what the keys mean."""
     if not isinstance(use.node, Mapping):
         hint = "write `use: {section: fragment}`"
         whole.problems.append(Problem("expected a section", hint, "use", use.node.place))
@@ -114,14 +126,19 @@ def _use_fragments(use: Entry, folder: Path, whole: Composition) -> None:
             meant = did_you_mean(section, SECTIONS)
             whole.problems.append(Problem("unknown section", meant, path, entry.key))
             continue
+        replaced = section in kind_only
         try:
-            fragment = _fragment(section, entry.node, folder)
+            fragment, problems = _fragment(section, entry.node, folder)
         except UserError as error:
-            whole.problems += [Problem(p.what, p.hint, path, p.place) for p in error.problems]
-            whole.lost.add(section)
-        else:
-            whole.problems += fragment[1]
-            whole.merge(Mapping({section: Entry(entry.key, fragment[0])}, entry.key))
+            if not replaced:
+                whole.problems += [Problem(p.what, p.hint, path, p.place) for p in error.problems]
+                whole.lost.add(section)
+            continue
+        if replaced:
+            kind = {key: value for key, value in fragment.entries.items() if key == "kind"}
+            fragment, problems = Mapping(kind, fragment.place), []
+        whole.problems += problems
+        whole.merge(Mapping({section: Entry(entry.key, fragment)}, entry.key))
 
 
 def _fragment(section: str, node: Node, folder: Path) -> tuple[Mapping, list[Problem]]:

@@ -94,10 +94,10 @@ def one_of(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """A hint that names the closest known word, or all of them when none is close."""
     known = sorted(known)
-    close = closest(word, known)
+    close = closest(word, known, cutoff)
     if close:
         return f"did you mean `{close}`?"
     return f"known: {', '.join(f'`{name}`' for name in known)}" if known else None

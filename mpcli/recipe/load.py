@@ -55,6 +55,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: with every problem of the recipe, each at its place.
     """
+    if str(path) == "":
+        raise UserError(Problem("no recipe is named", "`mptrain init` lists recipes to copy"))
     source = _read(Path(path), str(path))
     root, problems = nodes.parse(source)
     if root is None or (isinstance(root, nodes.Scalar) and root.value is None):
@@ -97,9 +99,9 @@ def _read(path: Path, file: str) -> Source:
     templates = template_names()
     if path.stem in templates and path.parent == Path():
         hint = f"copy it here first: `mptrain init {path.stem}`"
-    elif close := closest(path.name, (beside.name for beside in path.parent.glob("*.yaml"))):
-        hint = f"did you mean `{path.with_name(close)}`?"
-    elif close := closest(path.stem, templates):
+    elif close := closest(path.stem, (b.stem for b in path.parent.glob("*.yaml")), cutoff=0.7):
+        hint = f"did you mean `{path.with_name(f'{close}.yaml')}`?"
+    elif close := closest(path.stem, templates, cutoff=0.7):
         hint = f"did you mean the template `{close}`? Copy it here: `mptrain init {close}`"
     else:
         hint = f"`mptrain init` copies a recipe to begin with: {one_of(templates)}"

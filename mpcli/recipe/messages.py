@@ -17,6 +17,7 @@ from mpcli.recipe.base import Section
 from mpcli.recipe.errors import Place, Problem, closest, did_you_mean, one_of
 from mpcli.recipe.fields import all_fields, kind_of, kinds, located
 from mpcli.recipe.nodes import Mapping, Node, Scalar, Sequence, find, key_place, resolve
+from mpcli.recipe.source import OVERRIDE
 
 Path = tuple[str, ...]
 
@@ -25,18 +26,38 @@ MAX_ERRORS = 500  # a file of thousands of mistakes is not worth as many suggest
 # What other tools call the fields here.
 _SYNONYMS = {
     "accumulate_grad_batches": "train.micro_batch_size",
+    "adam_epsilon": "optim.eps",
+    "amp": "precision.mode: fp16",
     "batch_size": "train.global_batch_size",
+    "bf16": "precision.mode: bf16",
+    "dataset": "data",
+    "eval_steps": "eval.every",
+    "eval_strategy": "eval.every",
+    "evaluation_strategy": "eval.every",
+    "fp16": "precision.mode: fp16",
     "grad_clip": "train.clip",
     "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_checkpointing": "engine.activation_checkpointing",
+    "gradient_clipping": "train.clip.max_norm",
+    "label_smoothing_factor": "task.label_smoothing",
     "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule.kind",
     "max_epochs": "train.epochs",
     "max_grad_norm": "train.clip.max_norm",
     "max_steps": "train.steps",
+    "mixed_precision": "precision.mode",
     "model": "task.model",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "optimizer": "optim",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "run_name": "name",
     "scheduler": "optim.schedule",
+    "torch_compile": "engine.compile",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "warmup_ratio": "optim.schedule.warmup",
     "warmup_steps": "optim.schedule.warmup",
 }
 
@@ -129,7 +150,8 @@ class _Words:
                 return Problem(what, hint, ".".join(path), key_place(self.tree, path))
             case "missing" if isinstance(first["loc"][-1], str):
                 hint = _missing_hint(path[-1], field)
-                return Problem("required, but missing", hint, ".".join(path), self.key(path[:-1]))
+                place = self.section(path[:-1])
+                return Problem("required, but missing", hint, ".".join(path), place)
             case "union_tag_not_found":
                 path = (*path, "kind")
                 hint = f"add `kind:` with {one_of(known)}"
@@ -147,7 +169,7 @@ class _Words:
                 if what.startswith("expected"):
                     what = f"{what}, found {_found(node)}"
                 elif isinstance(node, Mapping):
-                    return Problem(what, hint, ".".join(path), self.key(path))
+                    return Problem(what, hint, ".".join(path), self.section(path))
                 hint = _null_hint(field, node) or hint
             case "too_long" | "missing" if field and isinstance(node, Sequence):
                 length = len(get_args(field.annotation))
@@ -161,6 +183,16 @@ class _Words:
         """The place of the value at `path`, or of the nearest thing written around it."""
         node = find(self.tree, path)
         return node.place if node and path else self.key(path)
+
+    def section(self, path: Path) -> Place:
+        """What a section lacks is lacking at its key, or at the override that took it away."""
+        node = find(self.tree, path)
+        for name, entry in node.entries.items() if isinstance(node, Mapping) else ():
+            value = entry.node
+            took_away = name == "kind" or (isinstance(value, Scalar) and value.value is None)
+            if took_away and value.place.file == OVERRIDE:
+                return value.place
+        return self.key(path)
 
     def key(self, path: Path) -> Place:
         """The place of the key of a section, or of the nearest one written around it."""
@@ -267,10 +299,14 @@ def _hint(errors: SequenceType[ErrorDetails], node: Node | None) -> str | None:
         truth = _TRUTH.get(node.written.casefold())
         return f"write `{truth}`" if truth else None
     if types & {"int_type", "float_type"}:
+        comma = re.fullmatch(r"(-?[1-9][0-9]{0,2}),([0-9]{3})", node.written.strip())
+        if comma and "int_type" not in types:
+            return f"write `{comma[1]}{comma[2]}` or `{comma[1]}.{comma[2]}`, without a comma"
         number = _number_meant(node, whole="int_type" in types)
         if number is not None:
             return f"write `{number}`" + (" without quotes" if node.quoted else "")
-    if "finite_number" in types and any(map(str.isdigit, node.written)):
+    beyond = "float_type" in types and isinstance(node.value, int)
+    if (beyond or "finite_number" in types) and any(map(str.isdigit, node.written)):
         return "the largest number is about 1.8e308"
     close = closest(node.written, choices)
     return f"did you mean `{close}`?" if close else None
@@ -287,7 +323,10 @@ def _number_meant(node: Scalar, *, whole: bool) -> str | None:
     text = node.written
     value: object = node.value if isinstance(node.value, float) else None
     if isinstance(node.value, str) and len(text) <= 40:
-        plain = re.sub(r"[_, ](?=[0-9])|^\+", "", text.strip())
+        plain = re.sub(r"[_ ](?=[0-9])|^\+", "", text.strip())
+        if re.fullmatch(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", plain):
+            plain = plain.replace(",", "")
+        plain = plain.replace(",", ".")
         if power := re.fullmatch(r"2(?:\^|\*\*)(-?[0-9]{1,3})", plain):
             value = 2 ** int(power[1])
         elif percent := re.fullmatch(r"([0-9.]+)%", plain):

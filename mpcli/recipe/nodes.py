@@ -21,7 +21,7 @@ from mpcli.recipe.source import Source
 
 MAX_NODES = 10_000
 MAX_DEPTH = 50
-MAX_PROBLEMS = 50
+MAX_PROBLEMS = 20
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -75,8 +75,7 @@ def resolve(text: str) -> bool | int | float | str | None:
     if text in ("true", "false"):
         return text == "true"
     if _INT.fullmatch(text):
-        # Python reads at most 4,300 digits; no field takes more than these.
-        return int(text) if len(text) <= 40 else float(text)
+        return int(text[:4000])  # Python reads at most 4,300 digits, and no field takes as many
     if _FLOAT.fullmatch(text) and not _LEADING_ZERO.match(text):
         return float(text)
     if found := _NOT_FINITE.fullmatch(text):

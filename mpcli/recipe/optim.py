@@ -45,7 +45,7 @@ Schedule = Annotated[Constant | Linear | Cosine | OneCycle, Field(discriminator=
 
 
 class _Optimizer(Section):
-    lr: Positive = Field(description="peak learning rate")
+    lr: float = Field(gt=0, le=1e30, description="peak learning rate")  # held in fp32
     schedule: Schedule = Field(
         default=Constant(kind="constant"), description="course of the learning rate over the run"
     )

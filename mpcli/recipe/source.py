@@ -37,7 +37,9 @@ class Source:
     def place(self, line: int, column: int, length: int = 1) -> Place:
         """The place of `length` characters from a line and column of the text, from 0."""
         lines = self.lines or (self.text,)
-        text = lines[line] if line < len(lines) else ""
+        if line >= len(lines):  # the end, for a parser that adds a line break
+            return Place(self.file, self.line + len(lines) - 1, len(lines[-1]) + 1, 1, lines[-1])
+        text = lines[line]
         column += self.column if line == 0 else 1
         return Place(self.file, self.line + line, column, max(length, 1), text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mpcli.recipe.base import Count, Positive, Section, mistake
 
@@ -39,17 +39,6 @@ class Train(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order and augmentation")
     deterministic: bool = Field(default=False, description="only deterministic kernels")
-
-    @field_validator("micro_batch_size")
-    @classmethod
-    def _within_global(cls, micro: int | None, info: ValidationInfo) -> int | None:
-        whole = info.data.get("global_batch_size")
-        if micro is not None and whole is not None and micro > whole:
-            raise mistake(
-                f"{micro} is more than global_batch_size = {whole}",
-                f"write {whole} or less, or null for the whole batch",
-            )
-        return micro
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

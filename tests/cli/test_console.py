@@ -73,6 +73,24 @@ def test_slow_runs_get_a_line_every_few_seconds(training, capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) > 30
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (20, "step 100/100"),
+        (40, "step 100/100  loss 0.0100  scale 65536"),
+        (60, "step 100/100  loss 0.0100  scale 65536  skipped 1  0:00 left"),
+        (80, "step 100/100  loss 0.0100  scale 65536  skipped 1  0:00 left  1,234 samples/s"),
+    ],
+)
+def test_a_narrow_terminal_gets_the_facts_of_most_worth(training, monkeypatch, columns, shown):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    training(BarDisplay())
+    assert _without_escapes(terminal.getvalue()).rstrip().endswith(f"\r{shown}")
+
+
 @pytest.mark.parametrize("columns", ["120", "20"])
 def test_a_terminal_gets_a_bar_that_is_redrawn(training, monkeypatch, columns):
     terminal = Terminal()
@@ -118,18 +136,40 @@ def test_tables_show_brackets_and_are_as_wide_as_their_rows_in_a_pipe(capsys):
     )
 
 
-def test_tables_fold_on_a_narrow_terminal(monkeypatch):
+def table_on_a_terminal(monkeypatch, columns, header, rows) -> list[str]:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
-    show_table("Result", ("", ""), [("run directory", "runs/some/very/long/path")])
-    assert max(len(line) for line in _without_escapes(terminal.getvalue()).splitlines()) <= 20
+    show_table("Title", header, rows)
+    return [line.rstrip() for line in _without_escapes(terminal.getvalue()).splitlines()]
+
+
+@pytest.mark.parametrize("columns", [20, 38, 39])
+def test_no_terminal_is_too_narrow_to_copy_a_path(monkeypatch, columns):
+    path = "runs/some/very/long/path"
+    lines = table_on_a_terminal(monkeypatch, columns, ("", ""), [("run directory", path)])
+    assert lines[1] == f"run directory: {path}" if columns < 39 else f"run directory  {path}"
+
+
+def test_lines_of_a_table_name_its_columns(monkeypatch):
+    header, row = ("module", "type", "", "why"), ("stem.0", "Conv2d", "fp16", "x" * 30)
+    lines = table_on_a_terminal(monkeypatch, 40, header, [row])
+    assert lines == ["Title", f"stem.0: type Conv2d, fp16, why {'x' * 30}", ""]
+
+
+def test_the_last_column_is_broken_between_words(monkeypatch):
+    lines = table_on_a_terminal(monkeypatch, 40, ("", ""), [("digits-fp16", "two words " * 5)])
+    assert lines == [
+        "Title",
+        "digits-fp16  two words two words two",
+        "             words two words two words",
+        "",
+    ]
 
 
 def _without_escapes(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 class Full(io.StringIO):
@@ -179,6 +219,10 @@ def test_memory_in_words(num_bytes, text):
         ("mptrain schema >&-", 0),
         ("mptrain chekc 2>&-", 2),
         ("mptrain schema > /dev/full", 7),
+        ("mptrain init > /dev/full", 7),
+        ("mptrain --help > /dev/full", 7),
+        ("PYTHONUNBUFFERED=1 mptrain run --help > /dev/full", 7),
+        ("mptrain run --help | true", 0),
         ("LC_ALL=C PYTHONUTF8=0 PYTHONIOENCODING=ascii mptrain check $'na\\xc3\\xafve.yaml'", 2),
         ("COLUMNS=20 TERM=dumb LANG=C mptrain --help", 0),
         ("COLUMNS=20 NO_COLOR=1 mptrain init", 0),

@@ -79,15 +79,18 @@ def test_a_copy_stands_beside_the_schema_that_it_names(mptrain):
     ("path", "written"),
     [
         ("mine.yaml", "mine.yaml"),
-        ("new/folder", "new/folder/digits-bf16.yaml"),
+        ("folder", "folder/digits-bf16.yaml"),
         ("new/mine.yml", "new/mine.yml"),
         (".", "digits-bf16.yaml"),
     ],
 )
 def test_the_path_may_be_a_file_or_a_folder(mptrain, path, written):
+    Path("folder").mkdir()
     outcome = mptrain("init", "digits-bf16", path, "--json")
     schema = Path(written).parent / "mptrain.schema.json"
-    assert outcome.json == {"written": [written, str(schema)]}
+    assert outcome.json == {
+        "status": "done", "exit_code": 0, "problems": [], "written": [written, str(schema)],
+    }  # fmt: skip
     assert Path(written).is_file()
     assert schema.is_file()
 
@@ -107,8 +110,40 @@ def test_an_unknown_template_is_answered_with_the_closest(mptrain):
     assert outcome.err == "error: no template `digit-fp16`\n  help: did you mean `digits-fp16`?\n"
 
 
-def test_a_place_that_cannot_be_written_exits_7(mptrain):
+@pytest.mark.parametrize("path", ["foo.txt", "new/folder", "/dev/null", "file"])
+def test_a_path_that_is_neither_a_folder_nor_a_recipe_is_refused(mptrain, path):
     Path("file").write_text("")
-    outcome = mptrain("init", "digits-fp16", "file/inside", "--json")
+    outcome = mptrain("init", "digits-fp16", path)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {path}: is no folder, and the name of a recipe ends in")
+    assert list(Path().iterdir()) == [Path("file")]
+
+
+def test_what_to_type_next_is_quoted(mptrain):
+    assert "mptrain run 'my file.yaml'" in mptrain("init", "digits-fp16", "my file.yaml").err
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("file/x.yaml", "file is a file"),
+        ("file/new/x.yaml", "Not a directory"),
+        (f"{'x' * 300}.yaml", "File name too long"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_exits_7(mptrain, path, reason):
+    Path("file").write_text("")
+    outcome = mptrain("init", "digits-fp16", path, "--json")
     assert outcome.code == outcome.json["exit_code"] == 7
-    assert "Not a directory" in outcome.json["problems"][0]["message"]
+    assert outcome.json["problems"][0]["message"] == f"cannot write {path}: {reason}"
+
+
+@pytest.mark.parametrize("limit", [1, 4])  # KiB: less than the recipe, less than the schema
+def test_a_full_disk_leaves_no_half_of_a_file(mptrain_process, tmp_path, limit):
+    script = f"ulimit -f {limit}; mptrain init digits-fp16"
+    for _ in range(2):
+        outcome = mptrain_process(script)
+        assert outcome.code == 7
+        assert outcome.err.startswith("error: cannot write digits-fp16.yaml: File too large\n")
+    assert list(tmp_path.iterdir()) == []

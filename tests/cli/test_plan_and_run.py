@@ -109,3 +109,24 @@ def test_what_goes_wrong_in_training_is_shown_with_its_remedy(mptrain, recipe, m
     outcome = mptrain("run", recipe.name, "--output", "out")
     assert outcome.code == 7
     assert outcome.err.endswith("error: disk full\n  help: free some space\n")
+    assert "disk full" not in outcome.out
+
+
+def test_what_goes_wrong_in_training_stands_at_its_place(mptrain, recipe, monkeypatch):
+    import mpcli.launch
+    from mpcli.recipe.errors import Exit, user_error
+
+    def train(*arguments):
+        raise user_error("too much", path="train.global_batch_size", exit_code=Exit.ENVIRONMENT)
+
+    monkeypatch.setattr(mpcli.launch, "train", train)
+    outcome = mptrain("run", recipe.name, "--output", "out")
+    assert outcome.code == 3
+    assert "tiny.yaml:6:38: train.global_batch_size: too much\n" in outcome.err
+    assert outcome.err.count("too much") == 1
+
+
+def test_an_output_without_a_name_is_refused(mptrain, recipe):
+    outcome = mptrain("run", recipe.name, "--output", "")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: `--output` names no folder\n")

@@ -60,14 +60,20 @@ def test_ctrl_c_in_training_ends_it_with_130_and_a_table(recipe):
     assert "Traceback" not in shown
 
 
-def test_ctrl_c_while_torch_is_imported_ends_it_with_130(recipe):
-    command = [Path(sys.executable).with_name("mptrain"), "run", recipe, "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent
-    )
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == json.loads(out)["exit_code"] == 130
-    assert json.loads(out)["status"] == "interrupted"
-    assert "Traceback" not in err
+def test_ctrl_c_at_any_moment_of_the_start_ends_it_with_130(recipe):
+    code = "import sys; from mpcli.cli import main; print('begin', flush=True); sys.exit(main())"
+    options = ["--json", "--set", "train.steps=100000"]
+    for tenths in range(1, 31, 3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "run", recipe, *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begin\n"
+        time.sleep(tenths / 10)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        assert "Traceback" not in err
+        assert process.returncode == 130, err
+        if tenths > 3:  # the command line itself is loaded
+            assert json.loads(out)["status"] == "interrupted"

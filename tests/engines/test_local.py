@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcli.data.batch import Batch
 from mpcli.engines.local import LocalEngine
+from tests.host_reads import HostReads
 from tests.small import small_recipe
 
 CPU = torch.device("cpu")
@@ -138,13 +138,14 @@ def test_norm_and_clipping_do_not_depend_on_the_scale(tmp_path: Path, scale: flo
     assert state_hash(plain) == state_hash(scaled)
 
 
-def test_clipping_is_torchs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_norm", [0.05, 1000.0])
+def test_clipping_is_torchs(tmp_path: Path, max_norm: float) -> None:
     engine = _engine(
-        tmp_path, "train.clip={kind: norm, max_norm: 0.05}", "optim={kind: sgd, lr: 1}"
+        tmp_path, f"train.clip={{kind: norm, max_norm: {max_norm}}}", "optim={kind: sgd, lr: 1}"
     )
     theirs = make_net()
     make_loss()(theirs, make_batch()).backward()
-    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
     engine.accumulate(make_loss(), make_batch(), last=True)
     torch.testing.assert_close(engine.step().grad_norm, norm)
     for ours, p in zip(engine.model.parameters(), theirs.parameters(), strict=True):
@@ -153,11 +154,16 @@ def test_clipping_is_torchs(tmp_path: Path) -> None:
 
 def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path) -> None:
     engine = _engine(tmp_path, "train.ema=0.75")
-    expected = [p.detach().clone() for p in engine.parameters]
+    history = []
     for step in range(3):
         engine.accumulate(make_loss(), make_batch(step), last=True)
         engine.step()
-        expected = [0.75 * a + 0.25 * p for a, p in zip(expected, engine.parameters, strict=True)]
+        history.append([p.detach().clone() for p in engine.parameters])
+    weights = [0.75**2, 0.75, 1.0]  # of the first to the last, whatever came before them not
+    expected = [
+        sum(w * p for w, p in zip(weights, versions, strict=True)) / sum(weights)
+        for versions in zip(*history, strict=True)
+    ]
     trained = [p.detach().clone() for p in engine.parameters]
     with engine.evaluating() as model:
         for a, p in zip(expected, model.parameters(), strict=True):
@@ -199,18 +205,10 @@ def test_types_of_weights_activations_gradients_and_state(
     assert {p.grad.dtype for p in engine.parameters if p.grad is not None} == {torch.float32}
     engine.step()
     assert {v.dtype for s in engine.optimizer.state.values() for v in s.values()} == {torch.float32}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts reads of a device value by the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+    seen.clear()
+    with engine.evaluating() as model:
+        model(make_batch().inputs)
+    assert set(seen.values()) == {expected}
 
 
 def test_the_counter_counts() -> None:
@@ -237,3 +235,27 @@ def test_steps_read_nothing_on_the_host(tmp_path: Path, mode: str, optimizer: st
             )
             engine.step()
     assert reads.count == 0
+
+
+def test_the_model_is_compiled_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    _engine(tmp_path)
+    assert compiled == []
+    engine = _engine(tmp_path, "engine.compile=true")
+    assert compiled == [engine.model]
+
+
+def test_memory_of_the_process_is_in_bytes_and_peaks_are_kept(tmp_path: Path) -> None:
+    engine, size = _engine(tmp_path), 64 << 20
+    before, _ = engine.memory()
+    assert before > 50e6  # torch alone
+    tensor = torch.ones(size, dtype=torch.uint8)
+    held, _ = engine.memory()
+    del tensor
+    after, peak = engine.memory()
+    assert 0.9 * size < held - before < 2 * size
+    assert after < held
+    assert peak >= before + 0.9 * size

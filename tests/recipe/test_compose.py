@@ -163,6 +163,48 @@ def test_a_fragment_can_be_chosen_by_override(write: Write) -> None:
     assert isinstance(loaded.recipe.optim, AdamW)
 
 
+def test_a_fragment_of_an_override_wins_over_the_recipes_own_keys(write: Write) -> None:
+    loaded = load_recipe(
+        write(f"{REST}optim: {{kind: sgd, lr: 1}}\n"), ["use.precision=bf16", "optim.lr=2"]
+    )
+    assert loaded.recipe.precision.mode == "bf16"
+    assert "configs/precision/bf16.yaml" in loaded.origins["precision.mode"]
+
+
+def test_explicit_overrides_win_over_a_fragment_of_an_override(write: Write) -> None:
+    loaded = load_recipe(
+        write(f"{REST}optim: {{kind: sgd, lr: 1}}\n"), ["optim.lr=2", "use.optim=adamw-cosine"]
+    )
+    assert isinstance(loaded.recipe.optim, AdamW)
+    assert loaded.recipe.optim.lr == 2
+
+
+def test_own_keys_of_the_kind_of_a_replaced_fragment_are_dropped(write: Write) -> None:
+    write(SGD, "configs/optim/mine.yaml")
+    loaded = load_recipe(
+        write(f"{REST}use: {{optim: mine}}\noptim: {{momentum: 0.5}}\n"),
+        ["use.optim=adamw-cosine"],
+    )
+    assert isinstance(loaded.recipe.optim, AdamW)
+    assert loaded.dropped == (
+        "optim.momentum (recipe.yaml:7:9) is dropped: optim.kind is now adamw",
+    )
+
+
+def test_nothing_but_the_kind_is_left_of_a_replaced_fragment(write: Write) -> None:
+    write("mode: fp16\nloss_scale: {kind: static, scale: 8}\n", "configs/precision/mine.yaml")
+    text = REST.replace("precision: {mode: fp16}\n", "use: {precision: mine}\n")
+    loaded = load_recipe(
+        write(f"{text}optim: {{kind: sgd, lr: 1}}\n"), ["use.precision=fp16-dynamic"]
+    )
+    assert loaded.recipe.precision.loss_scale == DynamicScale(kind="dynamic")
+
+
+def test_a_replaced_fragment_need_not_exist(write: Write) -> None:
+    recipe = write(f"{REST}use: {{optim: nonsense}}\n")
+    assert isinstance(load_recipe(recipe, ["use.optim=adamw-cosine"]).recipe.optim, AdamW)
+
+
 def test_the_same_override_twice_is_one(write: Write) -> None:
     assert load_recipe(write(), ["optim.lr=2", "optim.lr=2"]).recipe.optim.lr == 2
 
@@ -183,6 +225,12 @@ def test_the_same_override_twice_is_one(write: Write) -> None:
         (["optm.lr=1"], "unknown field", 1, 1),
         (["name.first=1"], "expected text, found a section", 1, 6),
         (["optim.lr=[1, 2"], "not closed", 1, 10),
+        (["data.augment=[flip,"], "a value is expected here", 1, 20),
+        (["train.epochs="], "how long to train", 1, 14),
+        (["train.seed=1", "train.epochs=null"], "how long to train", 2, 14),
+        (["optim.kind=adamw"], "optim.lr: required, but missing", 1, 12),
+        (["task.model.kind=torchvision"], "task.model.name: required", 1, 17),
+        (["fp16=true"], "unknown field", 1, 1),
         (["optim.lr=!!int 3"], "tag `!!int` is not allowed", 1, 10),
         (["optim.lr=\udcff"], r"U\+DCFF is not allowed", 1, 10),
         (["optim.lr=a\nb"], "one line", 1, 10),

@@ -77,9 +77,9 @@ def test_problems_come_together_in_the_order_of_the_file(write: Write) -> None:
     ]
 
 
-def test_at_most_fifty_problems_are_told(write: Write) -> None:
+def test_at_most_twenty_problems_are_told(write: Write) -> None:
     found = problems(write("".join(f"f{i}: 1\n" for i in range(200))))
-    assert len(found) == 51
+    assert len(found) == 21
     assert found[-1][1].endswith("more problems are not shown")
 
 
@@ -119,6 +119,8 @@ def test_lists_convert_nothing(items: str, write: Write) -> None:
         ("digits-fp16", "copy it here first: `mptrain init digits-fp16`"),
         ("digits-fp16.yaml", "copy it here first: `mptrain init digits-fp16`"),
         ("digit-fp16.yaml", "did you mean the template `digits-fp16`?"),
+        ("recip.yml", "did you mean `recipe.yaml`?"),
+        ("nofile.yaml", "`mptrain init` copies a recipe to begin with"),
         ("elsewhere/zzz.yaml", "`mptrain init` copies a recipe to begin with"),
     ],
 )
@@ -127,6 +129,39 @@ def test_a_missing_file_suggests_another(name: str, hint: str, write: Write) -> 
     with pytest.raises(UserError, match="no such file") as caught:
         load_recipe(name)
     assert (caught.value.problems[0].hint or "").startswith(hint)
+
+
+def test_a_recipe_without_a_name(write: Write) -> None:
+    write()
+    assert problems("") == [("", "no recipe is named")]
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("optim.lr=1,5", "write `1.5`"),
+        ("optim.lr=0,001", "write `0.001`"),
+        ("optim.lr=1,000", "write `1000` or `1.000`, without a comma"),
+        ("optim.lr=1,000,000", "write `1000000`"),
+        ("optim.lr=1,234.5", "write `1234.5`"),
+        ("train.epochs=1,000", "write `1000`"),
+        ("train.epochs=1,5", None),
+    ],
+)
+def test_commas_in_numbers(write: Write, override: str, hint: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(), [override])
+    assert caught.value.problems[0].hint == hint
+
+
+@pytest.mark.parametrize("digits", [20, 50, 400, 5000])
+def test_a_number_of_many_digits_is_answered_with_the_bound(write: Write, digits: int) -> None:
+    with pytest.raises(UserError, match="expected less than 2147483648"):
+        load_recipe(write(), [f"train.epochs={'9' * digits}"])
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(), [f"optim.weight_decay={'9' * digits}" if digits > 50 else "name=/"])
+    if digits > 50:
+        assert caught.value.problems[0].hint == "the largest number is about 1.8e308"
 
 
 @pytest.mark.parametrize("content", ["", "\n", "# only this\n", "---\n", "~\n", "\ufeff"])

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcli.data import DatasetInfo
 from mpcli.data.batch import Batch
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.task import ImageClassification
 from mpcli.tasks import apply_activation_checkpointing, image_classification
+from tests.host_reads import HostReads
 
 INFO = DatasetInfo(10, 10, (3, 32, 32), 10, "test")
 SMALLNET = {"kind": "smallnet", "width": 4}
@@ -105,16 +105,6 @@ def test_evaluation_is_untouched():
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(usual(images), ours(images))
-
-
-class HostReads(TorchDispatchMode):
-    """Counts reads of device values by the host."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_value_is_read_by_the_host():

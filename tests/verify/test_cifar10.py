@@ -83,7 +83,11 @@ def test_half_precision_learns_as_fp32_and_a_tiny_scale_does_not(
             "precision={mode: fp16, loss_scale: {kind: static, scale: 0.000244140625}}"
         ],
     }
-    common = [f"train={{steps: {STEPS}, global_batch_size: 32}}", "eval.every=null"]
+    common = [
+        f"train={{steps: {STEPS}, global_batch_size: 32}}",
+        "optim={kind: adamw, lr: 0.002, schedule: {kind: constant}}",
+        "eval.every=null",
+    ]
     smoothed = {}
     for number, (name, overrides) in enumerate(runs.items()):
         _, losses = run(tmp_path / str(number), "cifar10-fp32.yaml", *common, *overrides)

@@ -59,7 +59,9 @@ def load(data: Cifar10 | Cifar100) -> tuple[Splits, DatasetInfo]:
 
 def _info(cifar: Cifar, found: Found | None) -> DatasetInfo:
     if found is None:
-        num_train, num_eval, source = cifar.num_train, cifar.num_eval, "download"
+        num_train, num_eval = cifar.num_train, cifar.num_eval
+        places = " or ".join(map(str, _default_folders(cifar)))
+        source = f"{cifar.title} by download (it is not in {places})"
     else:
         num_train, num_eval = found.layout.count(found.files, cifar)
         source = f"{found.folder} ({found.layout_name})"

@@ -95,6 +95,8 @@ def first_complete(
     return None
 
 
-def bad_file(path: Path, what: str, hint: str | None = None) -> UserError:
+def bad_file(
+    path: Path, what: str, hint: str = "download it again, or set `data.path`"
+) -> UserError:
     """The error for a file that is there and is not what it should be."""
     return user_error(f"{path}: {what}", hint, path="data", exit_code=Exit.ENVIRONMENT)
