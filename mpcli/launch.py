@@ -50,7 +50,7 @@ def launch(run: RunDirectory, display: Display) -> Result:
         return result
 
     with storage_errors(run.path):
-        to_file = logging.FileHandler(run.log_path, encoding="utf-8")
+        to_file = _LogFile(run.log_path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers = [to_file, _WarningsTo(display)]
     for handler in handlers:
@@ -77,6 +77,13 @@ def launch(run: RunDirectory, display: Display) -> Result:
             logger.removeHandler(handler)
             handler.close()
         run.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk is full stays short; what must be said is said elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
 
 
 class _WarningsTo(logging.Handler):

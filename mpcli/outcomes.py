@@ -14,7 +14,7 @@ from mpcli.engines.base import Outcome
 from mpcli.records import StepRecord
 
 BLOCK = 8
-"""Steps gathered on the device before they are copied to the host together."""
+"""Steps whose outcomes are copied to the host together."""
 MAX_SECONDS = 0.8
 """Slow steps are copied earlier: a row reaches its file within 10 steps or 1 s."""
 
@@ -24,7 +24,7 @@ class _Block:
     """Copied or being copied rows; `ready` is None where the copy is already done."""
 
     values: Tensor  # fp32 [rows, 4] on the host: loss, grad_norm, scale, found_inf
-    memory: list[tuple[int, int]]
+    memory: tuple[int, int]  # allocated and peak bytes after the last of the steps
     seconds: float  # that the steps took
     ready: torch.cuda.Event | None
 
@@ -57,14 +57,13 @@ class OutcomeLog:
 
     def push(self, loss: Tensor, outcome: Outcome) -> None:
         """Note one attempted step."""
-        values = [loss, outcome.grad_norm, outcome.scale, outcome.found_inf]
-        torch.stack(values, out=self._rows[len(self._memory)])
-        self._memory.append(self.memory())
+        self._values += (loss, outcome.grad_norm, outcome.scale, outcome.found_inf)
+        self._length += 1
 
     def collect(self, *, wait: bool = False) -> list[StepRecord]:
         """The rows that are ready; with `wait`, every row there is."""
-        due = len(self._memory) == BLOCK or time.monotonic() - self._started > MAX_SECONDS
-        if self._memory and (due or wait):
+        due = self._length == BLOCK or time.monotonic() - self._started > MAX_SECONDS
+        if self._length and (due or wait):
             self._copy_block()
         records: list[StepRecord] = []
         while self._copying and self._is_ready(self._copying[0], wait):
@@ -76,22 +75,21 @@ class OutcomeLog:
         self._started = time.monotonic()
 
     def _start_block(self) -> None:
-        self._block = torch.zeros(BLOCK, 4, dtype=torch.float32, device=self._device)
-        self._rows = list(self._block)
-        self._memory: list[tuple[int, int]] = []
+        self._values: list[Tensor] = []
+        self._length = 0
         self._started = time.monotonic()
 
     def _copy_block(self) -> None:
-        rows = self._block[: len(self._memory)]
+        rows = torch.stack(self._values).view(self._length, 4)
         seconds = max(time.monotonic() - self._started, 1e-9)
+        ready = None
         if self._device.type == "cuda":
             values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             values.copy_(rows, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-            self._copying.append(_Block(values, self._memory, seconds, ready))
-        else:
-            self._copying.append(_Block(rows, self._memory, seconds, None))
+            rows = values
+        self._copying.append(_Block(rows, self.memory(), seconds, ready))
         self._start_block()
 
     @staticmethod
@@ -103,10 +101,11 @@ class OutcomeLog:
         return wait
 
     def _read(self, block: _Block) -> list[StepRecord]:
-        samples_per_second = len(block.memory) * self.samples_per_step / block.seconds
+        rows = block.values.tolist()
+        samples_per_second = len(rows) * self.samples_per_step / block.seconds
+        allocated, peak = block.memory
         records = []
-        for values, (allocated, peak) in zip(block.values.tolist(), block.memory, strict=True):
-            loss, grad_norm, scale, found_inf = values
+        for loss, grad_norm, scale, found_inf in rows:
             self.steps += 1
             applied = not found_inf
             records.append(

@@ -103,6 +103,10 @@ class StepRecord(Record):
     memory_allocated_bytes: int
     memory_peak_bytes: int
 
+    def to_json(self, indent: int | None = None) -> str:
+        """Strict JSON text; flat, so that nothing has to be converted first: it is often called."""
+        return strict_json(vars(self), indent)
+
 
 class EvalRecord(Record):
     """One row of `evals.jsonl`."""

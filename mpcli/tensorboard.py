@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpcli.machine import uninterrupted
 from mpcli.records import EvalRecord, StepRecord
 from mpcli.rundir import storage_errors
 
@@ -13,7 +14,8 @@ class TensorBoard:
     """Writes every step and evaluation as scalars, as they are recorded."""
 
     def __init__(self, path: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with uninterrupted():
+            from torch.utils.tensorboard import SummaryWriter
 
         self.path = path
         with storage_errors(path):

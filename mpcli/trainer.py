@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from mpcli.data.batch import Batch
 from mpcli.engines.base import Engine
@@ -149,19 +150,15 @@ def train(
         stack.callback(_write_remaining, log, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
+        loss_function = functools.partial(task.loss, options)
         evaluation_due = _due(recipe.eval.every, plan)
         for step in range(1, plan.steps + 1):
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
             total_weight = task.weight(batch)
-
-            def loss_function(
-                model: nn.Module, micro_batch: Batch, total_weight: int = total_weight
-            ) -> Tensor:
-                loss_sum, _ = task.loss(options, model, micro_batch)
-                return loss_sum / total_weight
-
             losses = [
-                engine.accumulate(loss_function, micro_batch, last=index == plan.accumulation)
+                engine.accumulate(
+                    loss_function, micro_batch, total_weight, last=index == plan.accumulation
+                )
                 for index, micro_batch in enumerate(_split(batch, plan.micro_batch_size), 1)
             ]
             outcome = engine.step()
@@ -186,11 +183,7 @@ def _split(batch: Batch, size: int) -> list[Batch]:
     return [Batch(inputs, targets) for inputs, targets in pairs]
 
 
-class _Due(Protocol):
-    def __call__(self, step: int) -> bool: ...
-
-
-def _due(every: str | None, plan: Plan) -> _Due:
+def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
     """Whether an interval such as `2 epochs` ends with a step."""
     if every is None:
         return lambda step: False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def test_a_process_that_may_write_no_more_exits_7(tmp_path, limit, begun):
         [Path(sys.executable).with_name("mptrain"), "run", "small.yaml", "--output", "out-dir",
          "--set", "train.steps=2000", "--json"],
         cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},  # a cut-off .pyc would break others
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == json.loads(done.stdout)["exit_code"] == 7

@@ -52,7 +52,7 @@ def test_steps_never_wait_for_the_device(tmp_path: Path, mode: str, optimizer: s
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(20):
-            engine.accumulate(make_loss(float("inf") if step == 5 else 1.0), batch, last=True)
+            engine.accumulate(make_loss(float("inf") if step == 5 else 1.0), batch, 8, last=True)
             engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -66,6 +66,6 @@ def test_a_skipped_first_step_changes_nothing(tmp_path: Path, optimizer: str) ->
     engine = LocalEngine(recipe, make_net().to(device), device, steps=20)
     batch = type(make_batch())(*(tensor.to(device) for tensor in make_batch()))
     before = state_hash(engine)
-    engine.accumulate(make_loss(float("inf")), batch, last=True)
+    engine.accumulate(make_loss(float("inf")), batch, 8, last=True)
     assert engine.step().found_inf == 1
     assert state_hash(engine) == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from mpcli.data.images import DatasetInfo, Split, Splits
+from mpcli.machine import uninterrupted
 
 INFO = DatasetInfo(
     num_train=1437,
@@ -20,7 +21,8 @@ INFO = DatasetInfo(
 
 def load() -> Splits:
     """Pixels are 0..16. Every fifth example of the examples sorted by class is held out."""
-    from sklearn.datasets import load_digits
+    with uninterrupted():
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)

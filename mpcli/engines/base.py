@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-"""(model, micro-batch) -> scalar loss: the micro-batch's sum over the global batch's weight."""
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+"""(model, micro-batch) -> the fp32 sum of its losses, and how many things were summed."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,18 @@ class Outcome:
 class Engine(Protocol):
     """Where and how a step runs. Nothing here reads a device value on the host."""
 
-    def accumulate(self, loss_function: LossFunction, batch: Batch, *, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; the detached loss. `last`: of this step."""
+    def accumulate(
+        self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
+    ) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            total_weight: of the whole global batch; the loss is the micro-batch's sum over it.
+            last: whether this is the step's last micro-batch.
+
+        Returns:
+            The micro-batch's share of the loss: fp32, detached.
+        """
 
     def step(self) -> Outcome:
         """Unscale, check, clip, update or skip, advance loss scale and averages."""

@@ -45,12 +45,15 @@ class LocalEngine:
         if recipe.engine.compile:
             model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks (2.14.1)
 
-    def accumulate(self, loss_function: LossFunction, batch: Batch, *, last: bool) -> Tensor:
+    def accumulate(
+        self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
+    ) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up in fp32."""
         with self.autocast:
-            loss = loss_function(self.model, batch)
-        self.scaler.scaled(loss).backward()
-        return loss.detach()
+            loss_sum, _ = loss_function(self.model, batch)
+        # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
+        loss_sum.backward(self.scaler.scale / total_weight)
+        return loss_sum.detach() / total_weight
 
     def step(self) -> Outcome:
         """Unscale, check, clip, update or skip, advance loss scale and averages."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpcli.precision.loss_scale import initial_state
-from mpcli.recipe.precision import DynamicScale, LossScale, NoScale
+from mpcli.recipe.precision import DynamicScale, LossScale
 
 
 class LossScaler:
@@ -19,16 +19,11 @@ class LossScaler:
 
     def __init__(self, policy: LossScale, device: torch.device) -> None:
         self.policy = policy
-        self.scales = not isinstance(policy, NoScale)
         state = initial_state(policy)
         self.scale = torch.tensor(state.scale, dtype=torch.float32, device=device)
         self.good_steps = torch.tensor(state.good_steps, dtype=torch.int32, device=device)
         self.overflows = torch.tensor(state.overflows, dtype=torch.int32, device=device)
         self._inverse_scale = self._inverse()
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to call `backward` on."""
-        return loss * self.scale if self.scales else loss
 
     def unscale_(self, gradients: list[Tensor]) -> Tensor:
         """Divide fp32 gradients by the scale in place.

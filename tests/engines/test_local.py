@@ -42,10 +42,11 @@ def make_batch(seed: int = 0, size: int = 8) -> Batch:
     return Batch(inputs, torch.randint(0, 3, (size,), generator=generator))
 
 
-def make_loss(factor: float = 1.0, weight: int = 8) -> Any:
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
+def make_loss(factor: float = 1.0) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         logits = model(batch.inputs).float()
-        return factor * nn.functional.cross_entropy(logits, batch.targets, reduction="sum") / weight
+        total = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+        return factor * total, len(batch.targets)
 
     return loss
 
@@ -75,18 +76,18 @@ def test_a_skipped_step_changes_nothing(
         "train.clip={kind: norm, max_norm: 1.0}",
     )
     for step in range(good_steps_before):
-        engine.accumulate(make_loss(), make_batch(step), last=True)
+        engine.accumulate(make_loss(), make_batch(step), 8, last=True)
         assert engine.step().found_inf == 0
     before = state_hash(engine)
 
     # The overflow comes in the second of two micro-batches.
-    engine.accumulate(make_loss(), make_batch(7), last=False)
-    engine.accumulate(make_loss(float("inf")), make_batch(8), last=True)
+    engine.accumulate(make_loss(), make_batch(7), 8, last=False)
+    engine.accumulate(make_loss(float("inf")), make_batch(8), 8, last=True)
     assert engine.step().found_inf == 1
     assert state_hash(engine) == before
     assert engine.applied.item() == good_steps_before
 
-    engine.accumulate(make_loss(), make_batch(9), last=True)
+    engine.accumulate(make_loss(), make_batch(9), 8, last=True)
     assert engine.step().found_inf == 0
     assert state_hash(engine) != before
     assert all(bool(p.isfinite().all()) for p in engine.model.state_dict().values())
@@ -98,10 +99,10 @@ def test_skipped_steps_do_not_influence_later_ones(tmp_path: Path) -> None:
     clean, disturbed = _engine(tmp_path, *settings), _engine(tmp_path, *settings)
     for step in range(6):
         for engine in (clean, disturbed):
-            engine.accumulate(make_loss(), make_batch(step), last=True)
+            engine.accumulate(make_loss(), make_batch(step), 8, last=True)
             engine.step()
         if step in (0, 2, 3):
-            disturbed.accumulate(make_loss(float("nan")), make_batch(99), last=True)
+            disturbed.accumulate(make_loss(float("nan")), make_batch(99), 8, last=True)
             disturbed.step()
     assert state_hash(clean) == state_hash(disturbed)
 
@@ -114,11 +115,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     for engine in (whole, parts):
         engine.model.eval()  # BatchNorm's statistics depend on the micro-batch, rightly
     batch = make_batch()
-    whole.accumulate(make_loss(), batch, last=True)
+    whole.accumulate(make_loss(), batch, 8, last=True)
     for inputs, targets in zip(
         batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True
     ):
-        parts.accumulate(make_loss(), Batch(inputs, targets), last=False)
+        parts.accumulate(make_loss(), Batch(inputs, targets), 8, last=False)
     for a, b in zip(whole.parameters, parts.parameters, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -131,7 +132,7 @@ def test_norm_and_clipping_do_not_depend_on_the_scale(tmp_path: Path, scale: flo
     scaled = _engine(tmp_path, clip, f"precision.loss_scale={{kind: static, scale: {scale}}}")
     norms = []
     for engine in (plain, scaled):
-        engine.accumulate(make_loss(), make_batch(), last=True)
+        engine.accumulate(make_loss(), make_batch(), 8, last=True)
         norms.append(engine.step().grad_norm)
     assert torch.equal(norms[0], norms[1])
     assert norms[0] > 0.05
@@ -144,9 +145,9 @@ def test_clipping_is_torchs(tmp_path: Path, max_norm: float) -> None:
         tmp_path, f"train.clip={{kind: norm, max_norm: {max_norm}}}", "optim={kind: sgd, lr: 1}"
     )
     theirs = make_net()
-    make_loss()(theirs, make_batch()).backward()
+    (make_loss()(theirs, make_batch())[0] / 8).backward()
     norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
-    engine.accumulate(make_loss(), make_batch(), last=True)
+    engine.accumulate(make_loss(), make_batch(), 8, last=True)
     torch.testing.assert_close(engine.step().grad_norm, norm)
     for ours, p in zip(engine.model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours.detach(), p.detach() - p.grad, rtol=1e-5, atol=1e-7)
@@ -156,7 +157,7 @@ def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path)
     engine = _engine(tmp_path, "train.ema=0.75")
     history = []
     for step in range(3):
-        engine.accumulate(make_loss(), make_batch(step), last=True)
+        engine.accumulate(make_loss(), make_batch(step), 8, last=True)
         engine.step()
         history.append([p.detach().clone() for p in engine.parameters])
     weights = [0.75**2, 0.75, 1.0]  # of the first to the last, whatever came before them not
@@ -177,7 +178,7 @@ def test_learning_rate_follows_applied_steps(tmp_path: Path) -> None:
     seen = []
     for step in range(4):
         engine.accumulate(
-            make_loss(float("inf") if step == 1 else 1.0), make_batch(step), last=True
+            make_loss(float("inf") if step == 1 else 1.0), make_batch(step), 8, last=True
         )
         engine.step()
         seen.append(engine.lr.item())
@@ -198,7 +199,7 @@ def test_types_of_weights_activations_gradients_and_state(
             module.register_forward_hook(
                 lambda module, inputs, output, name=name: seen.update({name: output.dtype})
             )
-    loss = engine.accumulate(make_loss(), make_batch(), last=True)
+    loss = engine.accumulate(make_loss(), make_batch(), 8, last=True)
     assert set(seen.values()) == {expected}
     assert loss.dtype == torch.float32
     assert {p.dtype for p in engine.parameters} == {torch.float32}
@@ -231,7 +232,7 @@ def test_steps_read_nothing_on_the_host(tmp_path: Path, mode: str, optimizer: st
     with HostReads() as reads:
         for step in range(20):
             engine.accumulate(
-                make_loss(float("inf") if step == 5 else 1.0), make_batch(step), last=True
+                make_loss(float("inf") if step == 5 else 1.0), make_batch(step), 8, last=True
             )
             engine.step()
     assert reads.count == 0
