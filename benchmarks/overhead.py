@@ -92,7 +92,7 @@ def ours(mode: str, steps: int) -> None:
     from mpcli.rundir import RunDirectory
     from mpcli.tasks import image_classification
 
-    machine = Machine(cpu_count=1, cuda_devices=(), emulated={}, unsupported={})
+    machine = Machine(cuda_devices=(), emulated={}, unsupported={})
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(image_classification, "build_model", lambda task, info: mlp()),

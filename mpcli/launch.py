@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.render import problem_json
 from mpcli.records import Result, Status
@@ -28,9 +29,8 @@ def launch(run: RunDirectory, display: Display) -> Result:
     progress = Progress()
     recipe = load_recipe(run.recipe_path).recipe
 
-    def finish(
-        status: Status, code: Exit, reason: str | None = None, error: UserError | None = None
-    ) -> Result:
+    def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
+        reason = "; ".join(problem.what for problem in problems) or None
         result = Result(
             status=status,
             exit_code=code,
@@ -43,7 +43,7 @@ def launch(run: RunDirectory, display: Display) -> Result:
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=progress.peak_memory_bytes,
             checkpoint="final" if status == "done" else None,
-            problems=tuple(problem_json(p) for p in error.problems) if error else (),
+            problems=tuple(problem_json(p) for p in problems),
         )
         logger.info("%s%s", status, f": {reason}" if reason else "")
         run.write_result(result)
@@ -60,16 +60,17 @@ def launch(run: RunDirectory, display: Display) -> Result:
         train(recipe, run.plan(), run, display, progress)
         return finish("done", Exit.DONE)
     except Diverged as diverged:
-        return finish("diverged", Exit.NUMERICS, str(diverged))
+        hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"
+        return finish("diverged", Exit.NUMERICS, [Problem(str(diverged), hint)])
     except UserError as error:
-        return finish("failed", error.exit_code, str(error), error)
+        return finish("failed", error.exit_code, error.problems)
     except KeyboardInterrupt:
-        return finish("interrupted", Exit.INTERRUPTED, "stopped by Ctrl-C")
+        return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C")])
     except Exception as error:
         if told := _explained(error):
-            return finish("failed", told.exit_code, str(told), told)
+            return finish("failed", told.exit_code, told.problems)
         logger.exception("a bug")
-        finish("failed", Exit.BUG, f"{type(error).__name__}: {error}")
+        finish("failed", Exit.BUG, [Problem(f"{type(error).__name__}: {error}")])
         raise
     finally:
         display.close()

@@ -67,7 +67,6 @@ _SECRET_PART = re.compile(  # credentials before a URL's host, and its query
 class Machine:
     """What a plan needs to know of a machine. Keys of the mappings are `cpu` and `cuda`."""
 
-    cpu_count: int
     cuda_devices: tuple[str, ...]
     emulated: Mapping[str, frozenset[str]]  # precisions that run without hardware for them: slowly
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
@@ -149,7 +148,6 @@ def detect_machine() -> Machine:
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Machine(
-        cpu_count=_cpu_count(),
         cuda_devices=tuple(names),
         emulated={
             device: frozenset(p for p in _precisions(device) if not _is_native(device, p))

@@ -144,6 +144,7 @@ def train(
             display.evaluated(row)
             if board:
                 board.evaluated(row)
+            progress.peak_memory_bytes = max(progress.peak_memory_bytes, engine.memory()[1])
             logger.info("step %d: evaluation %s", step, progress.evaluation)
             log.restart_clock()
 

@@ -14,7 +14,7 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, Result, StepRecord
 from mpcli.rundir import RunDirectory
 
-CPU = Machine(cpu_count=2, cuda_devices=(), emulated={}, unsupported={})
+CPU = Machine(cuda_devices=(), emulated={}, unsupported={})
 
 RECIPE = """\
 name: small

@@ -33,7 +33,6 @@ HIDDEN = {
 
 def test_this_machine_runs_fp32_natively_and_what_torch_offers():
     found = detect_machine()
-    assert found.cpu_count >= 1
     assert len(found.cuda_devices) == torch.cuda.device_count()
     for kind in (found.emulated, found.unsupported):
         assert set(kind) == {"cpu", "cuda"}

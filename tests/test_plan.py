@@ -18,7 +18,7 @@ from mpcli.recipe.errors import Exit, UserError
 from tests.small import CPU, small_recipe
 from tests.tiny_cifar import write_tiny_cifar
 
-GPU = Machine(cpu_count=2, cuda_devices=("x",), emulated={}, unsupported={})
+GPU = Machine(cuda_devices=("x",), emulated={}, unsupported={})
 
 
 def problems(folder: Path, *overrides: str, machine: Machine = CPU) -> dict[str, tuple[str, Exit]]:
@@ -95,9 +95,9 @@ def test_missing_data_is_a_problem_of_the_environment(tmp_path: Path) -> None:
 
 
 def test_unsupported_and_emulated_precisions(tmp_path: Path) -> None:
-    lacking = Machine(2, (), emulated={}, unsupported={"cpu": frozenset({"fp16"})})
+    lacking = Machine((), emulated={}, unsupported={"cpu": frozenset({"fp16"})})
     assert "precision.mode" in problems(tmp_path, "precision.mode=fp16", machine=lacking)
-    emulating = Machine(2, (), emulated={"cpu": frozenset({"fp16"})}, unsupported={})
+    emulating = Machine((), emulated={"cpu": frozenset({"fp16"})}, unsupported={})
     plan = make_plan(small_recipe(tmp_path, "precision.mode=fp16").recipe, emulating)
     assert [warning.path for warning in plan.warnings] == ["precision.mode"]
 

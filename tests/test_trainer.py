@@ -446,9 +446,18 @@ def test_tensorboard_events_when_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deterministic_and_compiled_runs_train(tmp_path: Path) -> None:
+def test_deterministic_and_compiled_runs_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, plain = run_small(tmp_path, name="plain")
+    switches = []
+    monkeypatch.setattr(
+        Silent,
+        "steps",
+        lambda self, rows: switches.append(torch.are_deterministic_algorithms_enabled()),
+    )
     _, deterministic = run_small(tmp_path, "train.deterministic=true", name="deterministic")
+    assert set(switches) == {True}
     assert deterministic.metrics == plain.metrics
     assert not torch.are_deterministic_algorithms_enabled()
     run, compiled = run_small(tmp_path, "engine.compile=true", name="compiled")

@@ -13,7 +13,7 @@ def env(as_json: AsJson = False) -> None:
 
     found = environment()
     if as_json:
-        write_json(found)
+        write_json({"status": "done", "exit_code": 0, **found})
         return
     show_table(
         "Versions",

@@ -28,6 +28,8 @@ def plan(
     if as_json:
         write_json(
             {
+                "status": "done",
+                "exit_code": 0,
                 "recipe": loaded.recipe.model_dump(mode="json"),
                 "origins": dict(loaded.origins),
                 "dropped": list(loaded.dropped),

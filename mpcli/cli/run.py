@@ -72,6 +72,6 @@ def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
         ("steps", f"{result.steps_applied:,} applied, {result.steps_skipped:,} skipped"),
         *metrics.items(),
         ("time", f"{result.wall_seconds:.1f} s"),
-        ("peak memory", memory_text(result.peak_memory_bytes)),
+        ("peak memory", memory_text(result.peak_memory_bytes or None)),
         ("run directory", str(path)),
     ]

@@ -22,8 +22,9 @@ def mistake(message: str, hint: str | None = None, field: str | None = None) -> 
     return PydanticCustomError("mistake", "{message}", about)
 
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# Bounds that fp32 can hold: these numbers are used in it.
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 

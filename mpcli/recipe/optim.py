@@ -45,7 +45,7 @@ Schedule = Annotated[Constant | Linear | Cosine | OneCycle, Field(discriminator=
 
 
 class _Optimizer(Section):
-    lr: float = Field(gt=0, le=1e30, description="peak learning rate")  # held in fp32
+    lr: Positive = Field(description="peak learning rate")
     schedule: Schedule = Field(
         default=Constant(kind="constant"), description="course of the learning rate over the run"
     )
@@ -68,6 +68,7 @@ class Sgd(_Optimizer):
         return self
 
 
+Epsilon = Annotated[float, Field(ge=1e-30, le=1e30)]  # not zero in fp32
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 
 
@@ -76,7 +77,7 @@ class Adam(_Optimizer):
 
     kind: Literal["adam"]
     betas: Betas = Field(default=(0.9, 0.999), description="decay of both moment estimates")
-    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    eps: Epsilon = Field(default=1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(default=0.0, description="not on norms and biases")
 
 
@@ -85,7 +86,7 @@ class AdamW(_Optimizer):
 
     kind: Literal["adamw"]
     betas: Betas = Field(default=(0.9, 0.999), description="decay of both moment estimates")
-    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    eps: Epsilon = Field(default=1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(default=0.01, description="not on norms and biases")
 
 

@@ -27,7 +27,8 @@ class Train(Section):
     global_batch_size: Count = Field(description="samples per optimizer step, over everything")
     micro_batch_size: Count | None = Field(
         default=None,
-        description="most samples per forward; null: the whole batch. Smaller values accumulate",
+        description="most samples per forward, in evaluation too; null: the whole batch. "
+        "Smaller values accumulate",
     )
     clip: Clip | None = Field(default=None, description="clipping of unscaled gradients")
     on_nonfinite: Literal["skip", "stop"] = Field(
@@ -35,7 +36,7 @@ class Train(Section):
     )
     max_consecutive_skips: Count = Field(default=50, description="then the run ends (exit 5)")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="decay of an average of the weights, used to evaluate"
+        default=None, description="decay of an average of the weights, evaluated and saved"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order and augmentation")
     deterministic: bool = Field(default=False, description="only deterministic kernels")

@@ -29,6 +29,7 @@ def test_plan_shows_values_with_their_origin_modules_and_totals(mptrain, recipe)
 
 def test_plan_json_is_one_object(mptrain, recipe):
     found = mptrain("plan", recipe.name, "--json", "--set", "optim={kind: adam, lr: 1e-3}").json
+    assert (found.pop("status"), found.pop("exit_code")) == ("done", 0)
     assert set(found) == {"recipe", "origins", "dropped", "plan", "problems"}
     assert found["recipe"]["optim"]["kind"] == "adam"
     assert any("momentum" in message for message in found["dropped"])
@@ -87,8 +88,12 @@ def test_a_run_that_diverges_says_why_and_exits_5(mptrain, recipe):
     outcome = mptrain("run", recipe.name, "--output", "out", *overrides, *skips)
     assert outcome.code == 5
     assert "diverged" in outcome.out
-    assert "train.max_consecutive_skips" in outcome.out
-    assert mptrain("run", recipe.name, "--json", *overrides, *skips).json["exit_code"] == 5
+    assert "train.max_consecutive_skips" in outcome.err
+    told = mptrain("run", recipe.name, "--json", *overrides, *skips).json
+    assert (told["status"], told["exit_code"]) == ("diverged", 5)
+    (problem,) = told["problems"]
+    assert "steps in a row" in problem["message"]
+    assert "steps.jsonl" in problem["hint"]
 
 
 def test_an_output_in_use_exits_2_and_an_unwritable_one_7(mptrain, recipe):
