@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class ConvBlock(nn.Module):
     """3x3 convolution, halving of the image if asked for, batch norm, ReLU.
 
-    The norm and the ReLU are bound by memory: after the pooling they are four times cheaper, and
-    max pooling gives the same there (as in Keller Jordan's airbench).
+    The norm and the ReLU are bound by memory: after the pooling they are four times cheaper. The
+    norm's statistics are those of the pooled values (as in Keller Jordan's airbench).
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, pool: bool) -> None:
