@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
+import torch
+
+from mpcli.engines import mode_problems
+from mpcli.plan.precision import compute_name
+from mpcli.precision.numerics import numerics
+from mpcli.precision.observe import dtype_name
 from mpcli.recipe.errors import UserError
+from mpcli.recipe.fields import kind_of, kinds
 from mpcli.recipe.load import load_recipe
+from mpcli.recipe.precision import Mode
+from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.reference import json_schema, recipe_reference
 from mpcli.recipe.render import render_problem, visible
 
 ROOT = Path(__file__).resolve().parent.parent
 MISTAKES = ROOT / "tests" / "recipe" / "mistakes"
-BEGIN = "<!-- recipe reference: begin (make docs) -->"
-END = "<!-- recipe reference: end -->"
 
 
 def main() -> None:
@@ -31,11 +41,115 @@ def schema() -> str:
 
 def readme() -> str:
     """The README with the recipe reference between its markers."""
-    before, begin, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md lacks the line `{BEGIN}` or `{END}`")
-    return f"{before}{begin}\n\n{recipe_reference()}\n{end}{after}"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return between(text, "recipe reference", recipe_reference())
+
+
+def precision() -> str:
+    """The page on precision with the tables that follow from the modes' definitions."""
+    text = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    for name, table in (
+        ("formats", formats_table()),
+        ("modes", modes_table()),
+        ("bytes", bytes_table()),
+        ("engines", engines_table()),
+    ):
+        text = between(text, name, table)
+    return text
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    begin, end = f"<!-- {name}: begin (make docs) -->", f"<!-- {name}: end -->"
+    before, has_begin, rest = text.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
+        raise ValueError(f"the line `{begin}` or `{end}` is missing")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def formats_table() -> str:
+    """Limits of each number format; TF32 has fp32's exponent and fp16's mantissa."""
+    rows = []
+    for name, dtype in (
+        ("fp32", torch.float32),
+        ("tf32", None),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+    ):
+        info = torch.finfo(dtype or torch.float32)
+        mantissa = 10 if dtype is None else round(-math.log2(info.eps))
+        largest = (2 - 2.0**-mantissa) * 2.0 ** math.floor(math.log2(info.max / 1.0000001))
+        smallest = round(math.log2(info.tiny))
+        rows.append(
+            (
+                f"`{name}`",
+                32 if dtype is None else info.bits,
+                mantissa,
+                f"2^-{mantissa}",
+                f"{largest:.5g}",
+                f"2^{smallest}",
+                f"2^{smallest - mantissa}",
+            )
+        )
+    head = ("format", "bits", "of mantissa", "step at 1", "largest", "smallest normal", "smallest")
+    return table(head, rows)
+
+
+def modes_table() -> str:
+    """What a mode stores and computes."""
+    rows = []
+    for mode in get_args(Mode):
+        meaning = numerics(mode)
+        half = compute_name(meaning)
+        compute = f"{half} where it is safe" if meaning.autocast else half
+        if meaning.masters:
+            masters = "fp32 copy, stepped by the optimizer"
+        else:
+            masters = "the weights" if meaning.autocast else "-"
+        stored = dtype_name(meaning.weights)
+        weights = f"{stored}, norms fp32" if meaning.masters else stored
+        gradients = f"{stored}, accumulated in fp32" if meaning.masters else stored
+        state = "fp32" if meaning.masters else stored
+        rows.append((f"`{mode}`", weights, compute, gradients, masters, state))
+    head = ("mode", "weights", "compute", "gradients", "master weights", "optimizer state")
+    return table(head, rows)
+
+
+def bytes_table() -> str:
+    """Bytes that a parameter costs, and the optimizer's share."""
+    rows = []
+    for mode in get_args(Mode):
+        meaning = numerics(mode)
+        stored = meaning.weights.itemsize
+        masters = 4 if meaning.masters else 0
+        gradient = 4 if meaning.masters else stored
+        adam = 2 * (4 if meaning.masters else stored)
+        transient = 2 if meaning.masters or meaning.autocast else 4 if stored == 2 else 0
+        total = stored + masters + gradient + adam
+        rows.append(
+            (f"`{mode}`", stored, masters, gradient, adam, f"**{total}**", transient or "-")
+        )
+    head = ("mode", "weight", "master", "gradient", "Adam's state", "together", "for a while")
+    return table(head, rows)
+
+
+def engines_table() -> str:
+    """Mode x engine, from the engines' own refusals."""
+    engines = list(kinds(Recipe.model_fields["engine"]).values())
+    rows = []
+    for mode in get_args(Mode):
+        refusals = [
+            mode_problems(engine(kind=kind_of(engine)), numerics(mode)) for engine in engines
+        ]
+        rows.append((f"`{mode}`", *("; ".join(found) or "yes" for found in refusals)))
+    return table(("mode", *(f"`{kind_of(engine)}`" for engine in engines)), rows)
 
 
 def recipe_errors() -> str:
@@ -72,6 +186,7 @@ GENERATED = {
     "recipes/mptrain.schema.json": schema,
     "docs/recipe-errors.md": recipe_errors,
     "README.md": readme,
+    "docs/precision.md": precision,
 }
 
 

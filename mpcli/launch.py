@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ def launch(run: RunDirectory, display: Display) -> Result:
             wall_seconds=time.monotonic() - started,
             peak_memory_bytes=progress.peak_memory_bytes,
             checkpoint="final" if status == "done" else None,
-            problems=tuple(problem_json(p) for p in problems),
+            problems=tuple(problem_json(p) for p in (*problems, *progress.warnings)),
         )
         logger.info("%s%s", status, f": {reason}" if reason else "")
         run.write_result(result)
@@ -61,7 +62,9 @@ def launch(run: RunDirectory, display: Display) -> Result:
         return finish("done", Exit.DONE)
     except Diverged as diverged:
         hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"
-        return finish("diverged", Exit.NUMERICS, [Problem(str(diverged), hint)])
+        return finish(
+            "diverged", Exit.NUMERICS, [Problem(str(diverged), hint, finding=diverged.finding)]
+        )
     except UserError as error:
         return finish("failed", error.exit_code, error.problems)
     except KeyboardInterrupt:
@@ -108,6 +111,14 @@ def _explained(error: Exception) -> UserError | None:
             f"out of memory: {text.splitlines()[0]}",
             "lower `train.micro_batch_size`: gradients accumulate to the same global batch",
             path="train.micro_batch_size",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    if missing := re.search(r'"(\w+)" not implemented for \'(Half|BFloat16)\'', text):
+        kernel, half = missing.groups()
+        return user_error(
+            f"torch has no {half} kernel of {kernel} on this device",
+            "choose another `precision.mode`, or list the layer in `precision.sensitive_layers`",
+            path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
         )
     if "does not have a deterministic implementation" in text:

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class Machine:
     cuda_devices: tuple[str, ...]
     emulated: Mapping[str, frozenset[str]]  # precisions that run without hardware for them: slowly
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
+    # half precisions in which nn.LSTM fails under autocast
+    broken_lstm: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -147,17 +149,15 @@ def detect_machine() -> Machine:
     import torch
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Machine(
-        cuda_devices=tuple(names),
-        emulated={
-            device: frozenset(p for p in _precisions(device) if not _is_native(device, p))
-            for device in ("cpu", "cuda")
-        },
-        unsupported={
-            device: frozenset(p for p in _precisions(device) if _failure(device, p))
-            for device in ("cpu", "cuda")
-        },
-    )
+    emulated, unsupported, broken_lstm = {}, {}, {}
+    for device in ("cpu", "cuda"):
+        unsupported[device] = frozenset(p for p in _precisions(device) if _failure(device, p))
+        runs = set(_precisions(device)) - unsupported[device]
+        emulated[device] = frozenset(p for p in runs if not _is_native(device, p))
+        broken_lstm[device] = frozenset(
+            p for p in runs & {"fp16", "bf16"} if _lstm_fails(device, p)
+        )
+    return Machine(tuple(names), emulated, unsupported, broken_lstm)
 
 
 def environment() -> dict[str, Any]:
@@ -239,9 +239,9 @@ def _redact(name: str, value: str) -> str:
 def _precisions(device: str) -> tuple[str, ...]:
     import torch
 
-    if device == "cpu":
-        return ("fp32", "bf16", "fp16")
-    return ("fp32", "tf32", "bf16", "fp16") if torch.cuda.is_available() else ()
+    if device == "cuda" and not torch.cuda.is_available():
+        return ()
+    return ("fp32", "tf32", "bf16", "fp16")
 
 
 def _is_native(device: str, precision: str) -> bool:
@@ -253,7 +253,7 @@ def _is_native(device: str, precision: str) -> bool:
     if device == "cuda":
         first = {"tf32": (8, 0), "bf16": (8, 0), "fp16": (5, 3)}[precision]
         return torch.cuda.get_device_capability() >= first
-    if not torch.backends.mkldnn.is_available():
+    if precision == "tf32" or not torch.backends.mkldnn.is_available():
         return False
     if precision == "fp16":
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -282,11 +282,34 @@ def _try_precisions(device: str) -> dict[str, dict[str, Any]]:
 
 def _failure(device: str, precision: str) -> str | None:
     """Why forward and backward of a tiny layer fail in this precision; None if they run."""
+    if precision == "tf32" and not _is_native(device, precision):  # it would run: in fp32
+        return "TF32 needs an NVIDIA GPU of compute capability 8.0 or more"
     try:
         _small_step(device, precision, size=8)
     except RuntimeError as error:
         return (str(error) or repr(error)).splitlines()[0]
     return None
+
+
+def _autocast(device: str, precision: str) -> AbstractContextManager[object]:
+    import torch
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.amp.autocast(device, dtype=half) if half else nullcontext()
+
+
+def _lstm_fails(device: str, precision: str) -> bool:
+    """Whether nn.LSTM fails under torch's own autocast, as it does in oneDNN on some CPUs."""
+    import torch
+
+    lstm = torch.nn.LSTM(8, 8, device="meta").to_empty(device=device)  # draws no random numbers
+    try:
+        with _autocast(device, precision):
+            outputs, _ = lstm(torch.ones(2, 1, 8, device=device))
+        outputs.float().sum().backward()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _seconds(device: str, precision: str, repeats: int = 3) -> float:
@@ -306,15 +329,13 @@ def _small_step(device: str, precision: str, size: int) -> torch.Tensor:
     """Forward and backward of a convolution and a matrix product of about `size`."""
     import torch
 
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = torch.amp.autocast(device, dtype=half) if half else nullcontext()
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         images = torch.ones(8, 16, 12, 12, device=device)
         kernel = torch.ones(16, 16, 3, 3, device=device, requires_grad=True)
         weight = torch.ones(size, size, device=device, requires_grad=True)
-        with autocast:
+        with _autocast(device, precision):
             convolved = torch.nn.functional.conv2d(images, kernel)
             product = torch.ones(size, size, device=device) @ weight
         (convolved.float().sum() + product.float().sum()).backward()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mpcli.precision.rounding import round_stochastically
 from mpcli.recipe.optim import (
     Adam,
     AdamW,
@@ -62,16 +64,18 @@ def learning_rate_table(optim: Optim, steps: int, device: torch.device) -> Tenso
     return torch.tensor(rates, dtype=torch.float32, device=device)
 
 
-def build_optimizer(optim: Optim, model: nn.Module, learning_rate: Tensor) -> torch.optim.Optimizer:
+def build_optimizer(
+    optim: Optim, named: Sequence[tuple[str, Tensor]], learning_rate: Tensor
+) -> torch.optim.Optimizer:
     """The optimizer with torch's fused kernel, which reads `lr` and `found_inf` on the device.
 
     All state is made as zeros here. torch makes SGD's momentum buffer in the first step, with
     `empty_like`, and keeps that garbage when the first step is skipped (seen in 2.14.1).
 
     Args:
-        learning_rate: fp32 scalar tensor on the parameters' device, written before each step.
+        named: the weights that it steps, with their names in the model. State has their types.
+        learning_rate: fp32 scalar tensor on the weights' device, written before each step.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [parameter for _, parameter in named]
     decayed: list[Tensor] = []
     free: list[Tensor] = []
@@ -116,3 +120,81 @@ def build_optimizer(optim: Optim, model: nn.Module, learning_rate: Tensor) -> to
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+CHUNK = 2**22
+"""Elements that are widened to fp32 together: 16 MB for the weights, as much for each state."""
+
+
+class HalfStorageStep:
+    """An optimizer's step for weights and state that are stored in half precision.
+
+    The arithmetic of the step is fp32, from the fp32 gradients on: weights and state are widened,
+    a chunk at a time, stepped by torch's fused kernel and rounded back once. What half storage
+    costs is that rounding: updates below half a unit in the last place are lost, and small second
+    moments become zero.
+
+    Args:
+        weights: fp16, bf16, or fp32 where a weight belongs to an fp32 island.
+        seed: of stochastic rounding of bf16 weights; None rounds to nearest. State always is.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], seed: int | None
+    ) -> None:
+        self.optimizer = optimizer
+        self.weights = weights
+        self.seed = seed
+        self.offsets = [0]
+        self.chunks: list[list[int]] = [[]]
+        room = CHUNK
+        for index, weight in enumerate(weights):
+            self.offsets.append(self.offsets[-1] + weight.numel())
+            if weight.numel() > room and self.chunks[-1]:
+                self.chunks.append([])
+                room = CHUNK
+            self.chunks[-1].append(index)
+            room -= weight.numel()
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], applied: Tensor) -> None:
+        """One step. A weight without a gradient is left alone, as by torch.
+
+        Args:
+            gradients: fp32, one per weight.
+            applied: int64 of one element, the number of applied steps: stochastic rounding draws
+                from it, so a skipped step changes nothing of what follows.
+        """
+        for chunk in self.chunks:
+            stepped = [index for index in chunk if gradients[index] is not None]
+            stored = [self._widen(self.weights[index], gradients[index]) for index in stepped]
+            self.optimizer.step()  # skips the weights without a gradient
+            for index, (weight, state) in zip(stepped, stored, strict=True):
+                self._narrow(index, weight, state, applied)
+
+    def _widen(self, weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        state = self.optimizer.state[weight]
+        stored = weight.data, {key: value for key, value in state.items() if _is_half(value)}
+        weight.data = weight.data.float()
+        weight.grad = gradient
+        state.update({key: value.float() for key, value in stored[1].items()})
+        return stored
+
+    def _narrow(
+        self, index: int, stored: Tensor, state: dict[str, Tensor], applied: Tensor
+    ) -> None:
+        weight = self.weights[index]
+        if self.seed is not None and _is_half(stored):
+            offset = self.offsets[index]
+            stored.copy_(round_stochastically(weight.data, self.seed, applied, offset))
+        else:
+            stored.copy_(weight.data)
+        for key, value in state.items():
+            value.copy_(self.optimizer.state[weight][key])
+        weight.grad = None
+        weight.data = stored
+        self.optimizer.state[weight].update(state)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)

@@ -48,8 +48,21 @@ def _named(value: Any) -> Any:
     return value
 
 
+class ModuleTypes(Record):
+    """Types of one module, as observed: `fp32`, `fp16`, `bf16`, several joined by `+`, or `-`."""
+
+    stored: str
+    computed: str
+    gradient: str
+
+
 class ModulePrecision(Record):
-    """Types of one leaf module, as planned."""
+    """Types of one module, as planned; `-` where it has no parameters, no masters, no operations.
+
+    `computed` is of the module's own operations, `gradient` that of its parameters' `.grad` after
+    backward, `master` that of the weights which the optimizer steps. The model's own operations
+    stand under the name `""`, those of the loss under `loss`.
+    """
 
     name: str
     type: str
@@ -57,6 +70,7 @@ class ModulePrecision(Record):
     stored: str
     computed: str
     gradient: str
+    master: str
     why: str
 
 
@@ -86,6 +100,9 @@ class Plan(Record):
     accumulation: int = Field(description="micro-batches per optimizer step")
     parameters: int
     modules: tuple[ModulePrecision, ...]
+    fp32_modules: tuple[str, ...] = Field(
+        default=(), description="modules that store and compute fp32 among half neighbours"
+    )
     warnings: tuple[PlanWarning, ...] = ()
 
 

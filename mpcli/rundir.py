@@ -2,7 +2,7 @@
 
 recipe.yaml            resolved, runnable as it is, never rewritten
 recipe.source.yaml     the text the person wrote
-attempts/<k>/          plan.json, environment.json, log.rank0.txt
+attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt
 steps.jsonl            one row per attempted step
 evals.jsonl            one row per evaluation
 final/                 model.safetensors, model.json
@@ -25,7 +25,7 @@ from typing import IO, Any
 from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import Exit, user_error
 from mpcli.recipe.load import LoadedRecipe
-from mpcli.records import EvalRecord, Plan, Record, Result, StepRecord, strict_json
+from mpcli.records import EvalRecord, ModuleTypes, Plan, Record, Result, StepRecord, strict_json
 
 
 @contextlib.contextmanager
@@ -114,6 +114,12 @@ class RunDirectory:
     def plan(self) -> Plan:
         """The plan of this attempt."""
         return Plan.model_validate_json((self.attempt_path / "plan.json").read_text("utf-8"))
+
+    def write_observed(self, types: Mapping[str, ModuleTypes]) -> None:
+        """Keep the types that each module had in the first step of this attempt."""
+        text = strict_json({name: seen.model_dump() for name, seen in types.items()}, indent=2)
+        with storage_errors(self.path):
+            self._write(f"attempts/{self.attempt}/observed.json", text + "\n")
 
     def append_steps(self, rows: Iterable[StepRecord]) -> None:
         """Write rows to `steps.jsonl`; they have left this process when this returns."""

@@ -11,22 +11,26 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 
 from mpcli.data.batch import Batch
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
-from mpcli.precision.numerics import exact_sums
+from mpcli.plan.precision import type_differences
+from mpcli.precision.loss_scale import at_floor
+from mpcli.precision.numerics import numeric_settings
 from mpcli.recipe.base import parse_duration
+from mpcli.recipe.errors import Problem
+from mpcli.recipe.precision import LossScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
@@ -47,7 +51,15 @@ class Display(Protocol):
 
 
 class Diverged(Exception):
-    """The numbers went wrong and the recipe says to stop."""
+    """The numbers went wrong and the recipe says to stop.
+
+    Args:
+        finding: id of what `diagnose` would call it.
+    """
+
+    def __init__(self, what: str, finding: str | None = None) -> None:
+        super().__init__(what)
+        self.finding = finding
 
 
 @dataclass
@@ -57,15 +69,19 @@ class Progress:
     attempted: int = 0
     applied: int = 0
     consecutive_skips: int = 0
+    skips_at_floor: int = 0  # in a row, with the loss scale as low as it may be
     peak_memory_bytes: int = 0
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     evaluation: dict[str, float] = field(default_factory=dict)
+    warnings: list[Problem] = field(default_factory=list)
 
-    def add(self, row: StepRecord) -> None:
+    def add(self, row: StepRecord, loss_scale: LossScale) -> None:
         """Count one attempted step."""
         self.attempted = row.step
         self.applied += row.applied
         self.consecutive_skips = 0 if row.applied else self.consecutive_skips + 1
+        skipped_at_floor = not row.applied and at_floor(loss_scale, row.scale, row.step - 1)
+        self.skips_at_floor = self.skips_at_floor + 1 if skipped_at_floor else 0
         self.peak_memory_bytes = max(self.peak_memory_bytes, row.memory_peak_bytes)
         self.recent_losses.append(row.loss)
 
@@ -98,7 +114,7 @@ def train(
         model = task.build_model(options, data.info).to(device)
         if recipe.engine.activation_checkpointing:
             apply_activation_checkpointing(model)
-        engine: Engine = LocalEngine(recipe, model, device, plan.steps)
+        engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
         log = OutcomeLog(
             device,
             run.attempt,
@@ -120,12 +136,12 @@ def train(
             display.steps(rows)
             if board:
                 board.steps(rows)
-            reasons: list[str] = []
+            reasons: list[Diverged] = []
             for row in rows:
-                progress.add(row)
+                progress.add(row, recipe.precision.loss_scale)
                 reasons += _divergence(recipe, row, progress)
             if reasons:
-                raise Diverged(reasons[0])
+                raise reasons[0]
 
         def evaluate(step: int) -> None:
             record(wait=True)
@@ -148,7 +164,7 @@ def train(
             logger.info("step %d: evaluation %s", step, progress.evaluation)
             log.restart_clock()
 
-        stack.callback(_write_remaining, log, run, progress)
+        stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)
@@ -162,6 +178,8 @@ def train(
                 )
                 for index, micro_batch in enumerate(_split(batch, plan.micro_batch_size), 1)
             ]
+            if step == 1:
+                progress.warnings = _compare_types(plan, engine, run)
             outcome = engine.step()
             log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
             record()
@@ -172,8 +190,17 @@ def train(
             raise Diverged("every step had NaN or infinite gradients: nothing was learnt")
         if not math.isfinite(progress.evaluation["loss"]):
             raise Diverged("the trained model's loss on the evaluation data is not finite")
-        with engine.evaluating() as weights:
-            _save_model(weights, recipe, plan, run)
+        _save_model(engine.state_dict(), recipe, plan, run)
+
+
+def _compare_types(plan: Plan, engine: Engine, run: RunDirectory) -> list[Problem]:
+    """Keep the types that the first step was computed in; warn where the plan said others."""
+    observed = engine.observed or {}
+    run.write_observed(observed)
+    warnings = list(type_differences(plan.modules, observed))
+    for warning in warnings:
+        logger.warning("%s", warning.what)
+    return warnings
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:
@@ -205,32 +232,48 @@ def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
     return lambda step: step % steps == 0
 
 
-def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[str]:
+def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[Diverged]:
     """Why the run has to end with this step, if it has to."""
     if row.applied:
         return
     if recipe.train.on_nonfinite == "stop":
-        yield f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
+        yield Diverged(
+            f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
+        )
+    if progress.skips_at_floor >= 2:
+        cause = (
+            "the loss is finite, so the gradients overflow in backward"
+            if math.isfinite(row.loss)
+            else f"the loss itself is {row.loss}, so the trouble begins in forward"
+        )
+        yield Diverged(
+            f"step {row.step}: the loss scale is at its floor ({row.scale:g}) and gradients are "
+            f"still NaN or infinite; {cause}",
+            "scale-collapse",
+        )
     if progress.consecutive_skips >= recipe.train.max_consecutive_skips:
-        yield (
+        yield Diverged(
             f"step {row.step}: {progress.consecutive_skips} steps in a row had NaN or infinite "
             f"gradients (scale {row.scale:g}); `train.max_consecutive_skips` is "
-            f"{recipe.train.max_consecutive_skips}"
+            f"{recipe.train.max_consecutive_skips}",
+            "skip-storm",
         )
 
 
-def _write_remaining(log: OutcomeLog, run: RunDirectory, progress: Progress) -> None:
+def _write_remaining(
+    log: OutcomeLog, recipe: Recipe, run: RunDirectory, progress: Progress
+) -> None:
     """Steps that ran before the loop was left by an exception are records too."""
     rows = log.collect(wait=True)
     for row in rows:
-        progress.add(row)
+        progress.add(row, recipe.precision.loss_scale)
     if rows:
         run.append_steps(rows)
 
 
-def _save_model(model: nn.Module, recipe: Recipe, plan: Plan, run: RunDirectory) -> None:
+def _save_model(state: Mapping[str, Tensor], recipe: Recipe, plan: Plan, run: RunDirectory) -> None:
     """`final/`: safetensors weights, and what is needed to build the model elsewhere."""
-    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    tensors = {name: value.contiguous().cpu() for name, value in state.items()}
     about = {
         "task": recipe.task.model_dump(mode="json"),
         "input_shape": plan.input_shape,
@@ -256,7 +299,7 @@ def _settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         torch.backends.cudnn.benchmark = not recipe.train.deterministic
-        with exact_sums():
+        with numeric_settings(recipe.precision, torch.device(plan.device)):
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark

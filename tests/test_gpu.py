@@ -7,26 +7,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcli.engines.local import LocalEngine
 from mpcli.launch import launch
 from mpcli.machine import detect_machine
 from mpcli.plan import make_plan
 from mpcli.rundir import RunDirectory
-from tests.engines.test_local import OPTIMIZERS, make_batch, make_loss, make_net, state_hash
+from tests.engines.test_local import MODES as CPU_MODES
+from tests.engines.test_local import (
+    OPTIMIZERS,
+    make_batch,
+    make_engine,
+    make_loss,
+    state_hash,
+)
 from tests.small import Silent, small_recipe
 from tests.test_trainer import rows
+
+MODES = {**CPU_MODES, "tf32": "{mode: tf32}"}
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-MODES = ["fp32", "bf16", "fp16"]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_records_every_step(tmp_path: Path, mode: str) -> None:
     loaded = small_recipe(
-        tmp_path, "engine.device=cuda", f"precision.mode={mode}", "train.steps=50"
+        tmp_path, "engine.device=cuda", f"precision={MODES[mode]}", "train.steps=50"
     )
     plan = make_plan(loaded.recipe, detect_machine())
     run = RunDirectory.create(loaded, plan, {}, tmp_path / "run")
@@ -39,15 +46,15 @@ def test_a_run_records_every_step(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_never_wait_for_the_device(tmp_path: Path, mode: str, optimizer: str) -> None:
-    recipe = small_recipe(
+    device = torch.device("cuda")
+    engine = make_engine(
         tmp_path,
         f"optim={OPTIMIZERS[optimizer]}",
-        f"precision.mode={mode}",
+        f"precision={MODES[mode]}",
         "train.ema=0.9",
         "train.clip={kind: norm, max_norm: 1.0}",
-    ).recipe
-    device = torch.device("cuda")
-    engine = LocalEngine(recipe, make_net().to(device), device, steps=20)
+        device=device,
+    )
     batch = type(make_batch())(*(tensor.to(device) for tensor in make_batch()))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -59,11 +66,12 @@ def test_steps_never_wait_for_the_device(tmp_path: Path, mode: str, optimizer: s
     assert engine.applied.item() == 19
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_skipped_first_step_changes_nothing(tmp_path: Path, optimizer: str) -> None:
-    recipe = small_recipe(tmp_path, f"optim={OPTIMIZERS[optimizer]}", "precision.mode=fp16").recipe
+def test_a_skipped_first_step_changes_nothing(tmp_path: Path, optimizer: str, mode: str) -> None:
     device = torch.device("cuda")
-    engine = LocalEngine(recipe, make_net().to(device), device, steps=20)
+    settings = (f"optim={OPTIMIZERS[optimizer]}", f"precision={MODES[mode]}")
+    engine = make_engine(tmp_path, *settings, device=device)
     batch = type(make_batch())(*(tensor.to(device) for tensor in make_batch()))
     before = state_hash(engine)
     engine.accumulate(make_loss(float("inf")), batch, 8, last=True)

@@ -31,23 +31,32 @@ HIDDEN = {
 }
 
 
+TF32_NEEDS = "TF32 needs an NVIDIA GPU of compute capability 8.0 or more"
+half_types = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
 def test_this_machine_runs_fp32_natively_and_what_torch_offers():
     found = detect_machine()
     assert len(found.cuda_devices) == torch.cuda.device_count()
-    for kind in (found.emulated, found.unsupported):
+    for kind in (found.emulated, found.unsupported, found.broken_lstm):
         assert set(kind) == {"cpu", "cuda"}
         assert "fp32" not in kind["cpu"] | kind["cuda"]
         assert kind["cuda"] == frozenset() or found.cuda_devices
+    assert "tf32" in found.unsupported["cpu"]
+    assert not found.emulated["cpu"] & found.unsupported["cpu"]
 
 
 def test_precisions_are_found_by_trying():
     cpu = environment()["precisions"]["cpu"]
-    assert set(cpu) == {"fp32", "bf16", "fp16"}
+    assert set(cpu) == {"fp32", "tf32", "bf16", "fp16"}
     assert cpu["fp32"] == {"runs": True, "native": True, "relative_time": 1.0, "error": None}
+    assert cpu["tf32"] == {
+        "runs": False, "native": False, "relative_time": None, "error": TF32_NEEDS,
+    }  # fmt: skip
     assert all(p["relative_time"] > 0 for p in cpu.values() if p["runs"])
 
 
-def test_a_precision_that_fails_is_not_called_native(monkeypatch):
+def test_a_precision_that_fails_is_neither_native_nor_emulated(monkeypatch):
     step = machine._small_step
 
     def without_bf16(device, precision, size):
@@ -56,15 +65,74 @@ def test_a_precision_that_fails_is_not_called_native(monkeypatch):
         return step(device, precision, size)
 
     monkeypatch.setattr(machine, "_small_step", without_bf16)
-    assert detect_machine().unsupported["cpu"] == {"bf16"}
+    found = detect_machine()
+    assert found.unsupported["cpu"] == {"tf32", "bf16"}
+    assert "bf16" not in found.emulated["cpu"] | found.broken_lstm["cpu"]
     assert environment()["precisions"]["cpu"]["bf16"] == {
         "runs": False, "native": False, "relative_time": None, "error": "no kernel",
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("capability", "emulated", "unsupported"),
+    [((7, 5), {"bf16"}, {"tf32"}), ((8, 0), set(), set())],  # a T4, an A100
+)
+def test_a_gpu_without_tensor_cores_for_it_emulates_bf16_and_lacks_tf32(
+    monkeypatch, capability, emulated, unsupported
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(machine, "_small_step", lambda device, precision, size: None)
+    monkeypatch.setattr(machine, "_lstm_fails", lambda device, precision: False)
+    found = detect_machine()
+    assert found.emulated["cuda"] == emulated
+    assert found.unsupported["cuda"] == unsupported
+
+
+def test_a_half_type_in_which_lstm_fails_is_found_by_trying(monkeypatch):
+    forward = torch.nn.LSTM.forward
+
+    def without_fp16(self, inputs):
+        if torch.get_autocast_dtype("cpu") == torch.float16:
+            raise RuntimeError("could not create a primitive descriptor")
+        with torch.amp.autocast("cpu", enabled=False):
+            return forward(self, inputs)
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", without_fp16)
+    assert detect_machine().broken_lstm["cpu"] == {"fp16"}
+
+
+@half_types
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_run_in_half_without_autocast(layer, train, half):
+    """oneDNN is chosen by the input's type then: only where the processor has it."""
+    module = layer(6, 6, num_layers=2, bidirectional=True).to(half).train(train)
+    inputs = torch.ones(3, 2, 6, dtype=half, requires_grad=True)
+    outputs, _ = module(inputs)
+    outputs.sum().backward()
+    assert outputs.dtype == inputs.grad.dtype == half
+    assert {p.grad.dtype for p in module.parameters()} == {half}
+
+
+@half_types
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_run_as_fp32_islands(layer, half):
+    module = layer(6, 6, num_layers=2, bidirectional=True)
+    inputs = torch.ones(3, 2, 6, dtype=half, requires_grad=True)
+    with torch.amp.autocast("cpu", half), torch.amp.autocast("cpu", enabled=False):
+        outputs, _ = module(inputs.float())
+    outputs.to(half).sum().backward()
+    assert inputs.grad.dtype == half
+    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
 def test_trying_leaves_torchs_settings_as_they_were():
     before = torch.get_float32_matmul_precision(), torch.get_rng_state()
     environment()
+    detect_machine()
     assert torch.get_float32_matmul_precision() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -116,6 +184,7 @@ def test_env_shows_the_same_as_text_and_as_json(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] in text
     assert re.search(r"cpu +fp32 +native +1\.0", text)
+    assert re.search(rf"cpu +tf32 .*{TF32_NEEDS}", text)
     assert "hf_abcdef" not in text
 
 

@@ -111,7 +111,7 @@ def test_optimizer_equals_torchs_unfused(
     optim: Optim, torchs: type[torch.optim.Optimizer], arguments: dict[str, object]
 ) -> None:
     ours_model, theirs_model = _model(), _model()
-    ours = build_optimizer(optim, ours_model, torch.tensor(optim.lr))
+    ours = build_optimizer(optim, list(ours_model.named_parameters()), torch.tensor(optim.lr))
     theirs = torchs(
         [
             {
@@ -137,7 +137,8 @@ def test_tables_of_biases_do_not_decay() -> None:
     model = nn.Linear(2, 2)
     model.register_parameter("position_bias_table", nn.Parameter(torch.ones(2, 2)))
     weight, bias, table = (p.detach().clone() for p in model.parameters())
-    optimizer = build_optimizer(Sgd(kind="sgd", lr=1.0, weight_decay=0.5), model, torch.tensor(1.0))
+    sgd = Sgd(kind="sgd", lr=1.0, weight_decay=0.5)
+    optimizer = build_optimizer(sgd, list(model.named_parameters()), torch.tensor(1.0))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()

@@ -82,6 +82,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, mode: str) -> None
     assert {path.name for path in (run.path / "attempts" / "1").iterdir()} == {
         "plan.json",
         "environment.json",
+        "observed.json",
         "log.rank0.txt",
     }
     steps = rows(run)
@@ -227,6 +228,96 @@ def test_only_skips_in_a_row_end_a_run(
     assert result.steps_skipped == sum(not row["applied"] for row in rows(run))
 
 
+def diverge(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Multiply every loss."""
+    loss = task.loss
+
+    def spoilt(*arguments: Any) -> tuple[Tensor, int]:
+        value, weight = loss(*arguments)
+        return value * factor, weight
+
+    monkeypatch.setattr(task, "loss", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("factor", "cause"),
+    [
+        (math.inf, "the loss itself is inf, so the trouble begins in forward"),
+        (1e12, "the loss is finite, so the gradients overflow in backward"),
+    ],
+)
+@pytest.mark.parametrize("floor", ["min_scale: 4", "min_scale: [[0, 4], [100, 8]]"])
+def test_overflow_at_the_scales_floor_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, cause: str, floor: str
+) -> None:
+    diverge(monkeypatch, factor)
+    run, result = run_small(
+        tmp_path,
+        f"precision={{mode: fp16-pure, loss_scale: {{kind: dynamic, init_scale: 16, {floor}}}}}",
+        "train.steps=40",
+    )
+    assert (result.status, result.exit_code) == ("diverged", 5)
+    assert [row["scale"] for row in rows(run)][:4] == [16, 8, 4, 4]
+    (problem,) = result.problems
+    assert problem["message"].startswith("step 4: the loss scale is at its floor (4)")
+    assert cause in problem["message"]
+    assert "steps.jsonl" in problem["hint"]
+    assert problem["finding"] == "scale-collapse"
+
+
+def test_a_single_overflow_at_the_floor_is_a_skipped_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 1, 3)
+    dynamic = "{kind: dynamic, init_scale: 1}"
+    _, result = run_small(tmp_path, f"precision={{mode: fp16, loss_scale: {dynamic}}}")
+    assert (result.status, result.steps_skipped) == ("done", 2)
+
+
+def test_a_scheduled_scale_follows_attempted_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    scheduled = "{kind: scheduled, points: [[0, 1024], [2, 256]]}"
+    run, _ = run_small(tmp_path, f"precision={{mode: fp16, loss_scale: {scheduled}}}")
+    assert [(row["scale"], row["applied"]) for row in rows(run)] == [
+        (1024, True),
+        (1024, False),
+        (256, True),
+        (256, True),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["fp16-master", "bf16-master"])
+def test_masters_are_what_final_holds_and_half_weights_what_is_evaluated(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: dict[str, Tensor] = {}
+    evaluate = task.evaluate
+
+    def note(options: Any, model: nn.Module, batches: Any) -> dict[str, float]:
+        evaluated.update({k: v.clone() for k, v in model.state_dict().items()})
+        return evaluate(options, model, batches)
+
+    monkeypatch.setattr(task, "evaluate", note)
+    run, _ = run_small(tmp_path, f"precision.mode={mode}")
+    final = weights(run)
+    assert {value.dtype for value in final.values()} == {torch.float32, torch.int64}
+    assert set(final) == set(evaluated)
+    rounded = 0
+    for name, value in evaluated.items():
+        assert torch.equal(final[name].to(value.dtype), value)
+        rounded += not torch.equal(final[name], value.to(final[name].dtype))
+    assert rounded >= 4  # every convolution has weights that half precision cannot hold
+
+
+@pytest.mark.parametrize("mode", ["fp16-pure", "bf16-pure"])
+def test_final_holds_the_half_weights_of_pure_modes(tmp_path: Path, mode: str) -> None:
+    run, _ = run_small(tmp_path, f"precision.mode={mode}")
+    half = {"fp16-pure": torch.float16, "bf16-pure": torch.bfloat16}[mode]
+    assert {value.dtype for value in weights(run).values()} == {half, torch.int64}
+
+
 def test_on_nonfinite_stop_names_the_step(tmp_path: Path) -> None:
     _, result = run_small(
         tmp_path,
@@ -273,9 +364,17 @@ def test_slow_steps_are_in_the_file_and_shown_one_by_one(tmp_path: Path) -> None
     assert written == [1, 2, 3, 4]
 
 
-def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "{mode: fp16}",
+        "{mode: fp16-master}",
+        "{mode: bf16-pure, stochastic_rounding: true, sensitive_layers: [norm]}",
+    ],
+)
+def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path, mode: str) -> None:
     """The whole loop, records included: the only reads are the evaluation's."""
-    recipe = small_recipe(tmp_path, "precision.mode=fp16", "train.steps=24", "train.ema=0.9")
+    recipe = small_recipe(tmp_path, f"precision={mode}", "train.steps=24", "train.ema=0.9")
     run = RunDirectory.create(recipe, make_plan(recipe.recipe, CPU), {}, tmp_path / "run")
     display = Silent()
     counts: list[int] = []
@@ -376,6 +475,11 @@ def test_a_bug_leaves_a_result_and_a_traceback(
             RuntimeError("cumsum_cuda does not have a deterministic implementation, but"),
             2,
             "train.deterministic",
+        ),
+        (
+            RuntimeError("\"avg_pool3d_out_frame\" not implemented for 'Half'"),
+            3,
+            "precision.mode",
         ),
     ],
 )

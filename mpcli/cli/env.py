@@ -47,5 +47,5 @@ def env(as_json: AsJson = False) -> None:
 
 def _verdict(precision: dict[str, object]) -> str:
     if not precision["runs"]:
-        return f"fails: {precision['error']}"
+        return f"not available: {precision['error']}"
     return "native" if precision["native"] else "emulated"

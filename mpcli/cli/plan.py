@@ -86,9 +86,18 @@ def _show(loaded: LoadedRecipe, planned: Plan) -> None:
         write(message)
     show_table(
         "Precision",
-        ("module", "type", "parameters", "stored", "computed", "gradient", "why"),
+        ("module", "type", "parameters", "stored", "computed", "gradient", "master", "why"),
         [
-            (m.name, m.type, f"{m.parameters:,}", m.stored, m.computed, m.gradient, m.why)
+            (
+                m.name or "(model)",
+                m.type,
+                f"{m.parameters:,}" if m.parameters else "-",
+                m.stored,
+                m.computed,
+                m.gradient,
+                m.master,
+                m.why,
+            )
             for m in planned.modules
         ],
     )

@@ -54,7 +54,13 @@ def run(
     else:
         show_table("Result", ("", ""), _summary(result, directory.path))
     show_problems(
-        Problem(p["message"], p["hint"], path=p["path"] or "").at(loaded.place(p["path"] or ""))
+        Problem(
+            p["message"],
+            p["hint"],
+            path=p["path"] or "",
+            severity=p["severity"],
+            finding=p["finding"],
+        ).at(loaded.place(p["path"] or ""))
         for p in result.problems
     )
     raise typer.Exit(result.exit_code)

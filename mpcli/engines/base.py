@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
+from mpcli.records import ModuleTypes
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 """(model, micro-batch) -> the fp32 sum of its losses, and how many things were summed."""
@@ -31,7 +32,13 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Where and how a step runs. Nothing here reads a device value on the host."""
+    """Where and how a step runs. Nothing here reads a device value on the host.
+
+    Attributes:
+        observed: per module, the types that the first micro-batch was computed in; None before.
+    """
+
+    observed: dict[str, ModuleTypes] | None
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
@@ -51,6 +58,9 @@ class Engine(Protocol):
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """The model with the weights to evaluate (their average with `train.ema`)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's weights and buffers: averages or masters in fp32 where there are any."""
 
     def memory(self) -> tuple[int, int]:
         """Bytes allocated now and at the peak: of the GPU, or of this process on a CPU."""

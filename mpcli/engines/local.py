@@ -7,67 +7,133 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.engines.base import LossFunction, Outcome
-from mpcli.optim import build_optimizer, learning_rate_table
-from mpcli.precision.numerics import autocast, numerics
+from mpcli.optim import HalfStorageStep, build_optimizer, learning_rate_table
+from mpcli.precision.clipping import clip_
+from mpcli.precision.convert import convert
+from mpcli.precision.numerics import Numerics, autocast, numerics
+from mpcli.precision.observe import TypesObserver, observed_types
 from mpcli.precision.scaler import LossScaler
+from mpcli.precision.sensitive import last_layer
 from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.train import Clip, ClipAgc
+from mpcli.records import ModuleTypes
+
+_NOTHING = contextlib.nullcontext()
+
+
+def mode_problems(meaning: Numerics) -> list[str]:
+    """Why this engine cannot honour a precision mode: it honours every one."""
+    return []
 
 
 class LocalEngine:
     """The transactional step: a step with a non-finite gradient changes nothing but the scale.
 
     `applied` counts applied steps on the device; the learning rate is `table[applied]`.
+
+    Attributes:
+        parameters: of the model, as stored.
+        masters: what the optimizer steps: fp32 copies of half parameters in the master modes, the
+            parameters themselves otherwise.
+        observed: the types that the first micro-batch was computed in; None before it.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, steps: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        device: torch.device,
+        steps: int,
+        fp32_modules: Collection[str] = (),
+    ) -> None:
+        meaning = numerics(recipe.precision.mode)
         self.device = device
         self.model = model
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [model.get_parameter(name) for name in names]
+        exact = [p.data for p in self.parameters]
+        convert(model, meaning, device, fp32_modules)
+        self.masters: list[Tensor] = [
+            p if p.dtype == torch.float32 or not meaning.masters else master
+            for p, master in zip(self.parameters, exact, strict=True)
+        ]
+        self.copied = [
+            (p, master)
+            for p, master in zip(self.parameters, self.masters, strict=True)
+            if p is not master
+        ]
         self.clip = recipe.train.clip
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.unclipped: set[Tensor] = set()
+        if isinstance(self.clip, ClipAgc):  # Brock et al. 2021 leave the last layer alone
+            last = set(model.get_submodule(last_layer(model)).parameters(recurse=False))
+            pairs = zip(self.parameters, self.masters, strict=True)
+            self.unclipped = {master for p, master in pairs if p in last}
         self.scaler = LossScaler(recipe.precision.loss_scale, device)
         self.learning_rates = learning_rate_table(recipe.optim, steps, device)
         self.applied = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros(1, dtype=torch.float32, device=device)
-        self.optimizer = build_optimizer(recipe.optim, model, self.lr.view(()))
-        self.autocast = autocast(numerics(recipe.precision.mode), device)
+        named = list(zip(names, self.masters, strict=True))
+        self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()))
+        self.half_storage: HalfStorageStep | None = None
+        if meaning.half_weights and not meaning.masters:
+            seed = recipe.train.seed if recipe.precision.stochastic_rounding else None
+            self.half_storage = HalfStorageStep(self.optimizer, self.masters, seed)
+        self.autocast = autocast(meaning, device)
         # BatchNorm's statistics change in forward, before anyone knows that the step overflows.
         self.buffers = list(model.buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
         self.ema = recipe.train.ema
-        self.average = [torch.zeros_like(p) for p in self.parameters] if self.ema else []
-        if recipe.engine.compile:
-            model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks (2.14.1)
+        self.average = [torch.zeros_like(m, dtype=torch.float32) for m in self.masters if self.ema]
+        self.compile = recipe.engine.compile
+        self.observed: dict[str, ModuleTypes] | None = None
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
     ) -> Tensor:
-        """Forward and backward of one micro-batch; gradients add up in fp32."""
-        with self.autocast:
+        """Forward and backward of one micro-batch; gradients add up as the mode says."""
+        observer = TypesObserver(self.model) if self.observed is None else None
+        with observer or _NOTHING, self.autocast:
             loss_sum, _ = loss_function(self.model, batch)
         # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
         loss_sum.backward(self.scaler.scale / total_weight)
+        if observer:
+            self.observed = observed_types(self.model, observer)
+            if self.compile:  # what is compiled cannot be observed
+                self.model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks
+        if self.copied:
+            self._add_to_masters()
         return loss_sum.detach() / total_weight
+
+    def _add_to_masters(self) -> None:
+        """Add the micro-batch's half gradients to the masters' fp32 ones."""
+        for parameter, master in self.copied:
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
 
     def step(self) -> Outcome:
         """Unscale, check, clip, update or skip, advance loss scale and averages."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        found_inf = self.scaler.unscale_(gradients)
-        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        gradients = self._gradients()
+        present = [gradient for gradient in gradients if gradient is not None]
+        found_inf = self.scaler.unscale_(present)
+        grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
         if self.clip is not None:
-            torch._foreach_mul_(gradients, (self.clip.max_norm / (grad_norm + 1e-6)).clamp_max(1.0))
+            self._clip(self.clip, gradients, grad_norm)
 
         torch.index_select(self.learning_rates, 0, self.applied, out=self.lr)
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by fused kernels
-        self.optimizer.step()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._update(gradients)
         self.applied += found_inf.logical_not()
         self._keep_or_restore_buffers(found_inf)
         if self.ema:
@@ -76,6 +142,34 @@ class LocalEngine:
         outcome = Outcome(grad_norm, self.scaler.scale, found_inf)
         self.scaler.update(found_inf)
         return outcome
+
+    def _gradients(self) -> list[Tensor | None]:
+        """fp32, still scaled, one per master; None where the loss does not depend on it."""
+        gradients = [master.grad for master in self.masters]
+        if self.half_storage:
+            gradients = [None if gradient is None else gradient.float() for gradient in gradients]
+            for master in self.masters:
+                master.grad = None
+        return gradients
+
+    def _clip(self, clip: Clip, gradients: list[Tensor | None], grad_norm: Tensor) -> None:
+        clipped = [
+            (gradient, master)
+            for gradient, master in zip(gradients, self.masters, strict=True)
+            if gradient is not None and master not in self.unclipped
+        ]
+        clip_(clip, [g for g, _ in clipped], [m for _, m in clipped], grad_norm)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor | None]) -> None:
+        if self.half_storage:
+            self.half_storage.step(gradients, self.applied)
+            return
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+        for parameter, master in self.copied:
+            parameter.copy_(master)
 
     def _keep_or_restore_buffers(self, found_inf: Tensor) -> None:
         if not self.buffers:
@@ -88,30 +182,42 @@ class LocalEngine:
     @torch.no_grad()
     def _move_average(self, decay: float, found_inf: Tensor) -> None:
         share = (1.0 - decay) * (1.0 - found_inf)
-        apart = torch._foreach_sub(self.parameters, self.average)
+        apart = torch._foreach_sub([master.float() for master in self.masters], self.average)
         torch._foreach_add_(self.average, torch._foreach_mul(apart, share))
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The model under autocast, with its averaged weights when there are any.
+    def _averages(self) -> list[Tensor] | None:
+        """The averaged weights in fp32; None without `train.ema`, or before an applied step.
 
         The average begins at zero and is divided by 1 - decay^applied, as Adam's moments are
         (Kingma & Ba 2015, section 3): a mean of the weights after each step, to which the random
         initial weights do not belong.
         """
+        applied = self.applied.item() if self.ema else 0
+        if not self.ema or not applied:
+            return None
+        return list(torch._foreach_div(self.average, 1.0 - self.ema**applied))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model under autocast, with its averaged weights when there are any."""
         with torch.no_grad(), self.autocast:
-            applied = self.applied.item() if self.ema else 0
-            if not self.ema or not applied:
+            averages = self._averages()
+            if averages is None:
                 yield self.model
                 return
             trained = [p.clone() for p in self.parameters]
-            torch._foreach_copy_(
-                self.parameters, torch._foreach_div(self.average, 1.0 - self.ema**applied)
-            )
+            torch._foreach_copy_(self.parameters, averages)
             try:
                 yield self.model
             finally:
                 torch._foreach_copy_(self.parameters, trained)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's weights and buffers: averages or masters in fp32 where there are any."""
+        weights = self._averages() or self.masters
+        exact = dict(zip(self.parameters, weights, strict=True))
+        state = self.model.state_dict(keep_vars=True)
+        return {name: exact.get(value, value).detach() for name, value in state.items()}
 
     def memory(self) -> tuple[int, int]:
         """Bytes allocated now and at the peak: of the GPU, or of this process on a CPU."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpcli.precision.loss_scale import initial_state
-from mpcli.recipe.precision import DynamicScale, LossScale
+from mpcli.precision.loss_scale import floor, initial_state, position_at
+from mpcli.recipe.precision import DynamicScale, LossScale, ScheduledScale
 
 
 class LossScaler:
@@ -15,14 +15,18 @@ class LossScaler:
     Attributes:
         scale: fp32 scalar tensor on the device, the factor of the next loss. `update` binds a
             new tensor, so a reference taken before it keeps the value that was used.
+        attempted: steps so far, a number on the host.
     """
 
     def __init__(self, policy: LossScale, device: torch.device) -> None:
         self.policy = policy
         state = initial_state(policy)
+        self.attempted = state.attempted
         self.scale = torch.tensor(state.scale, dtype=torch.float32, device=device)
         self.good_steps = torch.tensor(state.good_steps, dtype=torch.int32, device=device)
         self.overflows = torch.tensor(state.overflows, dtype=torch.int32, device=device)
+        scheduled = [v for _, v in policy.points] if isinstance(policy, ScheduledScale) else []
+        self._scheduled = torch.tensor(scheduled, dtype=torch.float32, device=device)
         self._inverse_scale = self._inverse()
 
     def unscale_(self, gradients: list[Tensor]) -> Tensor:
@@ -37,22 +41,27 @@ class LossScaler:
 
     def update(self, found_inf: Tensor) -> None:
         """Take the policy's decision after a step. `found_inf`: what `unscale_` returned."""
-        policy = self.policy
-        if not isinstance(policy, DynamicScale):
-            return
-        overflow = found_inf > 0
+        self.attempted += 1
+        if isinstance(self.policy, ScheduledScale):
+            self.scale = self._scheduled[position_at(self.policy.points, self.attempted)]
+            self._inverse_scale = self._inverse()
+        elif isinstance(self.policy, DynamicScale):
+            self._adapt(self.policy, found_inf > 0)
+            self._inverse_scale = self._inverse()
+
+    def _adapt(self, policy: DynamicScale, overflow: Tensor) -> None:
         overflows = self.overflows + overflow
         good_steps = (self.good_steps + 1) * ~overflow
         back_off = overflows >= policy.hysteresis  # then this step overflowed: it resets to 0
         grow = good_steps >= policy.growth_interval
         # Products in fp64, rounded once: what torch's own kernel and the pure form do.
         scale = self.scale.double()
-        lower = (scale * policy.backoff_factor).clamp_min(policy.min_scale)
+        lower = scale * policy.backoff_factor
         higher = (scale * policy.growth_factor).clamp_max(policy.max_scale)
-        self.scale = torch.where(back_off, lower, torch.where(grow, higher, scale)).float()
+        moved = torch.where(back_off, lower, torch.where(grow, higher, scale))
+        self.scale = moved.clamp_min(floor(policy, self.attempted)).float()
         self.overflows = overflows * ~(back_off | grow)
         self.good_steps = good_steps * ~grow
-        self._inverse_scale = self._inverse()
 
     def _inverse(self) -> Tensor:
         return self.scale.double().reciprocal().float()

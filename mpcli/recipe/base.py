@@ -17,7 +17,11 @@ class Section(BaseModel):
 
 
 def mistake(message: str, hint: str | None = None, field: str | None = None) -> PydanticCustomError:
-    """What a validator raises: a message, its remedy, and the field to point at."""
+    """What a validator raises: a message, its remedy, and the field to point at.
+
+    Args:
+        field: name of a field, or number of a list's item, within what is validated; dotted.
+    """
     about = {"message": message, "hint": hint, "field": field}
     return PydanticCustomError("mistake", "{message}", about)
 

@@ -37,6 +37,11 @@ class Place:
     length: int = 1
     text: str = ""  # the whole source line
 
+    @property
+    def start(self) -> tuple[str, int, int]:
+        """File, line and column."""
+        return self.file, self.line, self.column
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -70,14 +70,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        places = [problem.place for problem in problems]  # one problem of a value is enough
+        told = {p.place.start for p in problems if p.place}  # one problem of a value is enough
         found = validation_problems(error, composed.tree, source.file)
         problems += [
             replace(p, hint="it was dropped with the old `kind`: set it beside the new one")
             if p.path in composed.dropped
             else p
             for p in found
-            if p.path.split(".")[0] not in composed.lost and p.place not in places
+            if p.path.split(".")[0] not in composed.lost and not (p.place and p.place.start in told)
         ]
     if problems:
         raise UserError(*_in_order(problems, source.file))
@@ -130,7 +130,7 @@ def _in_order(problems: list[Problem], file: str) -> list[Problem]:
     def order(problem: Problem) -> tuple[int, str, int, int]:
         place = problem.place or Place(file, 0, 0)
         rank = 0 if place.file == file else 2 if place.file == OVERRIDE else 1
-        return rank, place.file, place.line, place.column
+        return rank, *place.start
 
     ordered = sorted(problems, key=order)
     if len(ordered) > nodes.MAX_PROBLEMS:

@@ -27,75 +27,109 @@ MAX_ERRORS = 500  # a file of thousands of mistakes is not worth as many suggest
 _SYNONYMS = {
     "accumulate_grad_batches": "train.micro_batch_size",
     "adam_epsilon": "optim.eps",
+    "allow_tf32": "precision.mode: tf32",
     "amp": "precision.mode: fp16",
     "batch_size": "train.global_batch_size",
     "bf16": "precision.mode: bf16",
+    "bf16_stochastic_round": "precision.stochastic_rounding",
+    "clip_factor": "train.clip.clipping",
+    "clip_grad": "train.clip",
+    "clip_grad_norm": "train.clip.max_norm",
+    "clip_grad_value": "train.clip.clip_value",
+    "clip_mode": "train.clip.kind",
     "dataset": "data",
+    "dtype": "precision.mode",
+    "dynamic_growth_steps": "precision.loss_scale.growth_interval",
     "eval_steps": "eval.every",
     "eval_strategy": "eval.every",
     "evaluation_strategy": "eval.every",
     "fp16": "precision.mode: fp16",
+    "fp16_opt_level": "precision.mode",
+    "fp32_layers": "precision.sensitive_layers",
+    "fp32_modules": "precision.sensitive_layers",
     "grad_clip": "train.clip",
     "gradient_accumulation_steps": "train.micro_batch_size",
     "gradient_checkpointing": "engine.activation_checkpointing",
+    "gradient_clip_algorithm": "train.clip.kind",
+    "gradient_clip_val": "train.clip.max_norm",
     "gradient_clipping": "train.clip.max_norm",
+    "initial_loss_scale": "precision.loss_scale.init_scale",
+    "initial_scale": "precision.loss_scale.init_scale",
+    "initial_scale_power": "precision.loss_scale.init_scale",
+    "keep_batchnorm_fp32": "precision.sensitive_layers: [norm]",
+    "keep_fp32": "precision.sensitive_layers",
+    "keep_in_fp32_modules": "precision.sensitive_layers",
     "label_smoothing_factor": "task.label_smoothing",
     "learning_rate": "optim.lr",
+    "loss_scale_window": "precision.loss_scale.growth_interval",
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule.kind",
+    "master_weights": "precision.mode: fp16-master",
     "max_epochs": "train.epochs",
     "max_grad_norm": "train.clip.max_norm",
+    "max_loss_scale": "precision.loss_scale.max_scale",
     "max_steps": "train.steps",
+    "max_value": "train.clip.clip_value",
+    "min_loss_scale": "precision.loss_scale.min_scale",
     "mixed_precision": "precision.mode",
     "model": "task.model",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
+    "opt_level": "precision.mode",
     "optimizer": "optim",
     "per_device_train_batch_size": "train.micro_batch_size",
     "run_name": "name",
+    "scale_window": "precision.loss_scale.growth_interval",
     "scheduler": "optim.schedule",
+    "tf32": "precision.mode: tf32",
     "torch_compile": "engine.compile",
+    "torch_dtype": "precision.mode",
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "warmup_ratio": "optim.schedule.warmup",
     "warmup_steps": "optim.schedule.warmup",
 }
 
-_LATER = "this version has `fp32`, `bf16` and `fp16`"
+_FP32 = "write `fp32`"
+_TF32 = "write `tf32`: fp32 numbers, products on TF32 tensor cores"
 _FP16 = "write `fp16`: fp32 weights, fp16 autocast, dynamic loss scale"
 _BF16 = "write `bf16`: fp32 weights, bf16 autocast"
+_FP16_PURE = "write `fp16-pure`: weights, compute and optimizer state in fp16"
+_BF16_PURE = "write `bf16-pure`: weights, compute and optimizer state in bf16"
+_LATER = "this version's modes have 16 or 32 bits"
+
+_MODES = {
+    _FP32: ("32", "32-true", "float", "float32", "full", "single", "torch.float32"),
+    _TF32: ("tensorfloat32", "tensorfloat-32"),
+    _FP16: (
+        *("16", "16-mixed", "amp", "amp_fp16", "float16", "half", "mixed", "mixed_float16"),
+        "torch.float16",
+    ),
+    _BF16: ("amp_bf16", "bf16-mixed", "bfloat16", "mixed_bfloat16", "torch.bfloat16"),
+    _FP16_PURE: ("16-true", "pure_fp16"),
+    _BF16_PURE: ("bf16-true", "pure_bf16"),
+    "did you mean `fp32` (Apex's O0)?": ("o0",),
+    "did you mean `fp16` (Apex's O1)?": ("o1",),
+    "did you mean `fp16-master` (Apex's O2)?": ("o2",),
+    "did you mean `fp16-pure` (Apex's O3)?": ("o3",),
+    _LATER: ("fp8", "float8", "fp64", "float64", "double", "64", "64-true"),
+}
 
 # (path, lower-case value) -> remedy: what other tools call the values here, and what is to come.
 _VALUES = {
-    **{
-        ("precision.mode", word): _FP16
-        for word in (
-            "16",
-            "16-mixed",
-            "amp",
-            "float16",
-            "half",
-            "mixed",
-            "o1",
-            "o2",
-            "torch.float16",
-        )
-    },
-    **{("precision.mode", word): _BF16 for word in ("bf16-mixed", "bfloat16", "torch.bfloat16")},
-    **{
-        ("precision.mode", word): "write `fp32`"
-        for word in ("32", "32-true", "float", "float32", "full", "single", "o0", "torch.float32")
-    },
-    **{
-        ("precision.mode", word): _LATER
-        for word in ("tf32", "fp16-master", "bf16-master", "fp16-pure", "bf16-pure", "fp8", "fp64")
-    },
+    **{("precision.mode", word): hint for hint, words in _MODES.items() for word in words},
     **{
         ("engine.kind", word): "this version has one engine: `local`, one process on one device"
         for word in ("ddp", "fsdp2", "fsdp", "deepspeed")
     },
     ("engine.device", "gpu"): "write `cuda`",
+    ("train.clip.kind", "adaptive"): "write `agc`",
+    ("precision.loss_scale.kind", "constant"): "write `static`",
+    ("precision.loss_scale.kind", "fixed"): "write `static`",
 }
+
+# Sections that other tools write as a number.
+_NUMBERS = {"clip": "{kind: norm, max_norm: %s}", "loss_scale": "{kind: static, scale: %s}"}
 
 
 def validation_problems(error: ValidationError, tree: Mapping, file: str) -> list[Problem]:
@@ -115,7 +149,7 @@ def validation_problems(error: ValidationError, tree: Mapping, file: str) -> lis
             path = path[:-1]  # an item of a list: the list is too short
         field = details.get("ctx", {}).get("field")
         if field:
-            path = (*path, field)
+            path = (*path, *field.split("."))
         grouped.setdefault(path, []).append(details)
         holders[path] = holder
     meant = {
@@ -242,6 +276,8 @@ def _section_hint(name: str, node: Node | None, known: list[str]) -> str | None:
         return f"write `{name}: {{kind: {word}}}`"
     if isinstance(node, Scalar) and node.value is None:
         return f"give `{name}` fields, or remove the line"
+    if name in _NUMBERS and isinstance(node, Scalar) and type(node.value) in (int, float):
+        return f"write `{name}: {_NUMBERS[name] % word}`"
     return f"write `{name}: {{field: value}}`, or the fields on indented lines below"
 
 

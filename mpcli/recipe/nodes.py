@@ -205,7 +205,7 @@ class _Builder:
             node, below = self.node(item, depth + 1)
             items.append(node)
             height = max(height, below)
-        return Sequence(tuple(items), self.place(event)), height + 1
+        return Sequence(tuple(items), self.place(event, item)), height + 1
 
     def mapping(self, event: Any, depth: int) -> tuple[Node, int]:
         entries: dict[str, Entry] = {}
@@ -223,7 +223,7 @@ class _Builder:
                 # Nothing is written that could be pointed at but the key.
                 value = Scalar(None, "", False, key.place)
             entries[key.written] = Entry(key.place, value)
-        return Mapping(entries, self.place(event)), height + 1
+        return Mapping(entries, self.place(event, first)), height + 1
 
     def key_problem(self, key: Node, event: Any, known: dict[str, Entry]) -> Problem | None:
         place = self.place(event)
@@ -273,13 +273,14 @@ class _Builder:
     def error(self, event: Any, what: str, hint: str | None = None) -> UserError:
         return UserError(Problem(what, hint, place=self.place(event)))
 
-    def place(self, event: Any) -> Place:
-        start, end = event.start_mark, event.end_mark
+    def place(self, event: Any, last: Any = None) -> Place:
+        """What one event covers of its line; with its `last` event, what a list or section does."""
+        start, end = event.start_mark, (last or event).end_mark
         place = self.source.place(start.line, start.column)
-        rest = len(place.text) - place.column + 1
-        length = end.column - start.column if end.line == start.line else rest
-        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            length = rest  # the event is the opening bracket, or nothing at all
+        length = len(place.text) - place.column + 1
+        is_opening = isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent)
+        if end.line == start.line and (not is_opening or (last and event.flow_style)):
+            length = end.column - start.column
         return self.source.place(start.line, start.column, length)
 
 

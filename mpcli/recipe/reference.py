@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import getdoc
 from types import NoneType
 from typing import Any, get_args
 
@@ -43,7 +44,7 @@ def recipe_reference() -> str:
         blocks.append(f"### `{path}`")
         for kind, section in sections.items():
             heading = f"`kind: {kind}` - " if kind else ""
-            blocks.append(f"{heading}{section.__doc__}")
+            blocks.append(f"{heading}{getdoc(section)}")
             if set(section.model_fields) - {"kind"}:
                 blocks.append(_table(section))
     return "\n\n".join(blocks) + "\n"
@@ -110,14 +111,15 @@ def _meaning(field: FieldInfo) -> str:
 
 def _type(schema: dict[str, Any]) -> str:
     """The JSON schema of a single value or a list, in a few words."""
-    if choices := schema.get("anyOf"):
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(_type(choice) for choice in choices if choice.get("type") != "null")
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "prefixItems" in schema:
-        return f"list of {len(schema['prefixItems'])}: {_type(schema['prefixItems'][0])}"
+        items = [_type(item) for item in schema["prefixItems"]]
+        return f"list of {len(items)}: {', '.join(dict.fromkeys(items))}"
     if "items" in schema:
         return f"list of {_type(schema['items'])}"
     names = {"integer": "whole number", "boolean": "`true`, `false`", "string": "text"}

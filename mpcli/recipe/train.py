@@ -16,7 +16,23 @@ class ClipNorm(Section):
     max_norm: Positive = Field(description="largest L2 norm of all gradients together")
 
 
-Clip = Annotated[ClipNorm, Field(discriminator="kind")]
+class ClipValue(Section):
+    """Cut every gradient element to the range from `-clip_value` to `clip_value`."""
+
+    kind: Literal["value"]
+    clip_value: Positive = Field(description="largest magnitude of a gradient element")
+
+
+class ClipAgc(Section):
+    """Scale a unit's gradient down when its norm exceeds `clipping` times that of its weights
+    (AGC, Brock et al. 2021); the last layer is left alone."""
+
+    kind: Literal["agc"]
+    clipping: Positive = Field(default=0.01, description="largest ratio of the two norms")
+    eps: Positive = Field(default=1e-3, description="least norm that a unit's weights count as")
+
+
+Clip = Annotated[ClipNorm | ClipValue | ClipAgc, Field(discriminator="kind")]
 
 
 class Train(Section):

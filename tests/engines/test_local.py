@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.engines.local import LocalEngine
+from mpcli.plan.precision import fp32_islands
+from tests import small
 from tests.host_reads import HostReads
 from tests.small import small_recipe
 
@@ -19,8 +23,18 @@ CPU = torch.device("cpu")
 OPTIMIZERS = {
     "sgd": "{kind: sgd, lr: 0.1}",
     "sgd-momentum": "{kind: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.01}",
-    "adam": "{kind: adam, lr: 0.01}",
-    "adamw": "{kind: adamw, lr: 0.01, schedule: {kind: linear, warmup: 0.5}}",
+    "adam": "{kind: adam, lr: 0.01, eps: 1e-4}",
+    "adamw": "{kind: adamw, lr: 0.01, eps: 1e-4, schedule: {kind: linear, warmup: 0.5}}",
+}
+MODES = {
+    "fp32": "{mode: fp32}",
+    "bf16": "{mode: bf16}",
+    "fp16": "{mode: fp16}",
+    "fp16-master": "{mode: fp16-master}",
+    "bf16-master": "{mode: bf16-master}",
+    "fp16-pure": "{mode: fp16-pure}",
+    "bf16-pure": "{mode: bf16-pure}",
+    "bf16-pure-stochastic": "{mode: bf16-pure, stochastic_rounding: true}",
 }
 
 
@@ -31,9 +45,17 @@ def make_net() -> nn.Module:
     )
 
 
-def _engine(tmp_path: Path, *overrides: str) -> LocalEngine:
+def make_engine(
+    tmp_path: Path,
+    *overrides: str,
+    model: nn.Module | None = None,
+    device: torch.device = CPU,
+) -> LocalEngine:
+    """An engine with the fp32 islands that a plan would give it."""
     recipe = small_recipe(tmp_path, *overrides).recipe
-    return LocalEngine(recipe, make_net(), CPU, steps=20)
+    model = (model or make_net()).to(device)
+    islands = fp32_islands(recipe.precision, model, device, small.CPU)
+    return LocalEngine(recipe, model, device, 20, islands)
 
 
 def make_batch(seed: int = 0, size: int = 8) -> Batch:
@@ -54,24 +76,26 @@ def make_loss(factor: float = 1.0) -> Any:
 def state_hash(engine: LocalEngine) -> str:
     """Of everything that a step may change, but the loss scale."""
     digest = hashlib.sha256()
-    tensors = [*engine.model.state_dict().values(), *engine.average, engine.applied]
+    tensors = [*engine.model.state_dict().values(), *engine.masters, *engine.average]
+    tensors.append(engine.applied)
     for state in engine.optimizer.state.values():
         tensors += [value for _, value in sorted(state.items())]
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().numpy().tobytes())
+        digest.update(str((tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("good_steps_before", [0, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_skipped_step_changes_nothing(
     tmp_path: Path, optimizer: str, good_steps_before: int, mode: str
 ) -> None:
-    engine = _engine(
+    engine = make_engine(
         tmp_path,
         f"optim={OPTIMIZERS[optimizer]}",
-        f"precision.mode={mode}",
+        f"precision={MODES[mode]}",
         "train.ema=0.9",
         "train.clip={kind: norm, max_norm: 1.0}",
     )
@@ -96,7 +120,7 @@ def test_a_skipped_step_changes_nothing(
 def test_skipped_steps_do_not_influence_later_ones(tmp_path: Path) -> None:
     """With the scale held still, a run with skipped steps ends where one without them ends."""
     settings = ("precision={mode: fp16, loss_scale: {kind: static, scale: 1024}}", "train.ema=0.5")
-    clean, disturbed = _engine(tmp_path, *settings), _engine(tmp_path, *settings)
+    clean, disturbed = make_engine(tmp_path, *settings), make_engine(tmp_path, *settings)
     for step in range(6):
         for engine in (clean, disturbed):
             engine.accumulate(make_loss(), make_batch(step), 8, last=True)
@@ -111,7 +135,7 @@ def test_skipped_steps_do_not_influence_later_ones(tmp_path: Path) -> None:
 def test_accumulation_gives_the_gradient_of_the_whole_batch(
     tmp_path: Path, micro_batch_size: int
 ) -> None:
-    whole, parts = _engine(tmp_path), _engine(tmp_path)
+    whole, parts = make_engine(tmp_path), make_engine(tmp_path)
     for engine in (whole, parts):
         engine.model.eval()  # BatchNorm's statistics depend on the micro-batch, rightly
     batch = make_batch()
@@ -124,24 +148,49 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [2.0**-6, 1.0, 2.0**16])
-def test_norm_and_clipping_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> None:
-    """Powers of two are exact in fp32, so the steps are bit-equal."""
-    clip = "train.clip={kind: norm, max_norm: 0.05}"
-    plain = _engine(tmp_path, clip)
-    scaled = _engine(tmp_path, clip, f"precision.loss_scale={{kind: static, scale: {scale}}}")
+CLIPS = {
+    "norm": "{kind: norm, max_norm: 0.05}",
+    "value": "{kind: value, clip_value: 0.001}",
+    "agc": "{kind: agc, clipping: 0.001}",
+}
+
+
+@given(exponent=st.integers(-20, 40), clip=st.sampled_from(sorted(CLIPS)), parts=st.integers(1, 3))
+@settings(max_examples=25, deadline=None)
+def test_norm_and_clipping_do_not_depend_on_the_scale(
+    tmp_path_factory: pytest.TempPathFactory, exponent: int, clip: str, parts: int
+) -> None:
+    """Powers of two are exact in fp32, so the steps are bit-equal, over micro-batches too."""
+    folder, clipped = tmp_path_factory.mktemp("clip"), f"train.clip={CLIPS[clip]}"
+    static = f"precision.loss_scale={{kind: static, scale: {2.0**exponent}}}"
+    plain, scaled = make_engine(folder, clipped), make_engine(folder, clipped, static)
+    free = make_engine(folder)
     norms = []
-    for engine in (plain, scaled):
-        engine.accumulate(make_loss(), make_batch(), 8, last=True)
+    for engine in (plain, scaled, free):
+        for part in range(parts):
+            engine.accumulate(make_loss(), make_batch(part), 8 * parts, last=part == parts - 1)
         norms.append(engine.step().grad_norm)
     assert torch.equal(norms[0], norms[1])
-    assert norms[0] > 0.05
     assert state_hash(plain) == state_hash(scaled)
+    assert state_hash(plain) != state_hash(free)
+
+
+def test_adaptive_clipping_leaves_the_last_layer_alone(tmp_path: Path) -> None:
+    sgd = "optim={kind: sgd, lr: 1}"
+    clipped = make_engine(tmp_path, "train.clip={kind: agc, clipping: 1e-6}", sgd)
+    free = make_engine(tmp_path, sgd)
+    for engine in (clipped, free):
+        engine.accumulate(make_loss(), make_batch(), 8, last=True)
+        engine.step()
+    pairs = zip(clipped.model.named_parameters(), free.model.parameters(), strict=True)
+    equal = {name for (name, a), b in pairs if torch.equal(a, b)}
+    assert {"4.weight", "4.bias"} <= equal
+    assert {"0.weight", "1.weight", "1.bias"}.isdisjoint(equal)
 
 
 @pytest.mark.parametrize("max_norm", [0.05, 1000.0])
 def test_clipping_is_torchs(tmp_path: Path, max_norm: float) -> None:
-    engine = _engine(
+    engine = make_engine(
         tmp_path, f"train.clip={{kind: norm, max_norm: {max_norm}}}", "optim={kind: sgd, lr: 1}"
     )
     theirs = make_net()
@@ -154,7 +203,7 @@ def test_clipping_is_torchs(tmp_path: Path, max_norm: float) -> None:
 
 
 def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path) -> None:
-    engine = _engine(tmp_path, "train.ema=0.75")
+    engine = make_engine(tmp_path, "train.ema=0.75")
     history = []
     for step in range(3):
         engine.accumulate(make_loss(), make_batch(step), 8, last=True)
@@ -174,7 +223,7 @@ def test_average_follows_its_definition_and_is_what_is_evaluated(tmp_path: Path)
 
 
 def test_learning_rate_follows_applied_steps(tmp_path: Path) -> None:
-    engine = _engine(tmp_path, "optim={kind: sgd, lr: 1, schedule: {kind: linear, warmup: 0}}")
+    engine = make_engine(tmp_path, "optim={kind: sgd, lr: 1, schedule: {kind: linear, warmup: 0}}")
     seen = []
     for step in range(4):
         engine.accumulate(
@@ -185,33 +234,6 @@ def test_learning_rate_follows_applied_steps(tmp_path: Path) -> None:
     assert seen == pytest.approx([1.0, 0.95, 0.95, 0.9])
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
-)
-def test_types_of_weights_activations_gradients_and_state(
-    tmp_path: Path, mode: str, expected: torch.dtype
-) -> None:
-    engine = _engine(tmp_path, f"precision.mode={mode}")
-    seen: dict[str, torch.dtype] = {}
-    for name, module in engine.model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(
-                lambda module, inputs, output, name=name: seen.update({name: output.dtype})
-            )
-    loss = engine.accumulate(make_loss(), make_batch(), 8, last=True)
-    assert set(seen.values()) == {expected}
-    assert loss.dtype == torch.float32
-    assert {p.dtype for p in engine.parameters} == {torch.float32}
-    assert {p.grad.dtype for p in engine.parameters if p.grad is not None} == {torch.float32}
-    engine.step()
-    assert {v.dtype for s in engine.optimizer.state.values() for v in s.values()} == {torch.float32}
-    seen.clear()
-    with engine.evaluating() as model:
-        model(make_batch().inputs)
-    assert set(seen.values()) == {expected}
-
-
 def test_the_counter_counts() -> None:
     with HostReads() as reads:
         torch.ones(()).item()
@@ -219,13 +241,13 @@ def test_the_counter_counts() -> None:
     assert reads.count == 2
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_read_nothing_on_the_host(tmp_path: Path, mode: str, optimizer: str) -> None:
-    engine = _engine(
+    engine = make_engine(
         tmp_path,
         f"optim={OPTIMIZERS[optimizer]}",
-        f"precision.mode={mode}",
+        f"precision={MODES[mode]}",
         "train.ema=0.9",
         "train.clip={kind: norm, max_norm: 1.0}",
     )
@@ -243,14 +265,16 @@ def test_the_model_is_compiled_when_asked_for(
 ) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
-    _engine(tmp_path)
+    make_engine(tmp_path)
     assert compiled == []
-    engine = _engine(tmp_path, "engine.compile=true")
+    engine = make_engine(tmp_path, "engine.compile=true")
+    for _ in range(2):
+        engine.accumulate(make_loss(), make_batch(), 8, last=True)
     assert compiled == [engine.model]
 
 
 def test_memory_of_the_process_is_in_bytes_and_peaks_are_kept(tmp_path: Path) -> None:
-    engine, size = _engine(tmp_path), 64 << 20
+    engine, size = make_engine(tmp_path), 64 << 20
     before, _ = engine.memory()
     assert before > 50e6  # torch alone
     tensor = torch.ones(size, dtype=torch.uint8)

@@ -122,14 +122,6 @@ def test_a_section_with_a_default_needs_no_kind(write: Write) -> None:
     assert recipe.precision.loss_scale == DynamicScale(kind="dynamic", init_scale=8)
 
 
-def test_the_loss_scale_follows_the_mode(write: Write) -> None:
-    kinds = [
-        load_recipe(write(), [f"precision.mode={mode}"]).recipe.precision.loss_scale.kind
-        for mode in ("fp32", "bf16", "fp16")
-    ]
-    assert kinds == ["none", "none", "dynamic"]
-
-
 @pytest.mark.parametrize(
     ("override", "epochs", "steps"),
     [("train.steps=7", None, 7), ("train.epochs=7", 7, None), ("train.steps=null", 3, None)],

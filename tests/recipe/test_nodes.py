@@ -128,3 +128,19 @@ def test_fifty_levels_and_ten_thousand_values_are_the_limit() -> None:
         nodes("[" + "1, " * 10_000 + "]")
     with pytest.raises(UserError, match="more than 50 levels"):
         nodes("a: &x " + "[" * 30 + "]" * 30 + "\nb: " + "[" * 30 + "*x" + "]" * 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "covered"),
+    [
+        ("a: [1, [2]] # c", "[1, [2]]"),
+        ("{a: {b: [1]}, c: 2}", "{b: [1]}"),
+        ("a: [1,\n  2]", "[1,"),
+        ("a:\n  - 1\n  - 2", "- 1"),
+    ],
+)
+def test_the_place_of_a_list_or_section_is_what_it_covers_of_its_first_line(
+    text: str, covered: str
+) -> None:
+    place = nodes(text).entries["a"].node.place
+    assert place.text[place.column - 1 : place.column - 1 + place.length] == covered

@@ -75,11 +75,14 @@ def test_mutated_recipes(data: st.DataObject) -> None:
 
 PATHS = """
 name task.model.kind task.model data.kind data.path data.augment precision.mode use.optim use optim
-precision.loss_scale.kind precision.loss_scale.init_scale optim.kind optim.lr optim.schedule
-optim.betas train.steps train.epochs train.clip eval.every engine.processes train a.b
+precision.loss_scale.kind precision.loss_scale.init_scale precision.loss_scale.min_scale
+precision.loss_scale.points precision.sensitive_layers precision.stochastic_rounding
+optim.kind optim.lr optim.schedule optim.betas train.steps train.epochs train.clip
+eval.every engine.processes train a.b
 """
 VALUES = """
 1 0 -1 1e-4 1e18 .nan .inf null true no 3.0 fp16 sgd adamw resnet9 static dynamic [flip] [] {}
+bf16-pure scheduled [[0,8]] [[0,1],[5,.nan]] [[0,1],5] [0,8] [norm,head.*] [norms] agc value
 {kind:sgd,lr:1} {kind} [[]] '' "\\0" sgd-one-cycle ../x
 """
 OVERRIDES = st.builds(

@@ -1,0 +1,229 @@
+"""(Recipe, Machine) -> Plan: everything derived, or every problem at once, before a tensor."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Iterator
+from typing import assert_never
+
+import torch
+
+from mpcli.data import DatasetInfo, describe
+from mpcli.engines import mode_problems
+from mpcli.machine import Machine
+from mpcli.plan.precision import PrecisionPlan, compute_name, plan_precision
+from mpcli.precision.numerics import numerics
+from mpcli.recipe.errors import Exit, Problem, UserError
+from mpcli.recipe.optim import Adam, AdamW
+from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import Plan, PlanWarning
+
+MAX_STEPS = 10_000_000
+"""The learning rates of a run stand in one table on the device: 40 MB at this length."""
+LARGE_SCALE = 2.0**24
+"""Above this even gradients of 2^-8 leave fp16's range (65504)."""
+FP16_SAFE_EPS = 1e-4
+"""About the root of 2^-25, below which a second moment is zero in fp16."""
+
+
+def make_plan(recipe: Recipe, machine: Machine) -> Plan:
+    """Derive everything that a run does from its recipe and machine.
+
+    Raises:
+        UserError: with every problem found; each carries the path of the recipe value.
+    """
+    problems = list(_machine_problems(recipe, machine))
+    device = _device(recipe, machine)
+    info: DatasetInfo | None = None
+    try:
+        info = describe(recipe.data)
+    except UserError as error:
+        problems += error.problems
+    if info is None:
+        raise UserError(*problems)
+
+    batch = recipe.train.global_batch_size
+    steps_per_epoch = info.num_train // batch
+    steps = recipe.train.steps or steps_per_epoch * (recipe.train.epochs or 0)
+    if not steps_per_epoch:
+        problems.append(
+            Problem(
+                f"a batch of {batch:,} is larger than the training set ({info.num_train:,})",
+                f"use at most {info.num_train}",
+                path="train.global_batch_size",
+            )
+        )
+    elif steps > MAX_STEPS:
+        length = "steps" if recipe.train.steps else "epochs"
+        problems.append(
+            Problem(f"{steps:,} steps; a run has at most {MAX_STEPS:,}", path=f"train.{length}")
+        )
+
+    precision: PrecisionPlan | None = None
+    micro_batch = min(recipe.train.micro_batch_size or batch, batch)
+    try:
+        smallest = batch % micro_batch or micro_batch
+        precision = plan_precision(recipe, info, device, machine, smallest)
+    except UserError as error:
+        problems += error.problems
+    half_norms = precision.half_norms if precision else 0
+    warnings = list(_warnings(recipe, machine, device, half_norms))
+    if problems or precision is None:
+        raise UserError(*problems, *warnings)
+
+    return Plan(
+        device=device.type,
+        world_size=1,
+        num_train=info.num_train,
+        num_eval=info.num_eval,
+        data_source=info.source,
+        input_shape=info.input_shape,
+        num_classes=info.num_classes,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        micro_batch_size=micro_batch,
+        accumulation=math.ceil(batch / micro_batch),
+        parameters=precision.parameters,
+        modules=precision.modules,
+        fp32_modules=precision.fp32_modules,
+        warnings=tuple(
+            PlanWarning(finding=w.finding, path=w.path, message=w.what, hint=w.hint)
+            for w in warnings
+        ),
+    )
+
+
+def _device(recipe: Recipe, machine: Machine) -> torch.device:
+    if recipe.engine.device == "auto":
+        return torch.device("cuda" if machine.cuda_devices else "cpu")
+    return torch.device(recipe.engine.device)
+
+
+def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
+    if recipe.engine.device == "cuda" and not machine.cuda_devices:
+        yield Problem(
+            "this machine has no CUDA device that torch can use",
+            "use `device: auto` or `device: cpu`; `mptrain env` shows what is here",
+            path="engine.device",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    device = _device(recipe, machine).type
+    meaning = numerics(recipe.precision.mode)
+    if compute_name(meaning) in machine.unsupported.get(device, frozenset()):
+        yield Problem(
+            f"{compute_name(meaning)} does not run on this machine's {device}",
+            "`mptrain env` shows the precisions that do",
+            path="precision.mode",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    for what in mode_problems(recipe.engine, meaning):
+        yield Problem(what, "docs/precision.md has the engines of each mode", path="precision.mode")
+    if meaning.tf32 and recipe.precision.sensitive_layers:
+        yield Problem(
+            "TF32 is one switch for the whole process: no layer can be left out",
+            "use `mode: fp32`, or remove `sensitive_layers`",
+            path="precision.sensitive_layers",
+        )
+    compiler = "g++" if device == "cpu" else "gcc"
+    if recipe.engine.compile and not shutil.which(compiler):
+        yield Problem(
+            f"torch.compile needs a compiler ({compiler}) on the PATH",
+            "install one, or use `compile: false`",
+            path="engine.compile",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    if recipe.output.tensorboard and not importlib.util.find_spec("tensorboard"):
+        yield Problem(
+            "the package tensorboard is not installed",
+            "pip install 'mptrain[tensorboard]'",
+            path="output.tensorboard",
+            exit_code=Exit.ENVIRONMENT,
+        )
+
+
+def _warning(finding: str | None, path: str, what: str, hint: str) -> Problem:
+    return Problem(what, hint, path=path, severity="warning", finding=finding)
+
+
+def _warnings(
+    recipe: Recipe, machine: Machine, device: torch.device, half_norms: int
+) -> Iterator[Problem]:
+    meaning, loss_scale = numerics(recipe.precision.mode), recipe.precision.loss_scale
+    half = compute_name(meaning)
+    if half in machine.emulated.get(device.type, frozenset()):
+        yield _warning(
+            None,
+            "precision.mode",
+            f"this {device.type} has no {half} instructions: exact, but slow",
+            "`mptrain env` shows how slow",
+        )
+    if half == "fp16":
+        yield from _fp16_scale_warnings(loss_scale)
+    elif not isinstance(loss_scale, NoScale):
+        yield _warning(
+            None,
+            "precision.loss_scale",
+            f"{meaning.mode} has the range of fp32: a loss scale changes nothing but its rounding",
+            "use `loss_scale: {kind: none}`",
+        )
+    if meaning.half_weights and not meaning.masters:
+        yield from _pure_warnings(recipe, half, half_norms)
+
+
+def _fp16_scale_warnings(loss_scale: LossScale) -> Iterator[Problem]:
+    path, hint = "precision.loss_scale", "use `loss_scale: {kind: dynamic}`"
+    match loss_scale:
+        case NoScale():
+            what = "without a loss scale, gradients of 2^-25 and less become zero in fp16"
+            yield _warning("underflow", path, what, hint)
+            return
+        case DynamicScale():
+            return
+        case StaticScale():
+            path, scales = f"{path}.scale", [loss_scale.scale]
+        case ScheduledScale():
+            path, scales = f"{path}.points", [scale for _, scale in loss_scale.points]
+        case _:
+            assert_never(loss_scale)
+    if max(scales) > LARGE_SCALE:
+        what = (
+            f"a {loss_scale.kind} scale of {max(scales):g} takes scaled gradients over "
+            "65504, fp16's largest number: every step may be skipped"
+        )
+        yield _warning("scale-too-high", path, what, hint)
+    if min(scales) < 1:
+        what = (
+            f"a {loss_scale.kind} scale of {min(scales):g} makes gradients smaller: "
+            "more of them become zero in fp16"
+        )
+        yield _warning("underflow", path, what, hint)
+
+
+def _pure_warnings(recipe: Recipe, half: str, half_norms: int) -> Iterator[Problem]:
+    if not recipe.precision.stochastic_rounding:
+        bits = {"fp16": 11, "bf16": 8}[half]
+        yield _warning(
+            "lost-updates",
+            "precision.mode",
+            f"without master weights, an update below 2^-{bits + 1} of its {half} weight is lost",
+            f"use `mode: {half}-master`"
+            + (", or `stochastic_rounding: true`" if half == "bf16" else ""),
+        )
+    optim = recipe.optim
+    if half == "fp16" and isinstance(optim, Adam | AdamW) and optim.eps < FP16_SAFE_EPS:
+        yield _warning(
+            "adam-eps",
+            "optim.eps",
+            f"second moments below 2^-25 become zero in fp16: updates are divided by {optim.eps:g}",
+            "use `eps: 1e-4`, or `mode: fp16-master`",
+        )
+    if half_norms:
+        yield _warning(
+            "norm-in-half",
+            "precision.sensitive_layers",
+            f"{half_norms} norm layers keep weights and statistics in {half}",
+            "use `sensitive_layers: [norm]`",
+        )

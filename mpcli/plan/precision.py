@@ -1,0 +1,216 @@
+"""Which type each module is stored and computed in, found by one forward on fake tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mpcli.data import DatasetInfo
+from mpcli.machine import Machine
+from mpcli.precision.convert import convert
+from mpcli.precision.numerics import Numerics, autocast, numeric_settings, numerics
+from mpcli.precision.observe import TypesObserver, types_of
+from mpcli.precision.sensitive import (
+    lstm_modules,
+    matched,
+    no_match,
+    norm_modules,
+    sensitive_modules,
+)
+from mpcli.recipe.errors import Problem, UserError
+from mpcli.recipe.precision import Precision
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import ModulePrecision, ModuleTypes
+from mpcli.tasks import apply_activation_checkpointing, task_module
+
+MAX_DIFFERENCES = 5
+"""Modules named when a run's types differ from the plan's."""
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Types of every module that has parameters or computes something."""
+
+    modules: tuple[ModulePrecision, ...]
+    fp32_modules: tuple[str, ...]
+    parameters: int
+    half_norms: int  # norm layers that compute in half
+
+
+def plan_precision(
+    recipe: Recipe, info: DatasetInfo, device: torch.device, machine: Machine, num_images: int
+) -> PrecisionPlan:
+    """Build the model without memory, convert it as the mode says, and see what it does.
+
+    Args:
+        num_images: of the forward that is traced.
+
+    Raises:
+        UserError: no such model, or one that cannot take the data; sensitive layers that match
+            nothing.
+    """
+    meaning = numerics(recipe.precision.mode)
+    # Constructors may read numbers, which meta tensors allow and fake ones do not.
+    with torch.device("meta"):
+        model = task_module(recipe.task).build_model(recipe.task, info)
+    if recipe.engine.activation_checkpointing:
+        apply_activation_checkpointing(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    islands = fp32_islands(recipe.precision, model, device, machine)
+    convert(model, meaning, device, islands)
+    with FakeTensorMode(), numeric_settings(recipe.precision, device):
+        _make_fake(model, device)
+        observer = _traced(recipe, model, info, meaning, device, num_images)
+    _check_softmax(recipe, model, observer)
+    modules = tuple(_rows(model, observer, meaning, islands))
+    norms = set(norm_modules(model))
+    return PrecisionPlan(
+        modules=modules,
+        fp32_modules=tuple(islands),
+        parameters=parameters,
+        half_norms=sum(row.name in norms and row.computed != "fp32" for row in modules),
+    )
+
+
+def _make_fake(model: nn.Module, device: torch.device) -> None:
+    """Give the tensors a shape, a type and a device, but no memory."""
+    # Fake tensors of a device that is absent (said already) cannot be made.
+    place = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=place))
+
+
+def fp32_islands(
+    precision: Precision, model: nn.Module, device: torch.device, machine: Machine
+) -> dict[str, str]:
+    """Name of each module that computes in fp32 among half neighbours -> why."""
+    sensitive = sensitive_modules(model, precision.sensitive_layers)
+    meaning = numerics(precision.mode)
+    if meaning.compute == torch.float32:
+        return {}
+    islands = {name: f"sensitive layer ({why})" for name, why in sensitive.items()}
+    if meaning.masters:
+        for name in norm_modules(model):
+            islands.setdefault(name, "norms stay in fp32 beside master weights")
+    half = compute_name(meaning)
+    if meaning.autocast and half in machine.broken_lstm.get(device.type, frozenset()):
+        for name in lstm_modules(model):
+            islands.setdefault(name, f"autocast has no {half} LSTM on this {device.type}")
+    return islands
+
+
+def compute_name(meaning: Numerics) -> str:
+    """The number format that the mode computes in: `fp32`, `tf32`, `fp16` or `bf16`."""
+    return meaning.mode.partition("-")[0]
+
+
+def _traced(
+    recipe: Recipe,
+    model: nn.Module,
+    info: DatasetInfo,
+    meaning: Numerics,
+    device: torch.device,
+    num_images: int,
+) -> TypesObserver:
+    # torch logs a traceback of what is raised, and reported, here.
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    torch_log.disabled = True
+    observer = TypesObserver(model)
+    try:
+        with observer, autocast(meaning, device), torch.no_grad():
+            task_module(recipe.task).check_forward(recipe.task, model, info, num_images)
+    finally:
+        torch_log.disabled = False
+    return observer
+
+
+def _rows(
+    model: nn.Module, observer: TypesObserver, meaning: Numerics, islands: Mapping[str, str]
+) -> Iterator[ModulePrecision]:
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        computed = observer.computed.get(name, "-")
+        if not own and computed == "-":
+            continue
+        stored = types_of(own)
+        yield ModulePrecision(
+            name=name,
+            type=type(module).__name__,
+            parameters=sum(p.numel() for p in own),
+            stored=stored,
+            computed=computed,
+            gradient=stored,
+            master="fp32" if own and (meaning.masters or meaning.autocast) else "-",
+            why=_why(name, module, computed, meaning, islands),
+        )
+    yield ModulePrecision(
+        name="loss",
+        type="loss",
+        parameters=0,
+        stored="-",
+        computed="fp32",
+        gradient="-",
+        master="-",
+        why="losses are computed and summed in fp32 in every mode",
+    )
+
+
+def _why(
+    name: str, module: nn.Module, computed: str, meaning: Numerics, islands: Mapping[str, str]
+) -> str:
+    if name in islands:
+        return islands[name]
+    half = compute_name(meaning)
+    if meaning.compute == torch.float32:
+        return "fp32, products rounded to TF32" if meaning.tf32 else "everything is fp32"
+    if computed == "-":
+        return "its parent computes with its weights"
+    if list(module.parameters(recurse=False)) and meaning.half_weights:
+        return f"{half} copy of the master weights" if meaning.masters else f"everything is {half}"
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return f"autocast casts its input and weights to {half}"
+    if computed == "fp32":
+        return "autocast keeps it in fp32"
+    if "+" in computed:
+        return f"autocast: products in {half}, what needs range in fp32"
+    if any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
+        return "type of its input; running statistics in fp32"
+    return "type of its input"
+
+
+def _check_softmax(recipe: Recipe, model: nn.Module, observer: TypesObserver) -> None:
+    """The group `softmax` reaches calls outside modules too, which only the forward shows."""
+    patterns = recipe.precision.sensitive_layers
+    if "softmax" in patterns and not observer.softmax_in and not matched(model, "softmax"):
+        raise UserError(no_match(model, "softmax", patterns.index("softmax")))
+
+
+def type_differences(
+    planned: tuple[ModulePrecision, ...], observed: Mapping[str, ModuleTypes]
+) -> Iterator[Problem]:
+    """Warnings where a run's modules had other types than planned."""
+    differences = [
+        f"`{row.name or '(model)'}` {what} {was}, planned {expected}"
+        for row in planned
+        if row.name in observed
+        for what, was, expected in (
+            ("stored", observed[row.name].stored, row.stored),
+            ("computed in", observed[row.name].computed, row.computed),
+            ("had gradients in", observed[row.name].gradient, row.gradient),
+        )
+        if was != expected and was != "-"
+    ]
+    more = len(differences) - MAX_DIFFERENCES
+    for difference in differences[:MAX_DIFFERENCES]:
+        yield _difference(difference)
+    if more > 0:
+        yield _difference(f"{more} more modules differ from the plan")
+
+
+def _difference(what: str) -> Problem:
+    hint = "`observed.json` of the attempt holds every module's types, `plan.json` what was planned"
+    return Problem(what, hint, path="precision.mode", severity="warning")
