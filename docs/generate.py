@@ -58,9 +58,9 @@ def precision() -> str:
     return text
 
 
-def between(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers of `name`."""
-    begin, end = f"<!-- {name}: begin (make docs) -->", f"<!-- {name}: end -->"
+def between(text: str, name: str, content: str, by: str = "make docs") -> str:
+    """`text` with `content` between the markers of `name`, which say what writes it."""
+    begin, end = f"<!-- {name}: begin ({by}) -->", f"<!-- {name}: end -->"
     before, has_begin, rest = text.partition(begin)
     _, has_end, after = rest.partition(end)
     if not (has_begin and has_end):

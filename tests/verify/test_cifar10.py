@@ -79,6 +79,8 @@ def test_half_precision_learns_as_fp32_and_a_tiny_scale_does_not(
         "fp32": ["precision.mode=fp32"],
         "bf16": ["precision.mode=bf16"],
         "fp16, dynamic scale": ["precision.mode=fp16"],
+        "fp16-master": ["precision.mode=fp16-master"],
+        "bf16-master": ["precision.mode=bf16-master"],
         "fp16, static scale 2^-12": [
             "precision={mode: fp16, loss_scale: {kind: static, scale: 0.000244140625}}"
         ],
@@ -106,6 +108,6 @@ def test_half_precision_learns_as_fp32_and_a_tiny_scale_does_not(
                 f"{curve[-1]:.3f}; at most {apart[name]:.1%} from fp32's anywhere on the curve",
             )
         )
-    assert apart["bf16"] <= 0.05
-    assert apart["fp16, dynamic scale"] <= 0.05
+    for name in ("bf16", "fp16, dynamic scale", "fp16-master", "bf16-master"):
+        assert apart[name] <= 0.05, name
     assert smoothed["fp16, static scale 2^-12"][-1] >= 1.1 * exact[-1]
