@@ -23,13 +23,16 @@ class ClipValue(Section):
     clip_value: Positive = Field(description="largest magnitude of a gradient element")
 
 
+_Share = Annotated[float, Field(ge=1e-15, le=1e15)]  # the product of two is not 0 in fp32
+
+
 class ClipAgc(Section):
     """Scale a unit's gradient down when its norm exceeds `clipping` times that of its weights
     (AGC, Brock et al. 2021); the last layer is left alone."""
 
     kind: Literal["agc"]
-    clipping: Positive = Field(default=0.01, description="largest ratio of the two norms")
-    eps: Positive = Field(default=1e-3, description="least norm that a unit's weights count as")
+    clipping: _Share = Field(default=0.01, description="largest ratio of the two norms")
+    eps: _Share = Field(default=1e-3, description="least norm that a unit's weights count as")
 
 
 Clip = Annotated[ClipNorm | ClipValue | ClipAgc, Field(discriminator="kind")]

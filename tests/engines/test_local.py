@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mpcli.data.batch import Batch
 from mpcli.engines.local import LocalEngine
 from mpcli.plan.precision import fp32_islands
+from mpcli.precision.observe import TypesObserver
 from tests import small
 from tests.host_reads import HostReads
 from tests.small import small_recipe
@@ -284,3 +286,86 @@ def test_memory_of_the_process_is_in_bytes_and_peaks_are_kept(tmp_path: Path) ->
     assert 0.9 * size < held - before < 2 * size
     assert after < held
     assert peak >= before + 0.9 * size
+
+
+@pytest.mark.parametrize("mode", ["fp16-master", "bf16-master"])
+def test_the_average_follows_the_masters(tmp_path: Path, mode: str) -> None:
+    engine = make_engine(tmp_path, f"precision.mode={mode}", "train.ema=0.5")
+    average = [torch.zeros_like(master) for master in engine.masters]
+    for step in range(3):
+        engine.accumulate(make_loss(), make_batch(step), 8, last=True)
+        engine.step()
+        average = [a + 0.5 * (m - a) for a, m in zip(average, engine.masters, strict=True)]
+    for ours, expected in zip(engine.average, average, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_skipped_steps_do_not_weaken_the_averages_correction(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, "train.ema=0.75")
+    for factor in (1.0, math.inf, math.inf, math.inf):
+        engine.accumulate(make_loss(factor), make_batch(), 8, last=True)
+        engine.step()
+    trained = [p.detach().clone() for p in engine.parameters]
+    with engine.evaluating() as model:  # the average of one step is that step's weights
+        for expected, p in zip(trained, model.parameters(), strict=True):
+            torch.testing.assert_close(expected, p)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_computes_in_the_types_of_training(tmp_path: Path, mode: str) -> None:
+    engine = make_engine(tmp_path, f"precision={MODES[mode]}", "train.ema=0.9")
+    engine.accumulate(make_loss(), make_batch(), 8, last=True)
+    engine.step()
+    assert engine.observed
+    with TypesObserver(engine.model) as observer, engine.evaluating() as model:
+        model(make_batch().inputs)
+    for name, types in observer.computed.items():
+        assert engine.observed[name].computed == types
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_and_unused_parameters_stay_as_they_are(tmp_path: Path, mode: str) -> None:
+    model = make_net()
+    model[0].weight.requires_grad_(False)  # type: ignore[index]
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    engine = make_engine(
+        tmp_path, f"precision={MODES[mode]}", "optim={kind: sgd, lr: 0.1}", model=model
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(2):
+        engine.accumulate(make_loss(), make_batch(step), 8, last=True)
+        assert engine.step().found_inf == 0
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert "4.weight" in changed
+    assert changed.isdisjoint({"0.weight", "unused"})
+    assert set(engine.state_dict()) == set(model.state_dict())
+
+
+def test_stochastic_rounding_is_what_the_recipe_asks_for(tmp_path: Path) -> None:
+    weights = []
+    for overrides in (
+        ["precision.mode=bf16-pure"],
+        ["precision={mode: bf16-pure, stochastic_rounding: true}"],
+        ["precision={mode: bf16-pure, stochastic_rounding: true}", "train.seed=1"],
+    ):
+        engine = make_engine(tmp_path, *overrides)
+        for step in range(2):
+            engine.accumulate(make_loss(), make_batch(step), 8, last=True)
+            engine.step()
+        weights.append(torch.cat([p.detach().flatten() for p in engine.parameters]))
+    nearest, stochastic, other_seed = weights
+    assert not torch.equal(nearest, stochastic)
+    assert not torch.equal(stochastic, other_seed)
+
+
+def test_observed_gradients_are_those_of_backward(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, "precision.mode=bf16-master")
+
+    def take_away(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in engine.model[4].parameters():  # type: ignore[index,union-attr]
+        parameter.register_post_accumulate_grad_hook(take_away)
+    engine.accumulate(make_loss(), make_batch(), 8, last=True)
+    assert engine.observed
+    assert [engine.observed[name].gradient for name in "014"] == ["bf16", "fp32", "-"]

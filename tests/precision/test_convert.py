@@ -143,6 +143,39 @@ def test_a_module_of_modules_with_any_signature_can_be_an_island(mode: Mode) -> 
     assert {p.dtype for p in model.block.parameters()} == {torch.float32}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("mode", ["bf16-master", "fp16-pure"])
+def test_inputs_by_keyword_are_cast_too(mode: Mode) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.island = nn.Bilinear(8, 8, 8)
+            self.last = nn.Linear(8, 8)
+
+        def forward(self, *, x: Tensor) -> Tensor:
+            hidden = self.inner(x)
+            result: Tensor = self.last(self.island(input1=hidden, input2=hidden))
+            return result
+
+    model = converted(Gated(), mode, "island")
+    assert model(x=torch.randn(2, 8)).dtype == numerics(mode).compute
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "bf16-master", "bf16-pure"])
+def test_attention_takes_the_same_path_in_evaluation_as_in_training(mode: Mode) -> None:
+    """torch's fused path computes an encoder layer as one operation, in types of its own."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = converted(layer, mode)
+    meaning = numerics(mode)
+    x = torch.randn(2, 3, 8)
+    with numeric_settings(Precision(mode=mode), CPU), torch.no_grad(), autocast(meaning, CPU):
+        outputs = [model.train(training)(x) for training in (True, False)]
+    assert outputs[0].dtype == outputs[1].dtype
+    assert torch.equal(*outputs)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize("mode", ["fp16-master", "bf16-pure"])
 def test_calls_of_softmax_compute_in_fp32_when_asked_for(mode: Mode) -> None:
     class Softmaxes(TorchDispatchMode):

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import product
@@ -64,12 +64,17 @@ def run_module(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def in_parallel(run: Callable[[Any], dict[str, Any]], cases: list[Any]) -> list[dict[str, Any]]:
+    """A process per CPU at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, cases))
+
+
 @pytest.fixture(scope="module")
 def runs() -> Runs:
     """(precision, rate) -> a result per seed."""
     cases = list(product(PRECISIONS, RATES, SEEDS))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda case: train(PRECISIONS[case[0]], *case[1:]), cases))
+    results = in_parallel(lambda case: train(PRECISIONS[case[0]], *case[1:]), cases)
     found: Runs = {}
     for (precision, rate, _), result in zip(cases, results, strict=True):
         found.setdefault((precision, rate), []).append(result)
@@ -154,13 +159,15 @@ def test_a_task_that_needs_the_loss_scale(page: dict[str, str], shared_data: Pat
         "`fp16`, scale 1": "{mode: fp16, loss_scale: {kind: none}}",
         "`fp16`, dynamic scale": "{mode: fp16}",
     }
-    found: dict[str, list[dict[str, Any]]] = {
-        name: [
-            run_module("train_words", str(shared_data / "wikitext2"), str(seed), f"precision={p}")
-            for seed in SEEDS
-        ]
-        for name, p in precisions.items()
-    }
+    text = str(shared_data / "wikitext2")
+    cases = [(name, str(seed)) for name in precisions for seed in SEEDS]
+    results = in_parallel(
+        lambda case: run_module("train_words", text, case[1], f"precision={precisions[case[0]]}"),
+        cases,
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (name, _), result in zip(cases, results, strict=True):
+        found.setdefault(name, []).append(result)
     perplexity = {name: mean(r["perplexity"] for r in results) for name, results in found.items()}
 
     def each(results: list[dict[str, Any]]) -> str:
