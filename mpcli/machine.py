@@ -263,12 +263,19 @@ def _is_native(device: str, precision: str) -> bool:
 
 
 def _try_precisions(device: str) -> dict[str, dict[str, Any]]:
+    import torch
+
     failures = {precision: _failure(device, precision) for precision in _precisions(device)}
-    seconds = {
-        precision: _seconds(device, precision)
-        for precision, failure in failures.items()
-        if failure is None
-    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for a busy CPU would be what is measured
+    try:
+        seconds = {
+            precision: _seconds(device, precision)
+            for precision, failure in failures.items()
+            if failure is None
+        }
+    finally:
+        torch.set_num_threads(threads)
     return {
         precision: {
             "runs": failure is None,

@@ -240,12 +240,12 @@ def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator
         yield Diverged(
             f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
         )
+    cause = (
+        "the loss is finite, so the gradients overflow in backward"
+        if math.isfinite(row.loss)
+        else f"the loss itself is {row.loss}, so the trouble begins in forward"
+    )
     if progress.skips_at_floor >= 2:
-        cause = (
-            "the loss is finite, so the gradients overflow in backward"
-            if math.isfinite(row.loss)
-            else f"the loss itself is {row.loss}, so the trouble begins in forward"
-        )
         yield Diverged(
             f"step {row.step}: the loss scale is at its floor ({row.scale:g}) and gradients are "
             f"still NaN or infinite; {cause}",
@@ -254,7 +254,7 @@ def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator
     if progress.consecutive_skips >= recipe.train.max_consecutive_skips:
         yield Diverged(
             f"step {row.step}: {progress.consecutive_skips} steps in a row had NaN or infinite "
-            f"gradients (scale {row.scale:g}); `train.max_consecutive_skips` is "
+            f"gradients (scale {row.scale:g}); {cause}; `train.max_consecutive_skips` is "
             f"{recipe.train.max_consecutive_skips}",
             "skip-storm",
         )

@@ -166,7 +166,7 @@ def _warnings(
         yield _warning(
             None,
             "precision.loss_scale",
-            f"{meaning.mode} has the range of fp32: a loss scale changes nothing but its rounding",
+            f"{meaning.mode} needs no loss scale: small gradients are within its range",
             "use `loss_scale: {kind: none}`",
         )
     if meaning.half_weights and not meaning.masters:
@@ -220,10 +220,17 @@ def _pure_warnings(recipe: Recipe, half: str, half_norms: int) -> Iterator[Probl
             f"second moments below 2^-25 become zero in fp16: updates are divided by {optim.eps:g}",
             "use `eps: 1e-4`, or `mode: fp16-master`",
         )
+    if half == "bf16" and isinstance(optim, Adam | AdamW) and 1 - optim.betas[1] < 2.0**-9:
+        yield _warning(
+            "lost-updates",
+            "optim.betas",
+            f"a bf16 second moment cannot fall by 1 - {optim.betas[1]:g} of itself: it only grows",
+            "use `betas: [0.9, 0.99]`, or `mode: bf16-master`",
+        )
     if half_norms:
         yield _warning(
             "norm-in-half",
             "precision.sensitive_layers",
-            f"{half_norms} norm layers keep weights and statistics in {half}",
-            "use `sensitive_layers: [norm]`",
+            f"{half_norms} norm layers compute in {half}",
+            "add `norm` to `sensitive_layers`",
         )

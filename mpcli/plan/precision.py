@@ -67,6 +67,7 @@ def plan_precision(
         _make_fake(model, device)
         observer = _traced(recipe, model, info, meaning, device, num_images)
     _check_softmax(recipe, model, observer)
+    _check_that_islands_run(recipe, model, observer, islands)
     modules = tuple(_rows(model, observer, meaning, islands))
     norms = set(norm_modules(model))
     return PrecisionPlan(
@@ -145,7 +146,7 @@ def _rows(
             computed=computed,
             gradient=stored,
             master="fp32" if own and (meaning.masters or meaning.autocast) else "-",
-            why=_why(name, module, computed, meaning, islands),
+            why=_why(name, module, observer, meaning, islands),
         )
     yield ModulePrecision(
         name="loss",
@@ -160,21 +161,28 @@ def _rows(
 
 
 def _why(
-    name: str, module: nn.Module, computed: str, meaning: Numerics, islands: Mapping[str, str]
+    name: str,
+    module: nn.Module,
+    observer: TypesObserver,
+    meaning: Numerics,
+    islands: Mapping[str, str],
 ) -> str:
     if name in islands:
         return islands[name]
+    computed = observer.computed.get(name, "-")
+    if name in observer.fused_attention_in and meaning.compute != torch.float32:
+        return f"attention fused in {compute_name(meaning)}: its softmax is fp32 inside"
     half = compute_name(meaning)
     if meaning.compute == torch.float32:
         return "fp32, products rounded to TF32" if meaning.tf32 else "everything is fp32"
     if computed == "-":
-        return "its parent computes with its weights"
+        return "its parent computes with its weights" if name else "its own forward uses them"
     if list(module.parameters(recurse=False)) and meaning.half_weights:
         return f"{half} copy of the master weights" if meaning.masters else f"everything is {half}"
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return f"autocast casts its input and weights to {half}"
     if computed == "fp32":
-        return "autocast keeps it in fp32"
+        return "fp32 by autocast, or by its input"
     if "+" in computed:
         return f"autocast: products in {half}, what needs range in fp32"
     if any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
@@ -187,6 +195,25 @@ def _check_softmax(recipe: Recipe, model: nn.Module, observer: TypesObserver) ->
     patterns = recipe.precision.sensitive_layers
     if "softmax" in patterns and not observer.softmax_in and not matched(model, "softmax"):
         raise UserError(no_match(model, "softmax", patterns.index("softmax")))
+
+
+def _check_that_islands_run(
+    recipe: Recipe, model: nn.Module, observer: TypesObserver, islands: Mapping[str, str]
+) -> None:
+    """A module whose parent computes with its weights cannot be an island without its parent."""
+    problems = []
+    for index, pattern in enumerate(recipe.precision.sensitive_layers):
+        for name in matched(model, pattern) if islands else ():
+            parent = name.rpartition(".")[0]
+            owns = any(True for _ in model.get_submodule(name).parameters(recurse=False))
+            runs = name in observer.computed or parent not in observer.computed
+            if owns and not runs and parent not in islands:
+                what = f"`{name}` does not run: `{parent}` computes with its weights"
+                path = f"precision.sensitive_layers.{index}"
+                problems.append(Problem(what, f"list `{parent}`, or its class", path=path))
+                break
+    if problems:
+        raise UserError(*problems)
 
 
 def type_differences(

@@ -47,11 +47,13 @@ class TypesObserver(TorchDispatchMode):
 
     Attributes:
         softmax_in: names of the modules that themselves ran a softmax or a fused attention.
+        fused_attention_in: of those, the modules that ran a fused attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.softmax_in: set[str] = set()
+        self.fused_attention_in: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._types: dict[str, set[str]] = {}
         self._running: list[str] = []
@@ -105,6 +107,8 @@ class TypesObserver(TorchDispatchMode):
         self._types.setdefault(name, set()).add(dtype_name(dtype))
         if self._running and ("softmax" in operation or "attention" in operation):
             self.softmax_in.add(name)
+        if self._running and "attention" in operation:
+            self.fused_attention_in.add(name)
 
 
 def _floating(values: Any) -> list[Tensor]:

@@ -171,5 +171,6 @@ def _known_patterns(model: nn.Module, pattern: str) -> set[str]:
     if "*" in pattern:
         last_parts = {name.rpartition(".")[2] for name in names}
         return names | {f"{name}.*" for name in names} | {f"*.{part}" for part in last_parts}
-    classes = {name for module in model.modules() for name in _class_names(module)}
+    parts = list(model.modules())[1:]  # the model's own class means all of it
+    classes = {name for module in parts for name in _class_names(module)}
     return {*GROUPS, *names, *(name for name in classes if not name.startswith("_"))}

@@ -230,3 +230,35 @@ def test_dangers_that_the_recipe_shows(
 ) -> None:
     plan = make_plan(small_recipe(tmp_path, *settings).recipe, CPU)
     assert {warning.finding for warning in plan.warnings} == findings
+
+
+@pytest.mark.parametrize("mode", ["bf16", "bf16-master", "fp16-pure"])
+def test_a_layer_that_its_parent_computes_needs_its_parent(
+    tmp_path: Path, mode: str, use_model: Callable[..., None]
+) -> None:
+    use_model(SmallTransformer)
+    alone = f"precision={{mode: {mode}, sensitive_layers: [head, '*.out_proj']}}"
+    path, text, code = problem(tmp_path, alone)
+    assert (path, code) == ("precision.sensitive_layers.1", Exit.USAGE)
+    assert "list `body.layer.self_attn`" in text
+    both = f"precision={{mode: {mode}, sensitive_layers: [MultiheadAttention, '*.out_proj']}}"
+    _, result = run_small(tmp_path, both, "optim={kind: sgd, lr: 0.01}")
+    assert (result.status, result.problems) == ("done", ())
+
+
+def test_the_plan_says_where_a_fused_softmax_is(
+    tmp_path: Path, use_model: Callable[..., None]
+) -> None:
+    use_model(SmallTransformer)
+    plan = make_plan(small_recipe(tmp_path, "precision.mode=bf16-master").recipe, CPU)
+    assert "its softmax is fp32 inside" in rows(plan)["body.layer.self_attn"].why
+
+
+@pytest.mark.parametrize(("beta2", "warned"), [(0.999, True), (0.99, False)])
+def test_moments_that_bf16_cannot_lower_are_warned_of(
+    tmp_path: Path, beta2: float, warned: bool
+) -> None:
+    settings = ("precision={mode: bf16-pure, stochastic_rounding: true, sensitive_layers: [norm]}",)
+    adam = f"optim={{kind: adam, lr: 0.01, betas: [0.9, {beta2}]}}"
+    plan = make_plan(small_recipe(tmp_path, *settings, adam).recipe, CPU)
+    assert [w.path for w in plan.warnings] == (["optim.betas"] if warned else [])
