@@ -68,6 +68,7 @@ def plan_precision(
         observer = _traced(recipe, model, info, meaning, device, num_images)
     _check_softmax(recipe, model, observer)
     _check_that_islands_run(recipe, model, observer, islands)
+    _check_products(observer)
     modules = tuple(_rows(model, observer, meaning, islands))
     norms = set(norm_modules(model))
     return PrecisionPlan(
@@ -214,6 +215,19 @@ def _check_that_islands_run(
                 break
     if problems:
         raise UserError(*problems)
+
+
+def _check_products(observer: TypesObserver) -> None:
+    """A product of two types fails when it runs: a weight of one module used in another."""
+    for name in sorted(observer.mixed_products_in)[:1]:
+        raise UserError(
+            Problem(
+                f"`{name or '(model)'}` multiplies tensors of different types",
+                "list it, or the module whose weights it uses, in `sensitive_layers`; or choose "
+                "`mode: fp16` or `bf16`, which cast every product",
+                path="precision.mode",
+            )
+        )
 
 
 def type_differences(

@@ -20,6 +20,9 @@ def convert(
 ) -> None:
     """Make an fp32 model store and compute what the mode says, in place.
 
+    Modules with half weights cast their inputs to half, as FSDP2's mixed precision does: fp32 may
+    come from the data, from an island, or from a tensor made in a forward.
+
     Args:
         device: that the model runs on.
         fp32_modules: names of the modules that become fp32 islands: they keep fp32 weights and
@@ -36,8 +39,8 @@ def convert(
         for module in model.modules():
             if module not in inside:
                 module._apply(to_half, recurse=False)
-        if model not in inside:
-            model.forward = partial(_with_half_inputs, model.forward, meaning.weights)
+                if module is model or any(True for _ in module.parameters(recurse=False)):
+                    module.forward = partial(_with_half_inputs, module.forward, meaning.weights)
     last = model.get_submodule(last_layer(model))
     nested = {module for island in islands for module in island.modules() if module is not island}
     for island in set(islands) - nested:

@@ -28,6 +28,9 @@ MOVES = (
 )
 """Operations that compute nothing, besides views."""
 
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution"})
+"""Operations that take operands of one type."""
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a floating-point type: `fp32`, `fp16`, `bf16`."""
@@ -48,12 +51,15 @@ class TypesObserver(TorchDispatchMode):
     Attributes:
         softmax_in: names of the modules that themselves ran a softmax or a fused attention.
         fused_attention_in: of those, the modules that ran a fused attention.
+        mixed_products_in: names of the modules that multiplied different types, which real tensors
+            refuse and fake ones do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.softmax_in: set[str] = set()
         self.fused_attention_in: set[str] = set()
+        self.mixed_products_in: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._types: dict[str, set[str]] = {}
         self._running: list[str] = []
@@ -92,8 +98,10 @@ class TypesObserver(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         operation = func.overloadpacket.__name__
+        if operation in PRODUCTS and len({tensor.dtype for tensor in _floating(args)}) > 1:
+            self.mixed_products_in.add(self._running[-1] if self._running else LOSS)
+        result = func(*args, **kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward or func.is_view or operation in MOVES or not _floating((args, kwargs)):
             return result

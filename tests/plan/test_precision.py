@@ -262,3 +262,27 @@ def test_moments_that_bf16_cannot_lower_are_warned_of(
     adam = f"optim={{kind: adam, lr: 0.01, betas: [0.9, {beta2}]}}"
     plan = make_plan(small_recipe(tmp_path, *settings, adam).recipe, CPU)
     assert [w.path for w in plan.warnings] == (["optim.betas"] if warned else [])
+
+
+def test_a_product_of_two_types_is_refused_before_it_runs(
+    tmp_path: Path, use_model: Callable[..., None]
+) -> None:
+    class Prototypes(nn.Module):
+        """Uses the weights of a module that it does not run."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 4)
+            self.prototypes = nn.Embedding(3, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            similarities: Tensor = self.layer(images.flatten(1)) @ self.prototypes.weight.T
+            return similarities
+
+    use_model(Prototypes)
+    _, result = run_small(tmp_path, "precision.mode=fp16-master")
+    assert result.status == "done"
+    sensitive = "precision={mode: fp16-master, sensitive_layers: [embedding]}"
+    path, text, code = problem(tmp_path, sensitive)
+    assert (path.split(".")[0], code) == ("precision", Exit.USAGE)
+    assert "`body" in text

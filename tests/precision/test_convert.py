@@ -260,3 +260,25 @@ def test_names_copies_and_recomputation_survive(mode: Mode) -> None:
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("mode", ["fp16-master", "bf16-pure"])
+def test_fp32_from_islands_and_constants_meets_half_weights(mode: Mode) -> None:
+    class Model(nn.Module):
+        """Its last module by name runs in the middle, and a constant is fp32."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.norm(self.first(x)) + torch.ones(8))
+            return logits
+
+    model = converted(Model(), mode, "norm")
+    output = model(torch.randn(2, 8))
+    assert output.dtype == numerics(mode).compute
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
