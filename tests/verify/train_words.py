@@ -29,7 +29,7 @@ from mpcli.engines.local import LocalEngine
 from mpcli.precision.numerics import numeric_settings
 from mpcli.recipe.load import load_recipe
 
-VOCABULARY, BATCH, CONTEXT, WIDTH, STEPS = 8192, 8192, 2, 16, 60
+VOCABULARY, BATCH, CONTEXT, WIDTH, STEPS = 8192, 8192, 2, 16, 40
 CPU = torch.device("cpu")
 RECIPE = f"""\
 name: words
