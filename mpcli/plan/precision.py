@@ -209,9 +209,10 @@ def _check_that_islands_run(
             owns = any(True for _ in model.get_submodule(name).parameters(recurse=False))
             runs = name in observer.computed or parent not in observer.computed
             if owns and not runs and parent not in islands:
-                what = f"`{name}` does not run: `{parent}` computes with its weights"
+                what = f"`{name}` does not run: `{parent or 'the model'}` computes with its weights"
+                hint = f"list `{parent or '*'}`, or its class"
                 path = f"precision.sensitive_layers.{index}"
-                problems.append(Problem(what, f"list `{parent}`, or its class", path=path))
+                problems.append(Problem(what, hint, path=path))
                 break
     if problems:
         raise UserError(*problems)

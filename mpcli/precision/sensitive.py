@@ -145,11 +145,11 @@ def lstm_modules(model: nn.Module) -> list[str]:
 def last_layer(model: nn.Module) -> str:
     """Name of the head: the last module, in the order of registration, that owns parameters.
 
-    The model must have parameters.
+    Norms count only where there is nothing else. The model must have parameters.
     """
-    modules = model.named_modules()
-    owners: list[str] = [name for name, m in modules if list(m.parameters(recurse=False))]
-    return owners[-1]
+    owners = [(name, m) for name, m in model.named_modules() if list(m.parameters(recurse=False))]
+    heads: list[str] = [name for name, module in owners if not _is_norm(module)]
+    return heads[-1] if heads else owners[-1][0]
 
 
 def no_match(model: nn.Module, pattern: str, index: int) -> Problem:

@@ -18,12 +18,15 @@ def softmax_in_fp32(device: torch.device) -> Iterator[None]:
     The results return to half. Kernels for the dispatcher reach the functional calls inside other
     people's attention layers, which have no module to wrap; fused attention does it by itself.
     """
+    # What torch.compile keeps on disk does not know of these kernels.
+    tag = f"{torch.compiler.config.cache_key_tag}+softmax-in-fp32"
     library = torch.library.Library("aten", "IMPL")
     key = f"Autograd{device.type.upper()}"
     try:
         for name, kernel in (("softmax", torch._softmax), ("log_softmax", torch._log_softmax)):
             library.impl(f"{name}.int", _widened(kernel), key)
-        yield
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            yield
     finally:
         library._destroy()
 

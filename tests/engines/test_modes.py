@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpcli.data.batch import Batch
 from mpcli.engines.local import LocalEngine
 from mpcli.precision.numerics import numeric_settings
 from mpcli.recipe.precision import Mode, Precision
@@ -154,3 +155,56 @@ def type_of(output: object) -> torch.dtype:
 
 def recipe_of(tmp_path: Path, mode: str) -> Precision:
     return small_recipe(tmp_path, f"precision.mode={mode}").recipe.precision
+
+
+@pytest.mark.parametrize("clip", ["null", "{kind: norm, max_norm: 0.5}"])
+@pytest.mark.parametrize("mode", ["fp16-master", "bf16-master"])
+def test_master_modes_are_a_loop_by_hand(tmp_path: Path, mode: Mode, clip: str) -> None:
+    """Half model, fp32 masters that begin unrounded, micro-batches added up in fp32."""
+    settings = (f"precision={{mode: {mode}, loss_scale: {{kind: static, scale: 256}}}}",)
+    sgd = "optim={kind: sgd, lr: 0.1, momentum: 0.9}"
+    engine = make_engine(tmp_path, *settings, sgd, f"train.clip={clip}")
+
+    half = TABLE[mode].weights
+    model = make_net()
+    masters = [p.detach().clone() for p in model.parameters()]
+    norm = model[1]  # type: ignore[index]
+    for module in model.children():
+        if module is not norm:
+            module.to(half)
+    norm_forward = norm.forward
+    norm.forward = lambda x: norm_forward(x.float()).to(half)
+    optimizer = torch.optim.SGD(masters, lr=0.1, momentum=0.9, fused=True)
+    for step in range(10):
+        batches = [make_batch(2 * step), make_batch(2 * step + 1)]
+        sums = [torch.zeros_like(master) for master in masters]
+        for last, batch in enumerate(batches):
+            engine.accumulate(make_loss(), batch, 16, last=bool(last))
+            loss, _ = make_loss()(model, Batch(batch.inputs.to(half), batch.targets))
+            loss.backward(torch.tensor(256.0) / 16)
+            for total, p in zip(sums, model.parameters(), strict=True):
+                assert p.grad is not None
+                total += p.grad.float()
+                p.grad = None
+        for master, total in zip(masters, sums, strict=True):
+            master.grad = total / 256
+        if clip != "null":
+            torch.nn.utils.clip_grad_norm_(masters, 0.5)
+        optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(model.parameters(), masters, strict=True):
+                p.copy_(master)
+        assert engine.step().found_inf == 0
+    for ours, theirs in zip(engine.masters, masters, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-5)
+    for p, master in zip(engine.parameters, engine.masters, strict=True):
+        assert torch.equal(p, master.to(p.dtype))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "tf32", "fp16", "bf16-pure"])
+def test_tf32_is_on_in_its_mode_alone(mode: Mode) -> None:
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    with numeric_settings(Precision(mode=mode), DEVICE):
+        assert [switch.allow_tf32 for switch in switches] == [mode == "tf32"] * 2
+    assert [switch.allow_tf32 for switch in switches] == before
