@@ -13,9 +13,8 @@ from typing import get_args
 import torch
 
 from mpcli.engines import mode_problems
-from mpcli.plan.precision import compute_name
+from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
-from mpcli.precision.observe import dtype_name
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.fields import kind_of, kinds
 from mpcli.recipe.load import load_recipe
@@ -107,7 +106,7 @@ def modes_table() -> str:
     rows = []
     for mode in get_args(Mode):
         meaning = numerics(mode)
-        half = compute_name(meaning)
+        half = meaning.compute_name
         compute = f"{half} where it is safe" if meaning.autocast else half
         if meaning.masters:
             masters = "fp32 copy, stepped by the optimizer"

@@ -9,6 +9,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from mpcli.precision.formats import HALF
 from mpcli.precision.rounding import round_stochastically
 from mpcli.recipe.optim import (
     Adam,
@@ -174,7 +175,7 @@ class HalfStorageStep:
 
     def _widen(self, weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         state = self.optimizer.state[weight]
-        stored = weight.data, {key: value for key, value in state.items() if _is_half(value)}
+        stored = weight.data, {key: value for key, value in state.items() if value.dtype in HALF}
         weight.data = weight.data.float()
         weight.grad = gradient
         state.update({key: value.float() for key, value in stored[1].items()})
@@ -184,7 +185,7 @@ class HalfStorageStep:
         self, index: int, stored: Tensor, state: dict[str, Tensor], applied: Tensor
     ) -> None:
         weight = self.weights[index]
-        if self.seed is not None and _is_half(stored):
+        if self.seed is not None and stored.dtype in HALF:
             offset = self.offsets[index]
             stored.copy_(round_stochastically(weight.data, self.seed, applied, offset))
         else:
@@ -194,7 +195,3 @@ class HalfStorageStep:
         weight.grad = None
         weight.data = stored
         self.optimizer.state[weight].update(state)
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)

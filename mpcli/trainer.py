@@ -187,7 +187,8 @@ def train(
                 evaluate(step)
 
         if not progress.applied:
-            raise Diverged("every step had NaN or infinite gradients: nothing was learnt")
+            what = "every step had NaN or infinite gradients: nothing was learnt"
+            raise Diverged(what, "skip-storm")
         if not math.isfinite(progress.evaluation["loss"]):
             raise Diverged("the trained model's loss on the evaluation data is not finite")
         _save_model(engine.state_dict(), recipe, plan, run)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from mpcli.cli import interrupts
+
 
 def main() -> int:
-    """The `mptrain` command; its exit code. Ctrl-C is quiet from the first import on."""
+    """The `mptrain` command; its exit code. Ctrl-C is reported from the first import on."""
+    interrupts.leave_at_once()
     try:
         from mpcli.cli.app import main
-    except KeyboardInterrupt:
-        return 130
-    return main()
+
+        return main()
+    finally:
+        interrupts.raise_again()

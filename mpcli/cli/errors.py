@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from mpcli.cli import interrupts
 from mpcli.cli.console import write
 from mpcli.recipe.errors import Exit, Problem, UserError, did_you_mean, user_error
 
@@ -23,6 +24,7 @@ def interruptible(command: Callable[_Arguments, None]) -> Callable[_Arguments, N
 
     @functools.wraps(command)
     def call(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        interrupts.raise_again()
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import torch
 from mpcli.data import DatasetInfo, describe
 from mpcli.engines import mode_problems
 from mpcli.machine import Machine
-from mpcli.plan.precision import PrecisionPlan, compute_name, plan_precision
+from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit, Problem, UserError
 from mpcli.recipe.optim import Adam, AdamW
@@ -112,9 +112,9 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
         )
     device = _device(recipe, machine).type
     meaning = numerics(recipe.precision.mode)
-    if compute_name(meaning) in machine.unsupported.get(device, frozenset()):
+    if meaning.compute_name in machine.unsupported.get(device, frozenset()):
         yield Problem(
-            f"{compute_name(meaning)} does not run on this machine's {device}",
+            f"{meaning.compute_name} does not run on this machine's {device}",
             "`mptrain env` shows the precisions that do",
             path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
@@ -152,7 +152,7 @@ def _warnings(
     recipe: Recipe, machine: Machine, device: torch.device, half_norms: int
 ) -> Iterator[Problem]:
     meaning, loss_scale = numerics(recipe.precision.mode), recipe.precision.loss_scale
-    half = compute_name(meaning)
+    half = meaning.compute_name
     if half in machine.emulated.get(device.type, frozenset()):
         yield _warning(
             None,
@@ -180,26 +180,28 @@ def _fp16_scale_warnings(loss_scale: LossScale) -> Iterator[Problem]:
             what = "without a loss scale, gradients of 2^-25 and less become zero in fp16"
             yield _warning("underflow", path, what, hint)
             return
-        case DynamicScale():
-            return
         case StaticScale():
-            path, scales = f"{path}.scale", [loss_scale.scale]
+            high = low = (f"{path}.scale", loss_scale.scale)
         case ScheduledScale():
-            path, scales = f"{path}.points", [scale for _, scale in loss_scale.points]
+            scales = [scale for _, scale in loss_scale.points]
+            high, low = (f"{path}.points", max(scales)), (f"{path}.points", min(scales))
+        case DynamicScale():  # which leaves a range only where its bounds lie outside
+            high = (f"{path}.min_scale", min(floor for _, floor in loss_scale.floors))
+            low = (f"{path}.max_scale", loss_scale.max_scale)
         case _:
             assert_never(loss_scale)
-    if max(scales) > LARGE_SCALE:
+    if high[1] > LARGE_SCALE:
         what = (
-            f"a {loss_scale.kind} scale of {max(scales):g} takes scaled gradients over "
+            f"a {loss_scale.kind} scale of {high[1]:g} takes scaled gradients over "
             "65504, fp16's largest number: every step may be skipped"
         )
-        yield _warning("scale-too-high", path, what, hint)
-    if min(scales) < 1:
+        yield _warning("scale-too-high", high[0], what, hint)
+    if low[1] < 1:
         what = (
-            f"a {loss_scale.kind} scale of {min(scales):g} makes gradients smaller: "
+            f"a {loss_scale.kind} scale of {low[1]:g} makes gradients smaller: "
             "more of them become zero in fp16"
         )
-        yield _warning("underflow", path, what, hint)
+        yield _warning("underflow", low[0], what, hint)
 
 
 def _pure_warnings(recipe: Recipe, half: str, half_norms: int) -> Iterator[Problem]:

@@ -98,16 +98,11 @@ def fp32_islands(
     if meaning.masters:
         for name in norm_modules(model):
             islands.setdefault(name, "norms stay in fp32 beside master weights")
-    half = compute_name(meaning)
+    half = meaning.compute_name
     if meaning.autocast and half in machine.broken_lstm.get(device.type, frozenset()):
         for name in lstm_modules(model):
             islands.setdefault(name, f"autocast has no {half} LSTM on this {device.type}")
     return islands
-
-
-def compute_name(meaning: Numerics) -> str:
-    """The number format that the mode computes in: `fp32`, `tf32`, `fp16` or `bf16`."""
-    return meaning.mode.partition("-")[0]
 
 
 def _traced(
@@ -170,12 +165,11 @@ def _why(
 ) -> str:
     if name in islands:
         return islands[name]
-    computed = observer.computed.get(name, "-")
-    if name in observer.fused_attention_in and meaning.compute != torch.float32:
-        return f"attention fused in {compute_name(meaning)}: its softmax is fp32 inside"
-    half = compute_name(meaning)
     if meaning.compute == torch.float32:
         return "fp32, products rounded to TF32" if meaning.tf32 else "everything is fp32"
+    computed, half = observer.computed.get(name, "-"), meaning.compute_name
+    if name in observer.fused_attention_in:
+        return f"attention fused in {half}: its softmax is fp32 inside"
     if computed == "-":
         return "its parent computes with its weights" if name else "its own forward uses them"
     if list(module.parameters(recurse=False)) and meaning.half_weights:
@@ -188,7 +182,7 @@ def _why(
         return f"autocast: products in {half}, what needs range in fp32"
     if any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
         return "type of its input; running statistics in fp32"
-    return "type of its input"
+    return "type of its input" if name else "type of what its layers return"
 
 
 def _check_softmax(recipe: Recipe, model: nn.Module, observer: TypesObserver) -> None:

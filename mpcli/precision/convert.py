@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mpcli.precision.formats import HALF
 from mpcli.precision.numerics import Numerics
 from mpcli.precision.sensitive import last_layer
-from mpcli.precision.softmax import HALF
 
 
 def convert(

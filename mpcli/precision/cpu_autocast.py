@@ -7,13 +7,13 @@ precision, and fails where CUDA accepts operands of different types.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcli import __version__
+from mpcli.precision.kernels import Kernel, dispatcher_kernels
 
 # Names of operators as in ATen/autocast_mode.h, which has the policies in macros of these names.
 # An operator whose kernels are for CUDA alone is left out, as are those for which the CPU's own
@@ -49,7 +49,6 @@ PROMOTE = (
     *("index_put", "scatter_add"),
 )
 
-_Kernel = Callable[..., Any]
 _AUTOCAST = torch._C.DispatchKey.AutocastCPU
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(_AUTOCAST)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,19 +70,11 @@ def cuda_autocast_policy() -> Iterator[None]:
     Source: docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference"; torch's own lists
     are in ATen/autocast_mode.h.
     """
-    config = torch.compiler.config
-    # What torch.compile keeps on disk does not know of these kernels.
-    tag = f"{config.cache_key_tag}+cuda-autocast-policy-{__version__}"
-    with (
-        config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
-        torch.library._scoped_library("aten", "IMPL") as library,
-    ):
-        for name, kernel in _kernels():
-            library.impl(name, kernel, "AutocastCPU")
+    with dispatcher_kernels(_kernels(), "AutocastCPU", "cuda-autocast-policy"):
         yield
 
 
-def _kernels() -> Iterator[tuple[str, _Kernel]]:
+def _kernels() -> Iterator[tuple[str, Kernel]]:
     """The kernels that this version of torch lacks, of operators that it has."""
     for names, make_kernel in (
         (LOWER_PRECISION_FP, _half_kernel),
@@ -97,7 +88,7 @@ def _kernels() -> Iterator[tuple[str, _Kernel]]:
                 yield name, make_kernel(operator)
 
 
-def _half_kernel(operator: _Kernel) -> _Kernel:
+def _half_kernel(operator: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return operator(*map(_to_half, args), **kwargs)
@@ -105,7 +96,7 @@ def _half_kernel(operator: _Kernel) -> _Kernel:
     return kernel
 
 
-def _fp32_kernel(operator: _Kernel) -> _Kernel:
+def _fp32_kernel(operator: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             if "dtype" in kwargs:  # vector_norm refuses one narrower than its input's
@@ -115,7 +106,7 @@ def _fp32_kernel(operator: _Kernel) -> _Kernel:
     return kernel
 
 
-def _promoting_kernel(operator: _Kernel) -> _Kernel:
+def _promoting_kernel(operator: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             mixed = len({value.dtype for value in args if _is_eligible(value)}) > 1

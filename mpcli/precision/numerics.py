@@ -40,6 +40,11 @@ class Numerics:
         return self.compute if self.weights != self.compute else None
 
     @property
+    def compute_name(self) -> str:
+        """The number format of products: `fp32`, `tf32`, `fp16` or `bf16`."""
+        return self.mode.partition("-")[0]
+
+    @property
     def half_weights(self) -> bool:
         """Whether parameters are stored in 16 bits."""
         return self.weights != torch.float32

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from mpcli.precision.formats import dtype_name
 from mpcli.records import ModuleTypes
 
 LOSS = "loss"
@@ -30,12 +31,6 @@ MOVES = (
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution"})
 """Operations that take operands of one type."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The short name of a floating-point type: `fp32`, `fp16`, `bf16`."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 class TypesObserver(TorchDispatchMode):

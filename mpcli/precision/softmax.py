@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+from mpcli.precision.formats import HALF
+from mpcli.precision.kernels import dispatcher_kernels
 
 
 @contextlib.contextmanager
@@ -18,17 +19,12 @@ def softmax_in_fp32(device: torch.device) -> Iterator[None]:
     The results return to half. Kernels for the dispatcher reach the functional calls inside other
     people's attention layers, which have no module to wrap; fused attention does it by itself.
     """
-    # What torch.compile keeps on disk does not know of these kernels.
-    tag = f"{torch.compiler.config.cache_key_tag}+softmax-in-fp32"
-    library = torch.library.Library("aten", "IMPL")
-    key = f"Autograd{device.type.upper()}"
-    try:
-        for name, kernel in (("softmax", torch._softmax), ("log_softmax", torch._log_softmax)):
-            library.impl(f"{name}.int", _widened(kernel), key)
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            yield
-    finally:
-        library._destroy()
+    kernels = [
+        ("softmax.int", _widened(torch._softmax)),
+        ("log_softmax.int", _widened(torch._log_softmax)),
+    ]
+    with dispatcher_kernels(kernels, f"Autograd{device.type.upper()}", "softmax-in-fp32"):
+        yield
 
 
 def _widened(kernel: Callable[[Tensor, int, bool], Tensor]) -> Callable[..., Tensor]:

@@ -123,6 +123,7 @@ _VALUES = {
         for word in ("ddp", "fsdp2", "fsdp", "deepspeed")
     },
     ("engine.device", "gpu"): "write `cuda`",
+    ("train.on_nonfinite", "rollback"): "a rollback needs checkpoints, which this version lacks",
     ("train.clip.kind", "adaptive"): "write `agc`",
     ("precision.loss_scale.kind", "constant"): "write `static`",
     ("precision.loss_scale.kind", "fixed"): "write `static`",
@@ -197,7 +198,7 @@ class _Words:
                 what = f"unknown kind, found {_found(node)}"
             case "model_type" | "model_attributes_type":
                 what = f"expected a section, found {_found(node)}"
-                hint = _section_hint(path[-1], node, known)
+                hint = _section_hint(path[-1], node, kinds(field) if field else {})
             case "mistake":
                 what, hint = first["ctx"]["message"], first["ctx"]["hint"]
                 if what.startswith("expected"):
@@ -268,16 +269,22 @@ def _missing_hint(name: str, field: FieldInfo | None) -> str:
     return f"add `{name}:`{about}"
 
 
-def _section_hint(name: str, node: Node | None, known: list[str]) -> str | None:
+def _section_hint(name: str, node: Node | None, known: dict[str, type[Section]]) -> str | None:
     word = _written(node)
     if re.match(r"[\w-]+:[^\s/]", word):
         return "a field needs a space after its `:`"
     if word in known and word:
-        return f"write `{name}: {{kind: {word}}}`"
+        needed = [n for n, f in known[word].model_fields.items() if f.is_required() and n != "kind"]
+        return f"write `{name}: {{{', '.join([f'kind: {word}', *(f'{n}: ...' for n in needed)])}}}`"
     if isinstance(node, Scalar) and node.value is None:
         return f"give `{name}` fields, or remove the line"
     if name in _NUMBERS and isinstance(node, Scalar) and type(node.value) in (int, float):
         return f"write `{name}: {_NUMBERS[name] % word}`"
+    if name == "precision" and word:
+        meant = _VALUES.get(("precision.mode", word.casefold()))
+        if meant:
+            return f"write `precision: {{mode: ...}}`; {meant}"
+        return f"write `precision: {{mode: {word}}}`"
     return f"write `{name}: {{field: value}}`, or the fields on indented lines below"
 
 

@@ -201,7 +201,7 @@ class Precision(Section):
     )
     sensitive_layers: Patterns = Field(
         default=(),
-        description="layers computed in fp32 in every mode: groups (`norm`, `softmax`, "
+        description="layers computed in fp32 in every half mode: groups (`norm`, `softmax`, "
         "`attention`, `embedding`, `head`, `loss`), module paths with `*`, class names",
     )
     loss_scale: LossScale = Field(

@@ -6,21 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpcli.recipe.base import Count, Positive, Section, mistake
+from mpcli.recipe.base import Count, Section, mistake
+
+_Limit = Annotated[float, Field(ge=1e-30, le=1e30)]  # not zero in fp32
 
 
 class ClipNorm(Section):
     """Scale all gradients down together when their global L2 norm exceeds `max_norm`."""
 
     kind: Literal["norm"]
-    max_norm: Positive = Field(description="largest L2 norm of all gradients together")
+    max_norm: _Limit = Field(description="largest L2 norm of all gradients together")
 
 
 class ClipValue(Section):
     """Cut every gradient element to the range from `-clip_value` to `clip_value`."""
 
     kind: Literal["value"]
-    clip_value: Positive = Field(description="largest magnitude of a gradient element")
+    clip_value: _Limit = Field(description="largest magnitude of a gradient element")
 
 
 _Share = Annotated[float, Field(ge=1e-15, le=1e15)]  # the product of two is not 0 in fp32

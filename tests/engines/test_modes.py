@@ -61,6 +61,7 @@ class Row:
 
 TABLE: dict[Mode, Row] = {
     "fp32": Row(FP32, FP32, FP32, FP32, None, FP32, FP32, FP32, FP32),
+    "tf32": Row(FP32, FP32, FP32, FP32, None, FP32, FP32, FP32, FP32),
     "fp16": Row(FP32, FP32, FP16, FP32, None, FP32, FP16, FP32, FP32),
     "bf16": Row(FP32, FP32, BF16, FP32, None, FP32, BF16, FP32, FP32),
     "fp16-master": Row(FP16, FP32, FP16, FP16, FP32, FP32, FP32, FP32, FP16),

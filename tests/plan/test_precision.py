@@ -223,6 +223,21 @@ def test_an_lstm_that_a_cpu_lacks_is_an_island_and_trains(
             ["precision={mode: fp16, loss_scale: {kind: scheduled, points: [[0, 1], [9, 1e9]]}}"],
             {"scale-too-high"},
         ),
+        (
+            [
+                "precision={mode: fp16, loss_scale: {kind: dynamic, init_scale: 1e30,"
+                " min_scale: 1e30, max_scale: 1e31}}"
+            ],
+            {"scale-too-high"},
+        ),
+        (
+            [
+                "precision={mode: fp16, loss_scale: {kind: dynamic, init_scale: 1e-4,"
+                " min_scale: 1e-5, max_scale: 1e-4}}"
+            ],
+            {"underflow"},
+        ),
+        (["precision.mode=fp16"], set()),
     ],
 )
 def test_dangers_that_the_recipe_shows(

@@ -207,6 +207,17 @@ def test_calls_of_softmax_compute_in_fp32_when_asked_for(mode: Mode) -> None:
     assert set(types()) == {numerics(mode).compute}  # and the setting ends with its block
 
 
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.log_softmax])
+def test_softmax_in_fp32_is_that_of_fp32_and_keeps_the_type_asked_for(softmax: Any) -> None:
+    precision = Precision(mode="fp16-pure", sensitive_layers=("softmax",))
+    x = torch.randn(4, 64).half()
+    exact = softmax(x.float(), -1)
+    with numeric_settings(precision, CPU):
+        assert torch.equal(softmax(x, -1), exact.half())
+        assert torch.equal(softmax(x, -1, dtype=torch.float32), exact)
+        assert torch.equal(softmax(x.float(), -1), exact)
+
+
 @pytest.mark.parametrize("mode", HALF_MODES)
 def test_shared_parameters_have_one_type(mode: Mode) -> None:
     class Tied(nn.Module):

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpcli.precision.cpu_autocast import cuda_autocast_policy
-from mpcli.precision.observe import TypesObserver, dtype_name, observed_types
+from mpcli.precision.formats import dtype_name
+from mpcli.precision.observe import TypesObserver, observed_types
 from mpcli.tasks import apply_activation_checkpointing
 from tests.host_reads import HostReads
 
@@ -321,3 +322,18 @@ def test_observed_types_hold_storage_and_gradients() -> None:
         "2": ("fp32", "fp32", "fp32"),
         "loss": ("-", "fp32", "-"),
     }
+
+
+def test_the_loss_is_observed_and_an_operation_has_the_type_of_its_result() -> None:
+    class Sums(nn.Module):
+        """Half in, fp32 out."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(-1, dtype=torch.float32)
+
+    model = Sums()
+    with TypesObserver(model) as observer:
+        model(torch.ones(2, 3).bfloat16()).bfloat16().square()
+    observed = observed_types(model, observer)
+    assert observed[""].computed == "fp32"
+    assert observed["loss"].computed == "bf16"
