@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Sequence
 
 import torch
 
+from mpcli import checkpoint
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
+from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
-from mpcli.records import Result, Status
+from mpcli.records import Plan, Result, Status, TrainingState
 from mpcli.rundir import RunDirectory, storage_errors
-from mpcli.trainer import Display, Diverged, Progress, train
+from mpcli.signals import Stopped, handled, held, released
+from mpcli.trainer import Display, Diverged, Progress, Resumed, train
 
 logger = logging.getLogger("mpcli")
 
@@ -22,11 +24,17 @@ logger = logging.getLogger("mpcli")
 def launch(run: RunDirectory, display: Display) -> Result:
     """Train what the run directory says, and write `result.json`.
 
+    A later attempt goes on from the newest valid checkpoint, or from step 0 where there is none.
+
     Raises:
         Exception: a bug (after `result.json` said `failed`, exit 1), or a `UserError` where
             even the result cannot be written.
     """
-    started = time.monotonic()
+    with handled(), held():
+        return _launch(run, display)
+
+
+def _launch(run: RunDirectory, display: Display) -> Result:
     progress = Progress()
     recipe = load_recipe(run.recipe_path).recipe
 
@@ -41,9 +49,9 @@ def launch(run: RunDirectory, display: Display) -> Result:
             steps_applied=progress.applied,
             steps_skipped=progress.attempted - progress.applied,
             metrics=progress.metrics(),
-            wall_seconds=time.monotonic() - started,
+            wall_seconds=progress.seconds,
             peak_memory_bytes=progress.peak_memory_bytes,
-            checkpoint="final" if status == "done" else None,
+            checkpoint="final" if status == "done" else progress.checkpoint,
             problems=tuple(problem_json(p) for p in (*problems, *progress.warnings)),
         )
         logger.info("%s%s", status, f": {reason}" if reason else "")
@@ -58,7 +66,12 @@ def launch(run: RunDirectory, display: Display) -> Result:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        train(recipe, run.plan(), run, display, progress)
+        plan = run.plan()
+        with released():
+            resumed = _go_on(run, recipe, plan, progress) if run.attempt > 1 else None
+        if resumed:
+            display.message(f"going on from step {progress.attempted:,}")
+        train(recipe, plan, run, display, progress, resumed)
         return finish("done", Exit.DONE)
     except Diverged as diverged:
         hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"
@@ -67,8 +80,11 @@ def launch(run: RunDirectory, display: Display) -> Result:
         )
     except UserError as error:
         return finish("failed", error.exit_code, error.problems)
-    except KeyboardInterrupt:
-        return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C")])
+    except KeyboardInterrupt as stopped:
+        hint = "`mptrain run --resume` with the run directory goes on"
+        if isinstance(stopped, Stopped) and stopped.preempted:
+            return finish("preempted", Exit.PREEMPTED, [Problem("stopped by SIGTERM", hint)])
+        return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C", hint)])
     except Exception as error:
         if told := _explained(error):
             return finish("failed", told.exit_code, told.problems)
@@ -81,6 +97,46 @@ def launch(run: RunDirectory, display: Display) -> Result:
             logger.removeHandler(handler)
             handler.close()
         run.close()
+
+
+def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, progress: Progress) -> Resumed | None:
+    """Take rows and progress back to the newest valid checkpoint, or to the beginning."""
+    newest, problems = checkpoint.newest_valid(run.checkpoints_path)
+    for problem in problems:
+        _warn(progress, problem)
+    if newest is None:
+        run.cut(0, 0)
+        logger.warning("the run has no checkpoint yet: it begins again")
+        return None
+    tensors, found = checkpoint.load(newest)
+    try:
+        state = TrainingState.model_validate(found)
+        if state.attempted != newest.step:
+            raise ValueError(f"it is the state after step {state.attempted}")
+    except ValueError as error:
+        raise user_error(
+            f"checkpoint {newest.path.name} holds no state of a run: {error}",
+            exit_code=Exit.CHECKPOINT,
+        ) from error
+    progress.restore(state, f"checkpoints/{newest.path.name}")
+    last_row = run.cut(state.attempted, state.evaluated)
+    logger.info("attempt %d goes on from step %d", run.attempt, newest.step)
+    if last_row < newest.step:
+        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {newest.step}"
+        _warn(progress, Problem(what, "they cannot be made again", severity="warning"))
+    if state.steps != plan.steps:
+        what = (
+            f"{plan.steps:,} steps instead of {state.steps:,}: from here on the learning rate "
+            f"follows the schedule of {plan.steps:,} steps"
+        )
+        length = "epochs" if recipe.train.epochs else "steps"
+        _warn(progress, Problem(what, path=f"train.{length}", severity="warning"))
+    return Resumed(tensors, state.engine)
+
+
+def _warn(progress: Progress, warning: Problem) -> None:
+    logger.warning("%s", warning.what)
+    progress.warnings.append(warning)
 
 
 class _LogFile(logging.FileHandler):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpcli import __version__
 from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.signals import uninterrupted
 
 if TYPE_CHECKING:
     import torch
@@ -72,34 +71,6 @@ class Machine:
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
     # half precisions in which nn.LSTM fails under autocast
     broken_lstm: Mapping[str, frozenset[str]] = field(default_factory=dict)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put the first Ctrl-C off to the end of the block; the second one is not waited for.
-
-    For imports: numpy and scipy may swallow a `KeyboardInterrupt` while they are half imported,
-    and fail in strange ways afterwards.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or before is not signal.default_int_handler:
-        yield  # whoever handles Ctrl-C otherwise, or ignores it, goes on to
-        return
-    interrupted = False
-
-    def note(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if interrupted:
-            raise KeyboardInterrupt
 
 
 def check_installation() -> None:

@@ -35,6 +35,7 @@ class OutcomeLog:
     Args:
         learning_rate: rate by number of applied steps, as the device used it.
         memory: (allocated, peak) bytes now.
+        steps: attempted in the attempts before this one, `applied` of them.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class OutcomeLog:
         samples_per_step: int,
         learning_rate: Callable[[int], float],
         memory: Callable[[], tuple[int, int]],
+        *,
+        steps: int = 0,
+        applied: int = 0,
     ) -> None:
         self.attempt = attempt
         self.samples_per_step = samples_per_step
         self.learning_rate = learning_rate
         self.memory = memory
-        self.steps = 0  # whose rows were given back
-        self.applied = 0
+        self.steps = steps  # whose rows were given back
+        self.applied = applied
         self._device = device
         self._copying: deque[_Block] = deque()
         self._start_block()

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -134,6 +134,35 @@ class EvalRecord(Record):
     accuracy: float | None = None
     ema: bool
     seconds: float
+
+
+class TrainingState(Record):
+    """What a checkpoint's `state.json` says beside the engine's part: the run so far.
+
+    `steps` is the planned length, from which the learning rates followed; `evaluated` the step
+    after which `evaluation` was made.
+    """
+
+    steps: int = Field(ge=1)
+    attempted: int = Field(ge=0)
+    applied: int = Field(ge=0)
+    consecutive_skips: int = Field(ge=0)
+    skips_at_floor: int = Field(ge=0)
+    peak_memory_bytes: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    recent_losses: tuple[float, ...]
+    evaluation: dict[str, float]
+    evaluated: int = Field(ge=0)
+    engine: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingState:
+        last = self.attempted
+        if max(self.applied, self.consecutive_skips, self.skips_at_floor, self.evaluated) > last:
+            raise ValueError(f"it counts more than the {last} attempted steps")
+        if self.evaluated and "loss" not in self.evaluation:
+            raise ValueError("an evaluation without a loss")
+        return self
 
 
 Status = Literal["done", "diverged", "preempted", "interrupted", "failed"]

@@ -2,9 +2,11 @@
 
 recipe.yaml            resolved, runnable as it is, never rewritten
 recipe.source.yaml     the text the person wrote
-attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt
+attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt;
+                       of a resume also recipe.yaml (what it may change) and resumed.json
 steps.jsonl            one row per attempted step
 evals.jsonl            one row per evaluation
+checkpoints/           step-<N>, to go on from
 final/                 model.safetensors, model.json
 lock                   held while a process writes here
 result.json            last, and atomically
@@ -15,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +28,7 @@ from typing import IO, Any
 from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import Exit, user_error
 from mpcli.recipe.load import LoadedRecipe
+from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, ModuleTypes, Plan, Record, Result, StepRecord, strict_json
 
 
@@ -46,12 +50,15 @@ def storage_errors(path: Path, named: str = "the run directory") -> Iterator[Non
 
 
 class RunDirectory:
-    """A run's folder on disk. Nothing in it names its own path."""
+    """A run's folder on disk. Nothing in it names its own path.
 
-    attempt = 1
+    Attributes:
+        attempt: of this process, from 1.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attempt: int = 1) -> None:
         self.path = path
+        self.attempt = attempt
         self._files: dict[str, IO[str]] = {}
         self._failed = False  # a write did, and was reported
 
@@ -86,6 +93,42 @@ class RunDirectory:
                 raise
         return run
 
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Take the lock of a run, to go on with it; its `attempt` is the newest there is.
+
+        Raises:
+            UserError: exit 2 for what is not a run, or is another process's; 7 where it cannot
+                be written.
+        """
+        _check_is_run(path)
+        run = cls(path, max(_attempts(path), default=1))
+        with storage_errors(path, f"the run directory {path}"):
+            run._lock()
+            run._write_process()
+        return run
+
+    def begin_attempt(
+        self, recipe: Recipe, plan: Plan, environment: Mapping[str, Any], changes: Sequence[str]
+    ) -> None:
+        """A new attempt at the opened run; the run is not over any more.
+
+        Args:
+            changes: values that differ from those of the attempt before, in words.
+        """
+        attempt = max(_attempts(self.path), default=0) + 1
+        name = f"attempts/{attempt}.tmp"
+        with storage_errors(self.path):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / name).mkdir(parents=True)
+            self._write(f"{name}/plan.json", plan.to_json(indent=2) + "\n")
+            self._write(f"{name}/environment.json", strict_json(dict(environment), 2) + "\n")
+            self._write(f"{name}/resumed.json", strict_json({"changes": changes}, 2) + "\n")
+            self._write(f"{name}/recipe.yaml", resolved_yaml(recipe))
+            (self.path / name).rename(self.path / "attempts" / str(attempt))
+            (self.path / "result.json").unlink(missing_ok=True)
+        self.attempt = attempt
+
     @property
     def attempt_path(self) -> Path:
         """Folder of this attempt."""
@@ -93,8 +136,9 @@ class RunDirectory:
 
     @property
     def recipe_path(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
+        """The resolved recipe, with what a resume changed."""
+        resumed = self.attempt_path / "recipe.yaml"
+        return resumed if resumed.exists() else self.path / "recipe.yaml"
 
     @property
     def log_path(self) -> Path:
@@ -107,6 +151,11 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def checkpoints_path(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
     def final_path(self) -> Path:
         """Folder of the trained model."""
         return self.path / "final"
@@ -114,6 +163,32 @@ class RunDirectory:
     def plan(self) -> Plan:
         """The plan of this attempt."""
         return Plan.model_validate_json((self.attempt_path / "plan.json").read_text("utf-8"))
+
+    def result(self) -> Result | None:
+        """How the newest attempt ended; None where it did not, or nothing can be read."""
+        try:
+            return Result.model_validate_json((self.path / "result.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def cut(self, steps: int, evaluations: int) -> int:
+        """Take back the rows of later steps, and a last row that is not whole.
+
+        Args:
+            steps: the last one whose row in `steps.jsonl` stays.
+            evaluations: the last one whose row in `evals.jsonl` stays.
+
+        Returns:
+            The last step in `steps.jsonl` now: fewer than `steps` where rows were lost.
+        """
+        _cut(self.path / "evals.jsonl", evaluations)
+        return _cut(self.path / "steps.jsonl", steps)
+
+    def sync(self) -> None:
+        """Bring the rows to the disk."""
+        with storage_errors(self.path):
+            for file in self._files.values():
+                os.fsync(file.fileno())
 
     def write_observed(self, types: Mapping[str, ModuleTypes]) -> None:
         """Keep the types that each module had in the first step of this attempt."""
@@ -128,6 +203,17 @@ class RunDirectory:
     def append_evaluation(self, row: EvalRecord) -> None:
         """Write a row to `evals.jsonl`."""
         self._append("evals.jsonl", [row])
+
+    @contextlib.contextmanager
+    def replacing_final(self) -> Iterator[Path]:
+        """A folder that becomes `final/` at the end of the block, in place of an older one."""
+        temporary = self.path / "final.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if self.final_path.exists():
+            shutil.rmtree(self.final_path)
+        temporary.rename(self.final_path)
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`, after which the run is over."""
@@ -165,8 +251,7 @@ class RunDirectory:
     def _write_beginning(
         self, loaded: LoadedRecipe, text: str, plan: Plan, environment: Mapping[str, Any]
     ) -> None:
-        self._files["lock"].write(f"{os.getpid()}\n")
-        self._files["lock"].flush()
+        self._write_process()
         self._write("recipe.yaml", text)
         self._write("recipe.source.yaml", loaded.source)
         self.attempt_path.mkdir(parents=True)
@@ -193,13 +278,80 @@ class RunDirectory:
 
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.
-        lock = (self.path / "lock").open("a", encoding="utf-8")
+        lock = (self.path / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            process = lock.read(20).strip()
+            lock.close()
+            raise user_error(
+                f"another process{f' ({process})' if process.isdigit() else ''} writes to this run",
+                "wait for its end, or stop it",
+            ) from error
         except OSError:
             lock.close()
             raise
         self._files["lock"] = lock
+
+    def _write_process(self) -> None:
+        self._files["lock"].truncate(0)
+        self._files["lock"].write(f"{os.getpid()}\n")
+        self._files["lock"].flush()
+
+
+def _check_is_run(path: Path) -> None:
+    hint = "`--resume` takes a run directory, such as `runs/NAME/latest`"
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "no such folder"
+        raise user_error(f"--resume {path}: {found}", hint)
+    try:
+        entries = sorted(path.iterdir())
+        attempts = sorted((path / "attempts").glob("*"))
+    except OSError as error:
+        raise user_error(f"--resume {path}: {error.strerror}", exit_code=Exit.STORAGE) from error
+    if not (path / "recipe.yaml").exists():
+        names = ", ".join(entry.name for entry in entries[:5]) or "nothing"
+        more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+        if (path / "latest").is_dir():
+            hint = f"`--resume {path / 'latest'}` is its newest run"
+        raise user_error(f"--resume {path}: not a run: no recipe.yaml, but {names}{more}", hint)
+    for entry in (*entries, *attempts):  # what is written to must lie in this folder
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            name = entry.relative_to(path)
+            what = f"--resume {path}: `{name}` is neither a file nor a folder"
+            raise user_error(what, "a run directory holds no links or devices")
+
+
+def _attempts(path: Path) -> list[int]:
+    names = [entry.name for entry in (path / "attempts").glob("*")]
+    return [int(name) for name in names if name.isdecimal() and len(name) < 10]
+
+
+_LONGEST_ROW = 65536
+
+
+def _cut(path: Path, last: int) -> int:
+    """Cut the file after its last whole row in order up to step `last`; that row's step, or 0."""
+    kept = end = 0
+    with storage_errors(path.parent), contextlib.suppress(FileNotFoundError), path.open("r+b") as f:
+        while line := f.readline(_LONGEST_ROW):
+            step = _step(line)
+            if not kept < step <= last:
+                f.truncate(end)
+                os.fsync(f.fileno())
+                break
+            kept, end = step, end + len(line)
+    return kept
+
+
+def _step(line: bytes) -> int:
+    """The step of a row; 0 where it is torn."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
+    return step if type(step) is int else 0
 
 
 def _empty_folder(output: Path) -> Path:
@@ -210,11 +362,10 @@ def _empty_folder(output: Path) -> Path:
         if output.exists() and not output.is_dir():
             raise user_error(f"--output {output}: is a file", "name a new or an empty folder")
         if output.is_dir() and any(output.iterdir()):
-            found = "holds a run" if (output / "recipe.yaml").exists() else "is not empty"
-            raise user_error(
-                f"--output {output}: the folder {found}",
-                "name a new or an empty folder; this version cannot continue a run (--resume)",
-            )
+            found, hint = "is not empty", "name a new or an empty folder"
+            if (output / "recipe.yaml").exists():
+                found, hint = "holds a run", f"{hint}, or go on with the run: `--resume {output}`"
+            raise user_error(f"--output {output}: the folder {found}", hint)
         output.mkdir(parents=True, exist_ok=True)
     return output
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpcli.machine import uninterrupted
 from mpcli.records import EvalRecord, StepRecord
 from mpcli.rundir import storage_errors
+from mpcli.signals import uninterrupted
 
 
 class TensorBoard:
-    """Writes every step and evaluation as scalars, as they are recorded."""
+    """Writes every step and evaluation as scalars, as they are recorded.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        steps: taken before; points of later steps, which an earlier attempt wrote, are hidden.
+    """
+
+    def __init__(self, path: Path, steps: int = 0) -> None:
         with uninterrupted():
             from torch.utils.tensorboard import SummaryWriter
 
         self.path = path
         with storage_errors(path):
-            self._writer = SummaryWriter(str(path))
+            self._writer = SummaryWriter(str(path), purge_step=steps + 1 if steps else None)
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """One point per row and quantity; `train/applied` is 1 or 0."""

@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mpcli import checkpoint
 from mpcli.data.batch import Batch
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
@@ -32,8 +33,9 @@ from mpcli.recipe.base import parse_duration
 from mpcli.recipe.errors import Problem
 from mpcli.recipe.precision import LossScale
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import EvalRecord, Plan, StepRecord
+from mpcli.records import EvalRecord, Plan, StepRecord, TrainingState
 from mpcli.rundir import RunDirectory, storage_errors
+from mpcli.signals import Stopped, check, released
 from mpcli.tasks import apply_activation_checkpointing, task_module
 from mpcli.tensorboard import TensorBoard
 
@@ -73,7 +75,16 @@ class Progress:
     peak_memory_bytes: int = 0
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     evaluation: dict[str, float] = field(default_factory=dict)
+    evaluated: int = 0  # the step after which `evaluation` was made
+    seconds_before: float = 0.0  # of the attempts before this one, up to its checkpoint
+    started: float = field(default_factory=lambda: time.monotonic())
+    checkpoint: str | None = None  # the newest one, in the run directory
     warnings: list[Problem] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """That the run took so far."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def add(self, row: StepRecord, loss_scale: LossScale) -> None:
         """Count one attempted step."""
@@ -84,6 +95,40 @@ class Progress:
         self.skips_at_floor = self.skips_at_floor + 1 if skipped_at_floor else 0
         self.peak_memory_bytes = max(self.peak_memory_bytes, row.memory_peak_bytes)
         self.recent_losses.append(row.loss)
+
+    def state(self, steps: int, engine: Mapping[str, Any]) -> TrainingState:
+        """What a checkpoint keeps of this.
+
+        Args:
+            steps: planned.
+            engine: the engine's part.
+        """
+        return TrainingState(
+            steps=steps,
+            attempted=self.attempted,
+            applied=self.applied,
+            consecutive_skips=self.consecutive_skips,
+            skips_at_floor=self.skips_at_floor,
+            peak_memory_bytes=self.peak_memory_bytes,
+            seconds=self.seconds,
+            recent_losses=tuple(self.recent_losses),
+            evaluation=self.evaluation,
+            evaluated=self.evaluated,
+            engine=dict(engine),
+        )
+
+    def restore(self, state: TrainingState, checkpoint: str) -> None:
+        """Become what `state` was taken of."""
+        self.attempted = state.attempted
+        self.applied = state.applied
+        self.consecutive_skips = state.consecutive_skips
+        self.skips_at_floor = state.skips_at_floor
+        self.peak_memory_bytes = state.peak_memory_bytes
+        self.recent_losses.extend(state.recent_losses)
+        self.evaluation = state.evaluation
+        self.evaluated = state.evaluated
+        self.seconds_before = state.seconds
+        self.checkpoint = checkpoint
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """`train.loss` is the mean raw loss of the last 50 steps at most."""
@@ -96,25 +141,46 @@ class Progress:
         return metrics
 
 
+@dataclass
+class Resumed:
+    """What the engine goes on from."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
 def train(
-    recipe: Recipe, plan: Plan, run: RunDirectory, display: Display, progress: Progress
+    recipe: Recipe,
+    plan: Plan,
+    run: RunDirectory,
+    display: Display,
+    progress: Progress,
+    resumed: Resumed | None = None,
 ) -> None:
-    """Train as planned; rows, evaluations and the final model go to the run directory.
+    """Train as planned; rows, evaluations, checkpoints and the final model go to the run directory.
+
+    Args:
+        progress: of the whole run, and so of `resumed`.
 
     Raises:
         Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run, or what it
             ended with is not a trained model.
+        Stopped: by a signal, after a checkpoint if there was anything to save.
     """
     with _settings(recipe, plan), contextlib.ExitStack() as stack:
         device = torch.device(plan.device)
         task, options = task_module(recipe.task), recipe.task
         display.message(f"loading {plan.data_source}")
-        data = task.load_data(options, recipe.data, device)
-        torch.manual_seed(recipe.train.seed)
-        model = task.build_model(options, data.info).to(device)
-        if recipe.engine.activation_checkpointing:
-            apply_activation_checkpointing(model)
-        engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
+        with released():
+            data = task.load_data(options, recipe.data, device)
+            torch.manual_seed(recipe.train.seed)
+            model = task.build_model(options, data.info).to(device)
+            if recipe.engine.activation_checkpointing:
+                apply_activation_checkpointing(model)
+            engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
+            if resumed:
+                engine.restore(resumed.tensors, resumed.state)
+                resumed.tensors.clear()  # a copy of the whole state
         log = OutcomeLog(
             device,
             run.attempt,
@@ -123,9 +189,12 @@ def train(
                 recipe.optim.schedule, recipe.optim.lr, plan.steps, applied
             ),
             engine.memory,
+            steps=progress.attempted,
+            applied=progress.applied,
         )
-        board = TensorBoard(run.tensorboard_path) if recipe.output.tensorboard else None
-        if board:
+        board = None
+        if recipe.output.tensorboard:
+            board = TensorBoard(run.tensorboard_path, progress.attempted)
             stack.callback(board.close)
 
         def record(*, wait: bool = False) -> None:
@@ -147,7 +216,7 @@ def train(
             record(wait=True)
             started = time.monotonic()
             with engine.evaluating() as weights:
-                batches = data.eval_batches(plan.micro_batch_size)
+                batches = _until_stopped(data.eval_batches(plan.micro_batch_size))
                 progress.evaluation = task.evaluate(options, weights, batches)
             row = EvalRecord(
                 step=step,
@@ -157,6 +226,7 @@ def train(
                 **progress.evaluation,
             )
             run.append_evaluation(row)
+            progress.evaluated = step
             display.evaluated(row)
             if board:
                 board.evaluated(row)
@@ -164,12 +234,47 @@ def train(
             logger.info("step %d: evaluation %s", step, progress.evaluation)
             log.restart_clock()
 
+        def save(step: int) -> None:
+            record(wait=True)  # what diverged is not worth keeping
+            if progress.checkpoint == f"checkpoints/step-{step}":
+                return  # an evaluation at most was made since: it can be made again
+            run.sync()
+            tensors, state = engine.checkpoint()
+            saved = checkpoint.save(
+                run.checkpoints_path,
+                step,
+                tensors,
+                progress.state(plan.steps, state).model_dump(),
+                keep_last=recipe.output.keep_last,
+            )
+            progress.checkpoint = f"checkpoints/{saved.path.name}"
+            logger.info("step %d: checkpoint", step)
+            log.restart_clock()
+
+        def finish_step(step: int) -> None:
+            """What falls due after a step. Signals are obeyed here, where the state is whole."""
+            try:
+                check()
+                if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
+                    evaluate(step)
+            except Stopped:
+                save(step)
+                raise
+            if step < plan.steps and checkpoint_due(step):
+                save(step)
+                check()
+
         stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)
-        evaluation_due = _due(recipe.eval.every, plan)
-        for step in range(1, plan.steps + 1):
+        evaluation_due, checkpoint_due = (
+            _due(every, plan) for every in (recipe.eval.every, recipe.output.checkpoint_every)
+        )
+        compared = False
+        if resumed:
+            finish_step(progress.attempted)  # its evaluation may have been stopped
+        for step in range(progress.attempted + 1, plan.steps + 1):
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
             total_weight = task.weight(batch)
             losses = [
@@ -178,20 +283,29 @@ def train(
                 )
                 for index, micro_batch in enumerate(_split(batch, plan.micro_batch_size), 1)
             ]
-            if step == 1:
-                progress.warnings = _compare_types(plan, engine, run)
+            if engine.observed and not compared:
+                progress.warnings += _compare_types(plan, engine, run)
+                compared = True
             outcome = engine.step()
             log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
             record()
-            if step == plan.steps or evaluation_due(step):
-                evaluate(step)
+            finish_step(step)
 
         if not progress.applied:
             what = "every step had NaN or infinite gradients: nothing was learnt"
             raise Diverged(what, "skip-storm")
         if not math.isfinite(progress.evaluation["loss"]):
             raise Diverged("the trained model's loss on the evaluation data is not finite")
+        if recipe.output.checkpoint_every is not None:
+            save(progress.attempted)  # more steps may follow one day
         _save_model(engine.state_dict(), recipe, plan, run)
+
+
+def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; a signal ends them between two."""
+    for batch in batches:
+        check()
+        yield batch
 
 
 def _compare_types(plan: Plan, engine: Engine, run: RunDirectory) -> list[Problem]:
@@ -281,13 +395,12 @@ def _save_model(state: Mapping[str, Tensor], recipe: Recipe, plan: Plan, run: Ru
         "num_classes": plan.num_classes,
         "weights": "average" if recipe.train.ema else "last",
     }
-    with storage_errors(run.path):
-        run.final_path.mkdir()
+    with storage_errors(run.path), run.replacing_final() as folder:
         try:
-            safetensors.torch.save_file(tensors, run.final_path / "model.safetensors")
+            safetensors.torch.save_file(tensors, folder / "model.safetensors")
         except SafetensorError as error:  # what its writer makes of an OSError
             raise OSError(errno.EIO, str(error)) from error
-        (run.final_path / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
 @contextlib.contextmanager

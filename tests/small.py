@@ -9,6 +9,7 @@ from typing import Any
 from mpcli.launch import launch
 from mpcli.machine import Machine
 from mpcli.plan import make_plan
+from mpcli.recipe.changes import allowed_changes
 from mpcli.recipe.load import LoadedRecipe, load_recipe
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, Result, StepRecord
@@ -67,3 +68,12 @@ def run_small(
     plan = make_plan(loaded.recipe, CPU)
     run = RunDirectory.create(loaded, plan, environment or {}, folder / name)
     return run, launch(run, Silent())
+
+
+def resume_small(run: RunDirectory, *overrides: str) -> Result:
+    """Go on with a run in this process, as `mptrain run --resume` does."""
+    run = RunDirectory.open(run.path)
+    loaded = load_recipe(run.recipe_path, overrides)
+    changes = allowed_changes(load_recipe(run.recipe_path).recipe, loaded)
+    run.begin_attempt(loaded.recipe, make_plan(loaded.recipe, CPU), {}, changes)
+    return launch(run, Silent())

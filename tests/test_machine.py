@@ -13,7 +13,8 @@ import torch
 
 from mpcli import machine
 from mpcli.cli.app import main
-from mpcli.machine import check_installation, detect_machine, environment, uninterrupted
+from mpcli.machine import check_installation, detect_machine, environment
+from mpcli.signals import uninterrupted
 
 SHOWN = {
     "OMP_NUM_THREADS": ("1", "1"),

@@ -75,6 +75,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, mode: str) -> None
         "attempts",
         "steps.jsonl",
         "evals.jsonl",
+        "checkpoints",
         "final",
         "lock",
         "result.json",

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from mpcli.cli import interrupts
+import contextlib
+import json
+import os
+import sys
+from typing import NoReturn
+
+from mpcli import signals
 
 
 def main() -> int:
-    """The `mptrain` command; its exit code. Ctrl-C is reported from the first import on."""
-    interrupts.leave_at_once()
+    """The `mptrain` command; its exit code. SIGTERM and Ctrl-C are handled from here on."""
+    signals.install(_leave)
     try:
         from mpcli.cli.app import main
 
         return main()
     finally:
-        interrupts.raise_again()
+        signals.ignore()
+
+
+def _leave(preempted: bool) -> NoReturn:
+    """End the process at once, in any state: in the middle of an import, say.
+
+    What is said is what other ends of a command say, without the modules that say it.
+    """
+    code, status = (75, "preempted") if preempted else (130, "interrupted")
+    what = "ended by SIGTERM" if preempted else "interrupted"
+    empty = dict.fromkeys(("file", "line", "column", "path", "hint", "finding"))
+    problem = {**empty, "message": what, "severity": "error"}
+    told = {"status": status, "exit_code": code, "problems": [problem]}
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {what}\n".encode())
+    with contextlib.suppress(OSError):
+        if "--json" in sys.argv:
+            os.write(1, f"{json.dumps(told, indent=2)}\n".encode())
+    os._exit(code)

@@ -107,6 +107,7 @@ class _Facts:
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
         self.steps = plan.steps
         self.skipped = 0
+        self.before: int | None = None  # steps of earlier attempts
         self.started = time.monotonic()
         self.heading = (
             f"{recipe.name}: {recipe.precision.mode} on {plan.device}, "
@@ -118,7 +119,10 @@ class _Facts:
         """What is so after the newest of `rows`, by worth: as much as `room` cells hold."""
         last = rows[-1]
         self.skipped += sum(not row.applied for row in rows)
-        left = (time.monotonic() - self.started) / last.step * (self.steps - last.step)
+        if self.before is None:
+            self.before = rows[0].step - 1
+        seconds = (time.monotonic() - self.started) / (last.step - self.before)
+        left = seconds * (self.steps - last.step)
         facts = [
             f"step {last.step}/{self.steps}",
             f"loss {last.loss:.4f}",

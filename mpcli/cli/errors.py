@@ -11,7 +11,6 @@ from typing import Any, ParamSpec
 
 import typer
 
-from mpcli.cli import interrupts
 from mpcli.cli.console import write
 from mpcli.recipe.errors import Exit, Problem, UserError, did_you_mean, user_error
 
@@ -24,7 +23,6 @@ def interruptible(command: Callable[_Arguments, None]) -> Callable[_Arguments, N
 
     @functools.wraps(command)
     def call(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> None:
-        interrupts.raise_again()
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:
@@ -91,7 +89,6 @@ def write_json(value: dict[str, Any]) -> None:
 
 
 _OPTION_HINTS = {
-    ("run", "--resume"): "this version cannot continue a run",
     ("schema", "--json"): "`mptrain schema` prints JSON as it is",
 }
 

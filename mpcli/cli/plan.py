@@ -10,6 +10,7 @@ from mpcli.cli.console import show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
 from mpcli.recipe.errors import Problem, UserError
+from mpcli.signals import uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
@@ -54,7 +55,7 @@ def make(
 
     loaded = load_recipe(recipe, overrides)
 
-    from mpcli.machine import detect_machine, uninterrupted
+    from mpcli.machine import detect_machine
 
     machine = detect_machine()  # reports a broken torch, before the next lines import it
     try:

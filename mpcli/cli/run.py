@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mpcli.cli.console import display, memory_text, show_table, write
 from mpcli.cli.errors import show_problems, write_json
-from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
+from mpcli.cli.options import AsJson, Overrides, Strict
 from mpcli.cli.plan import make
 from mpcli.recipe.errors import Problem, user_error
+from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
+    from mpcli.recipe.load import LoadedRecipe
     from mpcli.records import Result
+    from mpcli.rundir import RunDirectory
 
 
 def run(
-    recipe: RecipePath,
     overrides: Overrides,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Go on with a run, instead of a recipe; `--set` may change its length, "
+            "intervals, micro-batch and engine.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -33,22 +48,72 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train what a recipe says; leave a run directory."""
+    if resume is not None:
+        if recipe is not None or output is not None:
+            other = "a recipe" if recipe is not None else "`--output`"
+            raise user_error(f"`--resume` and {other} are both given", "a run has its own: use one")
+        _resume(resume, overrides, strict=strict, as_json=as_json)
+    if recipe is None:
+        raise user_error("missing argument `RECIPE`", "`mptrain run --help` shows the usage")
     if output == "":
         raise user_error("`--output` names no folder", "leave it out, or name a new folder")
     loaded, planned, warnings = make(recipe, overrides, strict=strict)
 
-    from mpcli.machine import environment, uninterrupted
+    from mpcli.machine import environment
 
     with uninterrupted():
         from mpcli.launch import launch
         from mpcli.rundir import RunDirectory
 
+    _show_warnings(loaded, warnings)
+    folder = None if output is None else Path(output)
+    found = environment()
+    with held():
+        directory = RunDirectory.create(loaded, planned, found, folder)
+        _show_result(launch(directory, display()), directory, loaded, as_json=as_json)
+
+
+def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> NoReturn:
+    """Go on with a run whose recipe is the same, but for what may change."""
+    from mpcli.recipe.changes import allowed_changes
+    from mpcli.recipe.load import load_recipe
+    from mpcli.rundir import RunDirectory
+
+    if path == "":
+        raise user_error("`--resume` names no folder", "such as `runs/NAME/latest`")
+    directory = RunDirectory.open(Path(path))
+    try:
+        before = load_recipe(directory.recipe_path).recipe
+        changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides))
+        loaded, planned, warnings = make(str(directory.recipe_path), overrides, strict=strict)
+        ended = directory.result()
+        if ended and ended.status == "done" and ended.steps_attempted >= planned.steps:
+            write(f"the run has its {ended.steps_attempted:,} steps: nothing to do", sys.stderr)
+            _show_result(ended, directory, loaded, as_json=as_json)
+
+        from mpcli.machine import environment
+
+        with uninterrupted():
+            from mpcli.launch import launch
+
+        _show_warnings(loaded, warnings)
+        found = environment()
+        with held():
+            directory.begin_attempt(loaded.recipe, planned, found, changes)
+            _show_result(launch(directory, display()), directory, loaded, as_json=as_json)
+    finally:
+        directory.close()
+
+
+def _show_warnings(loaded: LoadedRecipe, warnings: list[Problem]) -> None:
     show_problems(warnings)
     for message in loaded.dropped:
         write(message, sys.stderr)
-    folder = None if output is None else Path(output)
-    directory = RunDirectory.create(loaded, planned, environment(), folder)
-    result = launch(directory, display())
+
+
+def _show_result(
+    result: Result, directory: RunDirectory, loaded: LoadedRecipe, *, as_json: bool
+) -> NoReturn:
     if as_json:
         write_json(result.model_dump(mode="python"))
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mpcli.data.images import DatasetInfo, Split, Splits
-from mpcli.machine import uninterrupted
+from mpcli.signals import uninterrupted
 
 INFO = DatasetInfo(
     num_train=1437,

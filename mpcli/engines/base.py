@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -35,7 +35,8 @@ class Engine(Protocol):
     """Where and how a step runs. Nothing here reads a device value on the host.
 
     Attributes:
-        observed: per module, the types that the first micro-batch was computed in; None before.
+        observed: per module, the types that the first micro-batch was computed in; None before,
+            and where it could not be observed.
     """
 
     observed: dict[str, ModuleTypes] | None
@@ -58,6 +59,19 @@ class Engine(Protocol):
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """The model with the weights to evaluate (their average with `train.ema`)."""
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step follows from, bit for bit: tensors, and numbers for JSON.
+
+        The tensors are those that the next step writes to, not copies; any memory format.
+        """
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Become what `checkpoint` was taken of.
+
+        Raises:
+            UserError: exit 4, it was taken of something else.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's weights and buffers: averages or masters in fp32 where there are any."""

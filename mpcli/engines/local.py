@@ -7,7 +7,8 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from mpcli.precision.numerics import Numerics, autocast, numerics
 from mpcli.precision.observe import TypesObserver, observed_types
 from mpcli.precision.scaler import LossScaler
 from mpcli.precision.sensitive import last_layer
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 from mpcli.records import ModuleTypes
@@ -43,6 +45,7 @@ class LocalEngine:
         masters: what the optimizer steps: fp32 copies of half parameters in the master modes, the
             parameters themselves otherwise.
         observed: the types that the first micro-batch was computed in; None before it.
+        names: of the parameters, as the model calls them.
     """
 
     def __init__(
@@ -56,8 +59,8 @@ class LocalEngine:
         meaning = numerics(recipe.precision.mode)
         self.device = device
         self.model = model
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters: list[Tensor] = [model.get_parameter(name) for name in names]
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [model.get_parameter(name) for name in self.names]
         exact = [p.data for p in self.parameters]
         convert(model, meaning, device, fp32_modules)
         self.masters: list[Tensor] = [
@@ -79,7 +82,7 @@ class LocalEngine:
         self.learning_rates = learning_rate_table(recipe.optim, steps, device)
         self.applied = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros(1, dtype=torch.float32, device=device)
-        named = list(zip(names, self.masters, strict=True))
+        named = list(zip(self.names, self.masters, strict=True))
         self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()))
         self.half_storage: HalfStorageStep | None = None
         if meaning.half_weights and not meaning.masters:
@@ -93,23 +96,28 @@ class LocalEngine:
         self.average = [torch.zeros_like(m, dtype=torch.float32) for m in self.masters if self.ema]
         self.compile = recipe.engine.compile
         self.observed: dict[str, ModuleTypes] | None = None
+        self._observe = True
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
     ) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up as the mode says."""
-        observer = TypesObserver(self.model) if self.observed is None else None
+        observer = TypesObserver(self.model) if self._observe else None
         with observer or _NOTHING, self.autocast:
             loss_sum, _ = loss_function(self.model, batch)
         # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
         loss_sum.backward(self.scaler.scale / total_weight)
         if observer:
+            self._observe = False
             self.observed = observed_types(self.model, observer)
             if self.compile:  # what is compiled cannot be observed
-                self.model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks
+                self._compile()
         if self.copied:
             self._add_to_masters()
         return loss_sum.detach() / total_weight
+
+    def _compile(self) -> None:
+        self.model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks
 
     def _add_to_masters(self) -> None:
         """Add the micro-batch's half gradients to the masters' fp32 ones."""
@@ -212,6 +220,61 @@ class LocalEngine:
             finally:
                 torch._foreach_copy_(self.parameters, trained)
 
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""
+        random = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return self._state() | random, {"attempted": self.scaler.attempted}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Become what `checkpoint` was taken of, on this device or another."""
+        own = self._state()
+        given = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
+        if different := sorted(own.keys() ^ given.keys()):
+            name = different[0]
+            raise _foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
+        for name, value in own.items():
+            if (value.shape, value.dtype) != (given[name].shape, given[name].dtype):
+                raise _foreign(f"`{name}` is {_about(given[name])}, and {_about(value)} here")
+        attempted, applied = state.get("attempted"), int(given["applied"])
+        if type(attempted) is not int or not 0 <= applied <= attempted:
+            raise _foreign(f"{applied} of {attempted} steps are applied")
+
+        scaler = {name: given.pop(f"scaler.{name}") for name in self.scaler.tensors()}
+        self.scaler.restore(scaler, attempted)
+        for name, value in given.items():
+            own[name].copy_(value)  # into its memory format
+        for before, buffer in zip(self.buffers_before, self.buffers, strict=True):
+            before.copy_(buffer)
+        try:
+            torch.set_rng_state(tensors["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise _foreign("it lacks a state of random numbers") from error
+        if self.compile:  # from the first step on: eager kernels would round otherwise
+            self._observe = False
+            self._compile()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that outlives a step, by a name that says what it is of."""
+        state: dict[str, Tensor] = {}
+        state |= {f"model.{name}": value for name, value in self.model.named_parameters()}
+        state |= {f"buffer.{name}": value for name, value in self.model.named_buffers()}
+        stepped = zip(self.names, self.parameters, self.masters, strict=True)
+        for name, parameter, master in stepped:
+            if master is not parameter:
+                state[f"master.{name}"] = master
+            for key, value in self.optimizer.state.get(master, {}).items():
+                state[f"optimizer.{key}.{name}"] = value
+        if self.ema:
+            averages = zip(self.names, self.average, strict=True)
+            state |= {f"average.{name}": value for name, value in averages}
+        state |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
+        state["applied"] = self.applied
+        return {name: value.detach() for name, value in state.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The model's weights and buffers: averages or masters in fp32 where there are any."""
         weights = self._averages() or self.masters
@@ -231,6 +294,18 @@ class LocalEngine:
         statm = _statm(os.getpid())
         resident = int(os.pread(statm, 64, 0).split()[1]) * PAGE if statm is not None else peak
         return resident, max(resident, peak)  # the kernel notes peaks late
+
+
+def _foreign(what: str) -> UserError:
+    return user_error(
+        f"the checkpoint is not of this run: {what}",
+        "a checkpoint fits only the recipe that it was saved with",
+        exit_code=Exit.CHECKPOINT,
+    )
+
+
+def _about(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 PAGE = resource.getpagesize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,19 @@ class LossScaler:
         elif isinstance(self.policy, DynamicScale):
             self._adapt(self.policy, found_inf > 0)
             self._inverse_scale = self._inverse()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the next decisions follow from, besides `attempted`."""
+        return {"scale": self.scale, "good_steps": self.good_steps, "overflows": self.overflows}
+
+    def restore(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
+        """Go on after `attempted` steps, with what `tensors` returned then."""
+        self.attempted = attempted
+        device = self.scale.device
+        self.scale = tensors["scale"].to(device, copy=True)
+        self.good_steps = tensors["good_steps"].to(device, copy=True)
+        self.overflows = tensors["overflows"].to(device, copy=True)
+        self._inverse_scale = self._inverse()
 
     def _adapt(self, policy: DynamicScale, overflow: Tensor) -> None:
         overflows = self.overflows + overflow

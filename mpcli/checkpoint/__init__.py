@@ -1,0 +1,18 @@
+"""Checkpoints: complete folders of plain data, or nothing. Reading one executes nothing.
+
+checkpoints/step-<N>/
+    shard-00001-model-00001-of-00001.safetensors    every tensor
+    state.json                                      every other value
+    manifest.json                                   size and SHA-256 of the other two
+checkpoints/step-<N>.tmp    being written or being removed: never read
+checkpoints/step-<N>.old    being replaced: put back if the new one never came
+
+The hashes find damage. Somebody who rewrites the manifest too can give a run wrong numbers, but
+cannot make it execute anything, read outside the folder, or wait for a small file.
+"""
+
+from mpcli.checkpoint.layout import Checkpoint
+from mpcli.checkpoint.reader import load, newest_valid, verify
+from mpcli.checkpoint.writer import save
+
+__all__ = ["Checkpoint", "load", "newest_valid", "save", "verify"]

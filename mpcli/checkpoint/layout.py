@@ -1,0 +1,90 @@
+"""Names, limits and texts of a checkpoint: what its writer and its reader agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from mpcli.records import Record, strict_json
+
+VERSION = 1
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 2**18
+MAX_HEADER_BYTES = 2**23  # of a safetensors file: about 40,000 tensors
+TYPES = frozenset((  # of safetensors, that torch has too
+    "BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64",
+    "C64", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ",
+))  # fmt: skip
+
+STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})(\.tmp|\.old)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder `checkpoints/step-<N>`, holding the state after N attempted steps."""
+
+    path: Path
+    step: int
+
+
+class FileEntry(Record):
+    """What a file was when it was written."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Record):
+    """`manifest.json`."""
+
+    version: int
+    step: int
+    files: dict[str, FileEntry]
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """The one text that a JSON value has in a checkpoint."""
+    return (strict_json(value, indent=2) + "\n").encode()
+
+
+def decode(text: bytes) -> Any:
+    """The value of a text made by `encode`; every other text is refused.
+
+    Raises:
+        ValueError: also for what is nested more than 200 deep.
+    """
+    value = from_json(text, allow_inf_nan=False)
+    if encode(value) != text:
+        raise ValueError("not written by this program")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def completed(folder: Path) -> list[Checkpoint]:
+    """Everything that has a checkpoint's name, newest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [match for name in names if (match := STEP.fullmatch(name)) and not match[2]]
+    checkpoints = [Checkpoint(folder / match[0], int(match[1])) for match in found]
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link or a folder; never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""What a resume may change in a run's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mpcli.recipe.dump import written
+from mpcli.recipe.errors import Problem, UserError
+from mpcli.recipe.load import LoadedRecipe
+from mpcli.recipe.recipe import Recipe
+
+_ALLOWED = (
+    *("train.epochs", "train.steps", "train.micro_batch_size"),
+    *("eval.every", "output.checkpoint_every", "engine"),
+)
+
+
+def allowed_changes(before: Recipe, after: LoadedRecipe) -> list[str]:
+    """The values that differ, as `path: old -> new`.
+
+    Raises:
+        UserError: exit 2, with each difference that makes it another run.
+    """
+    changes = list(_differences(before.model_dump(), after.recipe.model_dump(), ""))
+    hint = "a resumed run is the same run: begin a new one for another recipe"
+    refused = [
+        Problem(f"the run has {_shown(old)}, found {_shown(new)}", hint, path)
+        for path, old, new in changes
+        if not any(path == allowed or path.startswith(f"{allowed}.") for allowed in _ALLOWED)
+    ]
+    if refused:
+        raise UserError(*(problem.at(after.place(problem.path)) for problem in refused))
+    return [f"{path}: {_shown(old)} -> {_shown(new)}" for path, old, new in changes]
+
+
+_NOTHING = object()
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield path, old, new
+        return
+    for key in {**old, **new}:
+        inner = f"{path}.{key}" if path else key
+        yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), inner)
+
+
+def _shown(value: Any) -> str:
+    if value is _NOTHING:
+        return "nothing"
+    return "a section" if isinstance(value, dict) else f"`{written(value)}`"

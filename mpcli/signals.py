@@ -1,0 +1,130 @@
+"""SIGTERM and Ctrl-C: noted at once, obeyed where nothing is torn by it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+
+_asked: int | None = None  # the first signal
+_holds = 0  # blocks that signals wait for
+_leave: Callable[[bool], NoReturn] | None = None
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or the first Ctrl-C: whatever lets Ctrl-C through lets this through.
+
+    A plain `KeyboardInterrupt` is a second Ctrl-C, which waited for nothing.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.preempted = number == signal.SIGTERM
+
+
+def install(leave: Callable[[bool], NoReturn] | None = None) -> None:
+    """Handle both signals from now on, unless the process was told to do otherwise with them.
+
+    Imports nothing that takes time: call it before what does.
+
+    Args:
+        leave: ends the process wherever no block holds signals, given whether it is preempted.
+            Without it they raise `Stopped` there, which a half imported module may swallow.
+    """
+    global _asked, _holds, _leave
+    _asked, _holds, _leave = None, 0, leave
+    for number in _NUMBERS:
+        if signal.getsignal(number) in _DEFAULTS:
+            signal.signal(number, _note)
+
+
+def ignore() -> None:
+    """For a process that has its exit code and only has to leave."""
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """`install` for a block, where nobody did, in the main thread of some other program."""
+    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    if _note in before.values():
+        yield
+        return
+    try:
+        install()
+    except ValueError:  # not the main thread: signals are the business of another
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not one of Python's
+                signal.signal(number, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait, for `check` or for ever."""
+    global _holds
+    _holds += 1
+    try:
+        yield
+    finally:
+        _holds -= 1
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Within `held`: `Stopped` ends this block wherever it is."""
+    global _holds, _leave
+    check()
+    before, _holds, _leave = (_holds, _leave), 0, None
+    try:
+        yield
+    finally:
+        _holds, _leave = before
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put signals off to the end of the block; a second Ctrl-C is not waited for.
+
+    For imports: numpy and scipy may swallow a `KeyboardInterrupt` while they are half imported,
+    and fail in strange ways afterwards.
+    """
+    if _leave and not _holds:  # nothing is raised that could be swallowed
+        yield
+        return
+    with handled():
+        with held():
+            yield
+        if not _holds:
+            check()
+
+
+def check() -> None:
+    """End here if a signal is waiting.
+
+    Raises:
+        Stopped: at a place where the caller's state is whole.
+    """
+    if _asked is not None:
+        raise Stopped(_asked)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    again, _asked = _asked is not None, _asked or number
+    if _holds == 0 and _leave:
+        _leave(_asked == signal.SIGTERM)
+    if again and number == signal.SIGINT:  # SIGTERM may come many times and mean no more by it
+        raise KeyboardInterrupt
+    if not (_holds or again):
+        check()
