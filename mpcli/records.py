@@ -92,8 +92,7 @@ class Plan(Record):
     num_train: int
     num_eval: int
     data_source: str
-    input_shape: tuple[int, ...]
-    num_classes: int
+    sample: dict[str, str] = Field(description="name -> type and shape of a sample's tensors")
     steps: int
     steps_per_epoch: int
     micro_batch_size: int
@@ -126,14 +125,21 @@ class StepRecord(Record):
 
 
 class EvalRecord(Record):
-    """One row of `evals.jsonl`."""
+    """One row of `evals.jsonl`: beside these fields, the metrics that the task has."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
 
     step: int
     attempt: int
     loss: float
-    accuracy: float | None = None
     ema: bool
     seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The loss first."""
+        return {"loss": self.loss, **self.__pydantic_extra__}
 
 
 class TrainingState(Record):

@@ -32,7 +32,7 @@ class TensorBoard:
 
     def evaluated(self, row: EvalRecord) -> None:
         """Metrics of one evaluation."""
-        self._scalars("eval", row.model_dump(include={"loss", "accuracy"}), row.step)
+        self._scalars("eval", row.metrics, row.step)
 
     def close(self) -> None:
         """Write what is buffered."""

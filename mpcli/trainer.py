@@ -36,7 +36,7 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, StepRecord, TrainingState
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, check, released
-from mpcli.tasks import apply_activation_checkpointing, task_module
+from mpcli.tasks import apply_activation_checkpointing, task_of
 from mpcli.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -169,10 +169,11 @@ def train(
     """
     with _settings(recipe, plan), contextlib.ExitStack() as stack:
         device = torch.device(plan.device)
-        task, options = task_module(recipe.task), recipe.task
+        task, options = task_of(recipe.task), recipe.task
         display.message(f"loading {plan.data_source}")
         with released():
-            data = task.load_data(options, recipe.data, device)
+            data = task.load_data(options, recipe.data)
+            data.prepare(device)
             torch.manual_seed(recipe.train.seed)
             model = task.build_model(options, data.info).to(device)
             if recipe.engine.activation_checkpointing:
@@ -276,12 +277,11 @@ def train(
             finish_step(progress.attempted)  # its evaluation may have been stopped
         for step in range(progress.attempted + 1, plan.steps + 1):
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
-            total_weight = task.weight(batch)
             losses = [
                 engine.accumulate(
-                    loss_function, micro_batch, total_weight, last=index == plan.accumulation
+                    loss_function, micro_batch, batch.weight, last=index == plan.accumulation
                 )
-                for index, micro_batch in enumerate(_split(batch, plan.micro_batch_size), 1)
+                for index, micro_batch in enumerate(batch.split(plan.micro_batch_size), 1)
             ]
             if engine.observed and not compared:
                 progress.warnings += _compare_types(plan, engine, run)
@@ -316,14 +316,6 @@ def _compare_types(plan: Plan, engine: Engine, run: RunDirectory) -> list[Proble
     for warning in warnings:
         logger.warning("%s", warning.what)
     return warnings
-
-
-def _split(batch: Batch, size: int) -> list[Batch]:
-    """Micro-batches of at most `size` samples, cut from one prepared global batch."""
-    if size >= len(batch.targets):
-        return [batch]
-    pairs = zip(batch.inputs.split(size), batch.targets.split(size), strict=True)
-    return [Batch(inputs, targets) for inputs, targets in pairs]
 
 
 def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
@@ -391,8 +383,7 @@ def _save_model(state: Mapping[str, Tensor], recipe: Recipe, plan: Plan, run: Ru
     tensors = {name: value.contiguous().cpu() for name, value in state.items()}
     about = {
         "task": recipe.task.model_dump(mode="json"),
-        "input_shape": plan.input_shape,
-        "num_classes": plan.num_classes,
+        "sample": plan.sample,
         "weights": "average" if recipe.train.ema else "last",
     }
     with storage_errors(run.path), run.replacing_final() as folder:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
-from mpcli.data import DatasetInfo
+from mpcli.data.image_dataset import ImageDataset
+from mpcli.data.images import ImageInfo
 from mpcli.engines.local import LocalEngine
 from mpcli.plan import make_plan
 from mpcli.recipe.changes import allowed_changes
@@ -205,7 +206,7 @@ def test_three_resumes_in_the_middle_of_an_epoch(
 def test_random_numbers_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build_model(options: object, info: DatasetInfo) -> nn.Module:
+    def build_model(options: object, info: ImageInfo) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(), nn.Linear(16, 10))
 
     monkeypatch.setattr(task, "build_model", build_model)
@@ -320,12 +321,12 @@ def test_many_sigterms_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_signal_while_data_are_loaded_ends_the_attempt_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def load_data(*arguments: Any) -> None:
+    def prepare(*arguments: Any) -> None:
         signal.raise_signal(number)
         raise AssertionError("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(task, "load_data", load_data)
+        patch.setattr(ImageDataset, "prepare", prepare)
         run, result = run_small(tmp_path)
         assert result.exit_code == (75 if number == signal.SIGTERM else 130)
         assert (result.steps_attempted, result.checkpoint) == (0, None)

@@ -94,6 +94,14 @@ def memory_text(num_bytes: int | None) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
+_SHARES = ("accuracy", "masked_accuracy", "f1")
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric's value for people: shares in percent."""
+    return f"{value:.2%}" if name in _SHARES else f"{value:.4f}"
+
+
 def display() -> Display:
     """A progress bar on a terminal, plain lines elsewhere."""
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -111,7 +119,7 @@ class _Facts:
         self.started = time.monotonic()
         self.heading = (
             f"{recipe.name}: {recipe.precision.mode} on {plan.device}, "
-            f"{plan.parameters:,} parameters, {plan.num_train:,} images, "
+            f"{plan.parameters:,} parameters, {plan.num_train:,} samples, "
             f"{plan.steps:,} steps of {recipe.train.global_batch_size:,}"
         )
 
@@ -137,9 +145,9 @@ class _Facts:
 
 
 def _evaluation(row: EvalRecord) -> str:
-    accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy:.2%}"
+    metrics = ", ".join(f"{name} {metric_text(name, v)}" for name, v in row.metrics.items())
     average = " with averaged weights" if row.ema else ""
-    return f"step {row.step}: eval loss {row.loss:.4f}{accuracy}{average} ({row.seconds:.1f} s)"
+    return f"step {row.step}: eval {metrics}{average} ({row.seconds:.1f} s)"
 
 
 def _clock(seconds: float) -> str:

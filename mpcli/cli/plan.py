@@ -107,12 +107,11 @@ def _show(loaded: LoadedRecipe, planned: Plan) -> None:
 
 def summary(planned: Plan) -> list[tuple[str, str]]:
     """The plan's totals, as label and value."""
-    shape = "x".join(map(str, planned.input_shape))
     return [
         ("device", planned.device),
         ("data", planned.data_source),
-        ("images", f"{planned.num_train:,} to train on, {planned.num_eval:,} to evaluate on"),
-        ("image shape", f"{shape}, {planned.num_classes} classes"),
+        ("samples", f"{planned.num_train:,} to train on, {planned.num_eval:,} to evaluate on"),
+        ("sample", ", ".join(f"{name} {about}" for name, about in planned.sample.items())),
         ("parameters", f"{planned.parameters:,}"),
         ("steps", f"{planned.steps:,} ({planned.steps_per_epoch:,} an epoch)"),
         ("micro-batch", f"{planned.micro_batch_size:,} x {planned.accumulation} per step"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from mpcli.cli.console import display, memory_text, show_table, write
+from mpcli.cli.console import display, memory_text, metric_text, show_table, write
 from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, Strict
 from mpcli.cli.plan import make
@@ -133,7 +133,7 @@ def _show_result(
 
 def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
     metrics = {
-        f"{split} {name}": f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
+        f"{split} {name}": metric_text(name, value)
         for split, values in result.metrics.items()
         for name, value in values.items()
     }

@@ -1,41 +1,6 @@
 """From a recipe's `data` section to batches on the training device."""
 
-from __future__ import annotations
+from mpcli.data.batch import Batch
+from mpcli.data.tensors import TensorDataset
 
-from typing import assert_never
-
-from mpcli.data import cifar, digits
-from mpcli.data.images import DatasetInfo, Splits
-from mpcli.recipe.data import Cifar10, Cifar100, Data, Digits
-
-__all__ = ["DatasetInfo", "Splits", "describe", "load"]
-
-
-def describe(data: Data) -> DatasetInfo:
-    """The size and the source of a data set, from names, file sizes and metadata only.
-
-    Raises:
-        UserError: exit 3, when files are there that cannot be the data set.
-    """
-    match data:
-        case Digits():
-            return digits.INFO
-        case Cifar10() | Cifar100():
-            return cifar.describe(data)
-        case _:
-            assert_never(data)
-
-
-def load(data: Data) -> tuple[Splits, DatasetInfo]:
-    """Both splits of a data set, on the CPU; downloaded first where it is nowhere to be found.
-
-    Raises:
-        UserError: exit 3, when the data is missing, damaged or not what it should be.
-    """
-    match data:
-        case Digits():
-            return digits.load(), digits.INFO
-        case Cifar10() | Cifar100():
-            return cifar.load(data)
-        case _:
-            assert_never(data)
+__all__ = ["Batch", "TensorDataset"]

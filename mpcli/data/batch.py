@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Batch(NamedTuple):
-    """A prepared batch on the training device."""
+@dataclass(frozen=True)
+class Batch:
+    """Named tensors, whose first dimension counts the samples.
 
-    inputs: Tensor  # [N, C, H, W] float32, normalised
-    targets: Tensor  # [N] int64
+    `Batch({"inputs": images, "targets": labels})["inputs"]` is `images`.
+
+    Args:
+        tensors: one at least, all of the same length.
+        weights: how many things the loss sums over each sample (its masked tokens, say), known on
+            the host; None: one per sample.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weights: tuple[int, ...] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def weight(self) -> int:
+        """How many things the loss of the batch sums."""
+        return len(self) if self.weights is None else sum(self.weights)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most `size` samples, in order."""
+        if size >= len(self):
+            return [self]
+        cut = {name: tensor.split(size) for name, tensor in self.tensors.items()}
+        parts = (
+            dict(zip(cut, tensors, strict=True)) for tensors in zip(*cut.values(), strict=True)
+        )
+        if self.weights is None:
+            return [Batch(part) for part in parts]
+        starts = range(0, len(self), size)
+        return [
+            Batch(part, self.weights[start : start + size])
+            for part, start in zip(parts, starts, strict=True)
+        ]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from mpcli.data.images import DatasetInfo, Split, Splits
+from mpcli.data.images import ImageInfo, Split, Splits
 from mpcli.signals import uninterrupted
 
-INFO = DatasetInfo(
+INFO = ImageInfo(
     num_train=1437,
     num_eval=360,
     input_shape=(1, 8, 8),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class DatasetInfo:
+class ImageInfo:
     """What is known of a data set without reading its images."""
 
     num_train: int

@@ -58,7 +58,10 @@ class Engine(Protocol):
         """Unscale, check, clip, update or skip, advance loss scale and averages."""
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """The model with the weights to evaluate (their average with `train.ema`)."""
+        """The model in evaluation mode, without gradients.
+
+        Its weights are those to evaluate: their average with `train.ema`.
+        """
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON.

@@ -210,15 +210,16 @@ class LocalEngine:
         """The model under autocast, with its averaged weights when there are any."""
         with torch.no_grad(), self.autocast:
             averages = self._averages()
-            if averages is None:
-                yield self.model
-                return
-            trained = [p.clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, averages)
+            trained = [p.clone() for p in self.parameters] if averages else []
+            if averages:
+                torch._foreach_copy_(self.parameters, averages)
+            self.model.eval()
             try:
                 yield self.model
             finally:
-                torch._foreach_copy_(self.parameters, trained)
+                self.model.train()
+                if trained:
+                    torch._foreach_copy_(self.parameters, trained)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""

@@ -10,16 +10,18 @@ from typing import assert_never
 
 import torch
 
-from mpcli.data import DatasetInfo, describe
+from mpcli.data.batch import Batch
 from mpcli.engines import mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.precision import PrecisionPlan, plan_precision
+from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit, Problem, UserError
 from mpcli.recipe.optim import Adam, AdamW
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, PlanWarning
+from mpcli.tasks import task_of
 
 MAX_STEPS = 10_000_000
 """The learning rates of a run stand in one table on the device: 40 MB at this length."""
@@ -37,22 +39,20 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     problems = list(_machine_problems(recipe, machine))
     device = _device(recipe, machine)
-    info: DatasetInfo | None = None
+    task = task_of(recipe.task)
     try:
-        info = describe(recipe.data)
+        data = task.load_data(recipe.task, recipe.data)
     except UserError as error:
-        problems += error.problems
-    if info is None:
-        raise UserError(*problems)
+        raise UserError(*problems, *error.problems) from error
 
     batch = recipe.train.global_batch_size
-    steps_per_epoch = info.num_train // batch
+    steps_per_epoch = data.num_train // batch
     steps = recipe.train.steps or steps_per_epoch * (recipe.train.epochs or 0)
     if not steps_per_epoch:
         problems.append(
             Problem(
-                f"a batch of {batch:,} is larger than the training set ({info.num_train:,})",
-                f"use at most {info.num_train}",
+                f"a batch of {batch:,} is larger than the training set ({data.num_train:,})",
+                f"use at most {data.num_train}",
                 path="train.global_batch_size",
             )
         )
@@ -66,7 +66,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     micro_batch = min(recipe.train.micro_batch_size or batch, batch)
     try:
         smallest = batch % micro_batch or micro_batch
-        precision = plan_precision(recipe, info, device, machine, smallest)
+        precision = plan_precision(recipe, data, device, machine, smallest)
     except UserError as error:
         problems += error.problems
     half_norms = precision.half_norms if precision else 0
@@ -77,11 +77,10 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     return Plan(
         device=device.type,
         world_size=1,
-        num_train=info.num_train,
-        num_eval=info.num_eval,
-        data_source=info.source,
-        input_shape=info.input_shape,
-        num_classes=info.num_classes,
+        num_train=data.num_train,
+        num_eval=data.num_eval,
+        data_source=data.source,
+        sample=_sample(data.example(1)),
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         micro_batch_size=micro_batch,
@@ -94,6 +93,14 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
             for w in warnings
         ),
     )
+
+
+def _sample(batch: Batch) -> dict[str, str]:
+    """Type and shape of each tensor of one sample, such as `fp32 3x32x32`."""
+    return {
+        name: " ".join(filter(None, (dtype_name(t.dtype), "x".join(map(str, t.shape[1:])))))
+        for name, t in batch.tensors.items()
+    }
 
 
 def _device(recipe: Recipe, machine: Machine) -> torch.device:

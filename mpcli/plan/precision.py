@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpcli.data import DatasetInfo
+from mpcli.data.batch import Batch
 from mpcli.machine import Machine
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numeric_settings, numerics
-from mpcli.precision.observe import TypesObserver, types_of
+from mpcli.precision.observe import LOSS, TypesObserver, types_of
 from mpcli.precision.sensitive import (
     lstm_modules,
     matched,
@@ -22,11 +23,13 @@ from mpcli.precision.sensitive import (
     norm_modules,
     sensitive_modules,
 )
-from mpcli.recipe.errors import Problem, UserError
+from mpcli.recipe.errors import Problem, UserError, user_error
 from mpcli.recipe.precision import Precision
 from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.task import ImageClassification, TorchvisionModel
 from mpcli.records import ModulePrecision, ModuleTypes
-from mpcli.tasks import apply_activation_checkpointing, task_module
+from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
+from mpcli.tasks.torchvision_models import has_cifar_stem
 
 MAX_DIFFERENCES = 5
 """Modules named when a run's types differ from the plan's."""
@@ -43,29 +46,36 @@ class PrecisionPlan:
 
 
 def plan_precision(
-    recipe: Recipe, info: DatasetInfo, device: torch.device, machine: Machine, num_images: int
+    recipe: Recipe, data: Dataset, device: torch.device, machine: Machine, num_samples: int
 ) -> PrecisionPlan:
     """Build the model without memory, convert it as the mode says, and see what it does.
 
     Args:
-        num_images: of the forward that is traced.
+        num_samples: of the forward that is traced.
 
     Raises:
-        UserError: no such model, or one that cannot take the data; sensitive layers that match
-            nothing.
+        UserError: no such model, or one that cannot learn from the data; sensitive layers that
+            match nothing.
     """
     meaning = numerics(recipe.precision.mode)
     # Constructors may read numbers, which meta tensors allow and fake ones do not.
     with torch.device("meta"):
-        model = task_module(recipe.task).build_model(recipe.task, info)
+        model = task_of(recipe.task).build_model(recipe.task, data.info)
     if recipe.engine.activation_checkpointing:
         apply_activation_checkpointing(model)
     parameters = sum(p.numel() for p in model.parameters())
     islands = fp32_islands(recipe.precision, model, device, machine)
     convert(model, meaning, device, islands)
+    example = data.example(num_samples)
     with FakeTensorMode(), numeric_settings(recipe.precision, device):
-        _make_fake(model, device)
-        observer = _traced(recipe, model, info, meaning, device, num_images)
+        # Fake tensors of a device that is absent (said already) cannot be made.
+        place = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+        model._apply(partial(_fake, device=place))
+        batch = Batch(
+            {name: _fake(tensor, place) for name, tensor in example.tensors.items()},
+            example.weights,
+        )
+        observer = _traced(recipe, model, batch, meaning, device)
     _check_softmax(recipe, model, observer)
     _check_that_islands_run(recipe, model, observer, islands)
     _check_products(observer)
@@ -79,11 +89,10 @@ def plan_precision(
     )
 
 
-def _make_fake(model: nn.Module, device: torch.device) -> None:
-    """Give the tensors a shape, a type and a device, but no memory."""
-    # Fake tensors of a device that is absent (said already) cannot be made.
-    place = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=place))
+def _fake(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor with a shape, a type and a device, but no memory."""
+    shape, stride = tensor.shape, tensor.stride()
+    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
 
 
 def fp32_islands(
@@ -106,12 +115,7 @@ def fp32_islands(
 
 
 def _traced(
-    recipe: Recipe,
-    model: nn.Module,
-    info: DatasetInfo,
-    meaning: Numerics,
-    device: torch.device,
-    num_images: int,
+    recipe: Recipe, model: nn.Module, batch: Batch, meaning: Numerics, device: torch.device
 ) -> TypesObserver:
     # torch logs a traceback of what is raised, and reported, here.
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -119,10 +123,32 @@ def _traced(
     observer = TypesObserver(model)
     try:
         with observer, autocast(meaning, device), torch.no_grad():
-            task_module(recipe.task).check_forward(recipe.task, model, info, num_images)
+            task_of(recipe.task).loss(recipe.task, model, batch)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _cannot_learn(recipe, batch, str(error).strip().splitlines()[0]) from error
     finally:
         torch_log.disabled = False
     return observer
+
+
+def _cannot_learn(recipe: Recipe, batch: Batch, reason: str) -> UserError:
+    """What a forward that fails on fake tensors means."""
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in batch.tensors.items())
+    if "more than 1 value per channel" in reason:  # BatchNorm
+        return user_error(
+            f"this model cannot learn from {len(batch)} sample at a time ({shapes}): "
+            "BatchNorm needs more than one value per channel",
+            "let no micro-batch hold a single sample",
+            path="train.micro_batch_size",
+        )
+    what = f"this model cannot learn from a batch of {shapes}: {reason}"
+    hint = None
+    if isinstance(recipe.task, ImageClassification):
+        hint = "choose a model made for small images, such as `smallnet` or `resnet9`"
+        model = recipe.task.model
+        if isinstance(model, TorchvisionModel) and model.stem == "imagenet":
+            hint += ", or set `stem: cifar`" if has_cifar_stem(model.name) else ""
+    return user_error(what, hint, path="task.model")
 
 
 def _rows(
@@ -145,11 +171,11 @@ def _rows(
             why=_why(name, module, observer, meaning, islands),
         )
     yield ModulePrecision(
-        name="loss",
+        name=LOSS,
         type="loss",
         parameters=0,
         stored="-",
-        computed="fp32",
+        computed=observer.computed.get(LOSS, "-"),
         gradient="-",
         master="-",
         why="losses are computed and summed in fp32 in every mode",

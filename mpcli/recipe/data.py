@@ -40,4 +40,7 @@ class Cifar100(_Cifar):
     kind: Literal["cifar100"]
 
 
-Data = Annotated[Digits | Cifar10 | Cifar100, Field(discriminator="kind")]
+ImageData = Digits | Cifar10 | Cifar100
+"""What has labelled images."""
+
+Data = Annotated[ImageData, Field(discriminator="kind")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mpcli.recipe.base import Section, mistake
 from mpcli.recipe.data import Data
 from mpcli.recipe.engine import Engine, Local
+from mpcli.recipe.errors import one_of
 from mpcli.recipe.eval import Eval
 from mpcli.recipe.optim import Optim
 from mpcli.recipe.output import Output
@@ -48,3 +49,11 @@ class Recipe(Section):
     eval: Eval = Eval()
     engine: Engine = Local(kind="local")
     output: Output = Output()
+
+    @model_validator(mode="after")
+    def _data_for_the_task(self) -> Recipe:
+        fitting = self.task.DATA
+        if self.data.kind not in fitting:
+            what = f"`{self.data.kind}` has nothing that {self.task.kind} could learn from"
+            raise mistake(what, f"choose {one_of(fitting)}", "data.kind")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,8 @@ ImageModel = Annotated[SmallNet | ResNet9 | TorchvisionModel, Field(discriminato
 
 class ImageClassification(Section):
     """One label per image, cross-entropy loss."""
+
+    DATA: ClassVar = ("digits", "cifar10", "cifar100")  # the kinds that have what it learns from
 
     kind: Literal["image-classification"]
     model: ImageModel

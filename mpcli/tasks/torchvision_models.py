@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mpcli.data import DatasetInfo
+from mpcli.data.images import ImageInfo
 from mpcli.recipe.errors import did_you_mean, user_error
 from mpcli.recipe.task import TorchvisionModel
 
@@ -30,7 +30,7 @@ _STEM_POOLING: dict[str, str | None] = {
 }
 
 
-def build(model: TorchvisionModel, info: DatasetInfo) -> nn.Module:
+def build(model: TorchvisionModel, info: ImageInfo) -> nn.Module:
     """The named model with fresh weights, fitted to the images' channels and classes.
 
     Raises:
@@ -84,7 +84,7 @@ def _family(name: str) -> str:
     return next((family for family in _STEM_POOLING if name.startswith(family)), name)
 
 
-def _size_arguments(model: TorchvisionModel, info: DatasetInfo) -> dict[str, Any]:
+def _size_arguments(model: TorchvisionModel, info: ImageInfo) -> dict[str, Any]:
     height, width = info.input_shape[1:]
     if model.name.startswith("vit_"):
         return {"image_size": height}

@@ -30,7 +30,7 @@ def training(recipe) -> Any:
     """Hand a display all that happens in a run of 100 steps, 2 rows at a time."""
     plan = Plan(
         device="cpu", world_size=1, num_train=1437, num_eval=360, data_source="digits",
-        input_shape=(1, 8, 8), num_classes=10, steps=STEPS, steps_per_epoch=50,
+        sample={"inputs": "fp32 1x8x8", "targets": "int64"}, steps=STEPS, steps_per_epoch=50,
         micro_batch_size=16, accumulation=1, parameters=1234, modules=(),
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_elsewhere_than_on_a_terminal_there_are_a_few_plain_lines(training, caps
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == ""
-    assert lines[0] == "tiny: fp16 on cpu, 1,234 parameters, 1,437 images, 100 steps of 16"
+    assert lines[0] == "tiny: fp16 on cpu, 1,234 parameters, 1,437 samples, 100 steps of 16"
     assert lines[1].startswith("step 10/100  loss 0.1000  scale 65536  skipped 1  0:0")
     assert lines[1].endswith("1,234 samples/s")
     assert [line.split()[1] for line in lines[1:-1]] == [f"{n}/100" for n in range(10, 101, 10)]

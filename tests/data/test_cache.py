@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcli.data import load
 from mpcli.data.cache import cache_dir, cached, content_key
 from mpcli.data.cifar import parquet
+from mpcli.data.image_sources import load
 from mpcli.data.images import Split, Splits
 from mpcli.recipe.data import Cifar10
 from tests.tiny_cifar import write_tiny_cifar

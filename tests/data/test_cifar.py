@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mpcli.data import cifar, describe, load
+from mpcli.data import cifar
 from mpcli.data.cifar import archive, parquet, python_batches
+from mpcli.data.image_sources import describe, load
 from mpcli.recipe.data import Cifar10, Cifar100
 from mpcli.recipe.errors import Exit, Problem, UserError
 from tests.tiny_cifar import png, tiny_split, write_parquet, write_tiny_cifar

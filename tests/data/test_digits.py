@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpcli.data import describe, load
+from mpcli.data.image_sources import describe, load
 from mpcli.recipe.data import Digits
 
 DIGITS = Digits(kind="digits")

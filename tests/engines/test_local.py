@@ -63,14 +63,15 @@ def make_engine(
 def make_batch(seed: int = 0, size: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(size, 1, 8, 8, generator=generator)
-    return Batch(inputs, torch.randint(0, 3, (size,), generator=generator))
+    targets = torch.randint(0, 3, (size,), generator=generator)
+    return Batch({"inputs": inputs, "targets": targets})
 
 
 def make_loss(factor: float = 1.0) -> Any:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        logits = model(batch.inputs).float()
-        total = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-        return factor * total, len(batch.targets)
+        logits = model(batch["inputs"]).float()
+        total = nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
+        return factor * total, batch.weight
 
     return loss
 
@@ -145,10 +146,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
         engine.model.eval()  # BatchNorm's statistics depend on the micro-batch, rightly
     batch = make_batch()
     whole.accumulate(make_loss(), batch, 8, last=True)
-    for inputs, targets in zip(
-        batch.inputs.split(micro_batch_size), batch.targets.split(micro_batch_size), strict=True
-    ):
-        parts.accumulate(make_loss(), Batch(inputs, targets), 8, last=False)
+    for part in batch.split(micro_batch_size):
+        parts.accumulate(make_loss(), part, 8, last=False)
     for a, b in zip(whole.parameters, parts.parameters, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -345,7 +344,7 @@ def test_evaluation_computes_in_the_types_of_training(tmp_path: Path, mode: str)
     engine.step()
     assert engine.observed
     with TypesObserver(engine.model) as observer, engine.evaluating() as model:
-        model(make_batch().inputs)
+        model(make_batch()["inputs"])
     for name, types in observer.computed.items():
         assert engine.observed[name].computed == types
 
@@ -432,7 +431,7 @@ class HalfStep(nn.Module):
 
 def half_step_loss(factor: float) -> Any:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        return -(2.0**-8) * factor * model(batch.inputs).float().sum(), 1
+        return -(2.0**-8) * factor * model(batch["inputs"]).float().sum(), 1
 
     return loss
 

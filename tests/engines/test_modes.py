@@ -181,7 +181,9 @@ def test_master_modes_are_a_loop_by_hand(tmp_path: Path, mode: Mode, clip: str) 
         sums = [torch.zeros_like(master) for master in masters]
         for last, batch in enumerate(batches):
             engine.accumulate(make_loss(), batch, 16, last=bool(last))
-            loss, _ = make_loss()(model, Batch(batch.inputs.to(half), batch.targets))
+            loss, _ = make_loss()(
+                model, Batch({**batch.tensors, "inputs": batch["inputs"].to(half)})
+            )
             loss.backward(torch.tensor(256.0) / 16)
             for total, p in zip(sums, model.parameters(), strict=True):
                 assert p.grad is not None

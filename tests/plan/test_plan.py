@@ -71,7 +71,15 @@ def test_all_problems_together(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_take_the_images(tmp_path: Path) -> None:
     found = problems(tmp_path, "task.model={kind: torchvision, name: alexnet}")
-    assert "1x8x8" in found["task.model"][0]
+    assert "inputs [16, 1, 8, 8]" in found["task.model"][0]
+
+
+def test_a_model_that_images_are_too_small_for_says_so(tmp_path: Path) -> None:
+    model = "task.model={kind: torchvision, name: densenet121}"
+    with pytest.raises(UserError, match=r"cannot learn from .*too small") as caught:
+        make_plan(small_recipe(tmp_path, model).recipe, CPU)
+    (problem,) = caught.value.problems
+    assert problem.path == "task.model" and "`stem: cifar`" in (problem.hint or "")
 
 
 @pytest.mark.parametrize(

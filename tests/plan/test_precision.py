@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mpcli.data import DatasetInfo
+from mpcli.data.images import ImageInfo
 from mpcli.machine import Machine, detect_machine
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
@@ -52,7 +52,7 @@ class Recurrent(nn.Module):
 @pytest.fixture
 def use_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], nn.Module]], None]:
     def use(make_body: Callable[[], nn.Module]) -> None:
-        def build(options: object, info: DatasetInfo) -> nn.Module:
+        def build(options: object, info: ImageInfo) -> nn.Module:
             return Classifier(make_body())
 
         monkeypatch.setattr(task, "build_model", build)

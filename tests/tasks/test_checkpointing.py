@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpcli.data import DatasetInfo
 from mpcli.data.batch import Batch
+from mpcli.data.images import ImageInfo
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.task import ImageClassification
 from mpcli.tasks import apply_activation_checkpointing, image_classification
 from tests.host_reads import HostReads
 
-INFO = DatasetInfo(10, 10, (3, 32, 32), 10, "test")
+INFO = ImageInfo(10, 10, (3, 32, 32), 10, "test")
 SMALLNET = {"kind": "smallnet", "width": 4}
 RESNET9 = {"kind": "resnet9", "width": 4}
 MODELS = [
@@ -44,7 +44,9 @@ def backward(model: nn.Module, chosen: ImageClassification, dtype: torch.dtype) 
     images = torch.randn(3, *INFO.input_shape, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)  # of dropout
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss, _ = image_classification.loss(chosen, model, Batch(images, torch.arange(3)))
+        loss, _ = image_classification.loss(
+            chosen, model, Batch({"inputs": images, "targets": torch.arange(3)})
+        )
     loss.backward()
     return loss.detach()
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from mpcli.data import DatasetInfo
+from mpcli.data.images import ImageInfo
 from mpcli.recipe.errors import Problem, UserError
 from mpcli.recipe.task import ImageClassification, TorchvisionModel
 from mpcli.tasks import image_classification, torchvision_models
 
-DIGITS = DatasetInfo(1437, 360, (1, 8, 8), 10, "test")
-CIFAR = DatasetInfo(50_000, 10_000, (3, 32, 32), 100, "test")
+DIGITS = ImageInfo(1437, 360, (1, 8, 8), 10, "test")
+CIFAR = ImageInfo(50_000, 10_000, (3, 32, 32), 100, "test")
 
 SMALLEST = [
     "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3",
@@ -28,21 +28,17 @@ TOO_LARGE = {"alexnet", "inception_v3", "maxvit_t"}  # for 32x32 images
 WITH_STEM = {name for name in FAMILIES if torchvision_models.has_cifar_stem(name)}
 
 
-def build(
-    name: str, info: DatasetInfo, stem: Literal["imagenet", "cifar"] = "imagenet"
-) -> nn.Module:
+def build(name: str, info: ImageInfo, stem: Literal["imagenet", "cifar"] = "imagenet") -> nn.Module:
     """On the meta device, with a forward pass."""
     model = TorchvisionModel(kind="torchvision", name=name, stem=stem)
     task = ImageClassification(kind="image-classification", model=model)
     with torch.device("meta"):
         built = image_classification.build_model(task, info)
-    image_classification.check_forward(task, built, info, 2)
+    assert built(torch.empty(2, *info.input_shape, device="meta")).shape == (2, info.num_classes)
     return built
 
 
-def problem(
-    name: str, info: DatasetInfo, stem: Literal["imagenet", "cifar"] = "imagenet"
-) -> Problem:
+def problem(name: str, info: ImageInfo, stem: Literal["imagenet", "cifar"] = "imagenet") -> Problem:
     with pytest.raises(UserError) as caught:
         build(name, info, stem)
     (only,) = caught.value.problems
@@ -52,7 +48,10 @@ def problem(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_built_for_cifar_or_refused(name: str):
     if name in TOO_LARGE:
-        assert problem(name, CIFAR).path in ("task.model", "task.model.name")
+        with pytest.raises(
+            (UserError, RuntimeError), match=r"too small|greater than|cannot be built"
+        ):
+            build(name, CIFAR)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -119,7 +118,7 @@ def test_a_patch_that_does_not_fit_is_refused():
 
 def test_the_first_convolution_of_another_number_of_channels_keeps_its_shape():
     model = TorchvisionModel(kind="torchvision", name="resnet18")
-    grey = torchvision_models.build(model, DatasetInfo(9, 9, (1, 64, 64), 10, "test"))
+    grey = torchvision_models.build(model, ImageInfo(9, 9, (1, 64, 64), 10, "test"))
     first = grey.get_submodule("conv1")
     assert isinstance(first, nn.Conv2d)
     assert (first.in_channels, first.kernel_size, first.stride) == (1, (7, 7), (2, 2))

@@ -58,8 +58,13 @@ class LanguageModel(nn.Module):
 
 def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy, summed in fp32."""
-    losses = F.cross_entropy(model(batch.inputs).float(), batch.targets, reduction="sum")
-    return losses, len(batch.targets)
+    losses = F.cross_entropy(model(batch["inputs"]).float(), batch["targets"], reduction="sum")
+    return losses, batch.weight
+
+
+def to_batch(examples: Tensor) -> Batch:
+    """The last word of each example is its target."""
+    return Batch({"inputs": examples[:, :-1], "targets": examples[:, -1]})
 
 
 def windows(folder: Path) -> tuple[Tensor, Tensor]:
@@ -88,13 +93,13 @@ def main(folder: str, seed: str, *overrides: str) -> dict[str, Any]:
     with numeric_settings(recipe.precision, CPU):
         for _ in range(STEPS):
             examples = train[torch.randint(len(train), (BATCH,), generator=order)]
-            batch = Batch(examples[:, :-1], examples[:, -1])
+            batch = to_batch(examples)
             engine.accumulate(loss, batch, BATCH, last=True)
             assert model.head.weight.grad is not None
             zeros += (model.head.weight.grad == 0).double().mean().item() / STEPS
             skipped += int(engine.step().found_inf)
         with engine.evaluating() as evaluated:
-            parts = [Batch(part[:, :-1], part[:, -1]) for part in test.split(4000)]
+            parts = map(to_batch, test.split(4000))
             total = sum(loss(evaluated, part)[0].item() for part in parts)
     return {"perplexity": math.exp(total / len(test)), "skipped": skipped, "zeros": zeros}
 

@@ -12,7 +12,7 @@ from mpcli.data.cache import cached, content_key, expand
 from mpcli.data.cifar import binary, parquet, python_batches
 from mpcli.data.cifar.archive import download, download_dir
 from mpcli.data.cifar.spec import CHANNELS, CIFAR10, CIFAR100, SIZE, Cifar, Files, Layout
-from mpcli.data.images import DatasetInfo, Splits
+from mpcli.data.images import ImageInfo, Splits
 from mpcli.recipe.data import Cifar10, Cifar100
 from mpcli.recipe.errors import Exit, UserError, user_error
 
@@ -37,13 +37,13 @@ class Found(NamedTuple):
         return LAYOUTS[self.layout_name]
 
 
-def describe(data: Cifar10 | Cifar100) -> DatasetInfo:
+def describe(data: Cifar10 | Cifar100) -> ImageInfo:
     """Sizes from metadata; those of the published set when it has yet to be downloaded."""
     with _readable():
         return _info(SPECS[data.kind], locate(data))
 
 
-def load(data: Cifar10 | Cifar100) -> tuple[Splits, DatasetInfo]:
+def load(data: Cifar10 | Cifar100) -> tuple[Splits, ImageInfo]:
     """Both splits, from the cache of decoded images where they are in it."""
     cifar = SPECS[data.kind]
     with _readable():
@@ -57,7 +57,7 @@ def load(data: Cifar10 | Cifar100) -> tuple[Splits, DatasetInfo]:
     return splits, info
 
 
-def _info(cifar: Cifar, found: Found | None) -> DatasetInfo:
+def _info(cifar: Cifar, found: Found | None) -> ImageInfo:
     if found is None:
         num_train, num_eval = cifar.num_train, cifar.num_eval
         places = " or ".join(map(str, _default_folders(cifar)))
@@ -65,7 +65,7 @@ def _info(cifar: Cifar, found: Found | None) -> DatasetInfo:
     else:
         num_train, num_eval = found.layout.count(found.files, cifar)
         source = f"{found.folder} ({found.layout_name})"
-    return DatasetInfo(
+    return ImageInfo(
         num_train=num_train,
         num_eval=num_eval,
         input_shape=(CHANNELS, SIZE, SIZE),

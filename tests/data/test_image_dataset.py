@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mpcli.data.augment import Cutout, FlipAndCrop
-from mpcli.data.dataset import ImageDataset, mean_and_std
-from mpcli.data.images import DatasetInfo, Split, Splits
+from mpcli.data.image_dataset import ImageDataset, mean_and_std
+from mpcli.data.images import ImageInfo, Split, Splits
 from mpcli.data.seeds import derive_seed
 
 CPU = torch.device("cpu")
@@ -27,12 +27,16 @@ def dataset(
     splits: Splits | None = None, *augment: str, channels_last: bool = False
 ) -> ImageDataset:
     splits = splits or numbered()
-    info = DatasetInfo(len(splits.train.labels), len(splits.eval.labels), (3, 8, 8), 2000, "test")
-    return ImageDataset(splits, info, augment=augment, device=CPU, channels_last=channels_last)
+    info = ImageInfo(len(splits.train.labels), len(splits.eval.labels), (3, 8, 8), 2000, "test")
+    data = ImageDataset(info, lambda: (splits, info), augment=augment, channels_last=channels_last)
+    data.prepare(CPU)
+    return data
 
 
 def labels(data: ImageDataset, seed: int, steps: range, batch_size: int = 16) -> list[int]:
-    return [n for step in steps for n in data.train_batch(seed, step, batch_size).targets.tolist()]
+    return [
+        n for step in steps for n in data.train_batch(seed, step, batch_size)["targets"].tolist()
+    ]
 
 
 def test_an_epoch_is_a_permutation_without_its_incomplete_batch():
@@ -54,10 +58,10 @@ def test_a_batch_depends_on_its_arguments_alone():
     forward = [first.train_batch(5, step, 16) for step in range(8)]
     backward = [second.train_batch(5, step, 16) for step in reversed(range(8))][::-1]
     for one, other in zip(forward, backward, strict=True):
-        assert torch.equal(one.inputs, other.inputs)
-        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one["inputs"], other["inputs"])
+        assert torch.equal(one["targets"], other["targets"])
     torch.manual_seed(99)
-    assert torch.equal(first.train_batch(5, 3, 16).inputs, forward[3].inputs)
+    assert torch.equal(first.train_batch(5, 3, 16)["inputs"], forward[3]["inputs"])
 
 
 def test_batches_leave_the_global_generator_alone():
@@ -74,7 +78,7 @@ def test_the_evaluation_split_is_never_trained_on():
     other = dataset(black, "flip", "crop", "cutout")
     for step in range(6):
         assert torch.equal(
-            data.train_batch(0, step, 16).inputs, other.train_batch(0, step, 16).inputs
+            data.train_batch(0, step, 16)["inputs"], other.train_batch(0, step, 16)["inputs"]
         )
 
 
@@ -82,16 +86,18 @@ def test_evaluation_sees_every_image_once_and_as_it_is():
     splits = numbered()
     data = dataset(splits, "flip", "crop", "cutout")
     batches = list(data.eval_batches(4))
-    assert [len(batch.targets) for batch in batches] == [4, 4, 2]
-    assert torch.cat([batch.targets for batch in batches]).tolist() == splits.eval.labels.tolist()
+    assert [len(batch["targets"]) for batch in batches] == [4, 4, 2]
+    assert (
+        torch.cat([batch["targets"] for batch in batches]).tolist() == splits.eval.labels.tolist()
+    )
     mean, std = mean_and_std(splits.train.images)
     expected = (splits.eval.images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    torch.testing.assert_close(torch.cat([batch.inputs for batch in batches]), expected)
+    torch.testing.assert_close(torch.cat([batch["inputs"] for batch in batches]), expected)
 
 
 def test_training_inputs_are_standardised_per_channel():
     data = dataset()
-    inputs = torch.cat([data.train_batch(0, step, 10).inputs for step in range(5)])
+    inputs = torch.cat([data.train_batch(0, step, 10)["inputs"] for step in range(5)])
     assert inputs.dtype == torch.float32
     torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(
@@ -113,15 +119,15 @@ def test_a_constant_channel_does_not_divide_by_zero():
 
 
 def test_channels_last_changes_the_layout_only():
-    usual = dataset(None, "flip", "crop").train_batch(0, 0, 16).inputs
-    nhwc = dataset(None, "flip", "crop", channels_last=True).train_batch(0, 0, 16).inputs
+    usual = dataset(None, "flip", "crop").train_batch(0, 0, 16)["inputs"]
+    nhwc = dataset(None, "flip", "crop", channels_last=True).train_batch(0, 0, 16)["inputs"]
     assert nhwc.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(usual, nhwc)
 
 
 def test_the_order_of_the_list_of_augmentations_does_not_matter():
-    one = dataset(None, "cutout", "crop", "flip").train_batch(0, 0, 16).inputs
-    assert torch.equal(one, dataset(None, "flip", "crop", "cutout").train_batch(0, 0, 16).inputs)
+    one = dataset(None, "cutout", "crop", "flip").train_batch(0, 0, 16)["inputs"]
+    assert torch.equal(one, dataset(None, "flip", "crop", "cutout").train_batch(0, 0, 16)["inputs"])
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -174,8 +180,8 @@ def test_cutout_zeroes_one_square_inside_each_image(size: int, side: int):
 
 
 def test_cutout_leaves_the_draws_of_flip_and_crop_as_they_were():
-    plain = dataset(None, "flip", "crop").train_batch(0, 0, 16).inputs
-    cut = dataset(None, "flip", "crop", "cutout").train_batch(0, 0, 16).inputs
+    plain = dataset(None, "flip", "crop").train_batch(0, 0, 16)["inputs"]
+    cut = dataset(None, "flip", "crop", "cutout").train_batch(0, 0, 16)["inputs"]
     changed = (plain != cut).any(1)
     assert (cut[changed.unsqueeze(1).expand_as(cut)] == 0).all()
     assert (changed.sum((1, 2)) <= 4).all()
@@ -196,11 +202,11 @@ def test_derived_seeds_differ_by_seed_stream_and_index():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_the_cpus():
     splits = numbered()
-    info = DatasetInfo(50, 10, (3, 8, 8), 2000, "test")
+    info = ImageInfo(50, 10, (3, 8, 8), 2000, "test")
     augment = ("flip", "crop", "cutout")
     cuda = ImageDataset(splits, info, augment=augment, device=torch.device("cuda"))
     cpu = dataset(splits, *augment)
     for step in range(5):
         one, other = cuda.train_batch(3, step, 16), cpu.train_batch(3, step, 16)
-        assert torch.equal(one.inputs.cpu(), other.inputs)
-        assert torch.equal(one.targets.cpu(), other.targets)
+        assert torch.equal(one["inputs"].cpu(), other["inputs"])
+        assert torch.equal(one["targets"].cpu(), other["targets"])
