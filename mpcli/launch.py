@@ -11,6 +11,7 @@ import torch
 from mpcli import checkpoint
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
+from mpcli.recipe.plugin import PluginFile, plugin_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
 from mpcli.records import Plan, Result, Status, TrainingState
@@ -21,22 +22,25 @@ from mpcli.trainer import Display, Diverged, Progress, Resumed, train
 logger = logging.getLogger("mpcli")
 
 
-def launch(run: RunDirectory, display: Display) -> Result:
+def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None) -> Result:
     """Train what the run directory says, and write `result.json`.
 
     A later attempt goes on from the newest valid checkpoint, or from step 0 where there is none.
+
+    Args:
+        plugin: the file whose task the run has.
 
     Raises:
         Exception: a bug (after `result.json` said `failed`, exit 1), or a `UserError` where
             even the result cannot be written.
     """
     with handled(), held():
-        return _launch(run, display)
+        return _launch(run, display, plugin)
 
 
-def _launch(run: RunDirectory, display: Display) -> Result:
+def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> Result:
     progress = Progress()
-    recipe = load_recipe(run.recipe_path).recipe
+    recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
 
     def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
         reason = "; ".join(problem.what for problem in problems) or None
@@ -86,7 +90,8 @@ def _launch(run: RunDirectory, display: Display) -> Result:
             return finish("preempted", Exit.PREEMPTED, [Problem("stopped by SIGTERM", hint)])
         return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C", hint)])
     except Exception as error:
-        if told := _explained(error):
+        if told := _explained(error) or plugin_error(error, recipe.task):
+            logger.exception("what was raised")
             return finish("failed", told.exit_code, told.problems)
         logger.exception("a bug")
         finish("failed", Exit.BUG, [Problem(f"{type(error).__name__}: {error}")])

@@ -105,6 +105,13 @@ class Plan(Record):
     warnings: tuple[PlanWarning, ...] = ()
 
 
+class PluginRecord(Record):
+    """The plug-in that a run was made with: no other may go on with it."""
+
+    file: str = Field(description="its name, without folders")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class StepRecord(Record):
     """One row of `steps.jsonl`: one attempted optimizer step."""
 

@@ -2,6 +2,7 @@
 
 recipe.yaml            resolved, runnable as it is, never rewritten
 recipe.source.yaml     the text the person wrote
+plugin.py, plugin.json of a plug-in: its text, which nothing here runs; its name and SHA-256
 attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt;
                        of a resume also recipe.yaml (what it may change) and resumed.json
 steps.jsonl            one row per attempted step
@@ -29,7 +30,16 @@ from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import Exit, user_error
 from mpcli.recipe.load import LoadedRecipe
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import EvalRecord, ModuleTypes, Plan, Record, Result, StepRecord, strict_json
+from mpcli.records import (
+    EvalRecord,
+    ModuleTypes,
+    Plan,
+    PluginRecord,
+    Record,
+    Result,
+    StepRecord,
+    strict_json,
+)
 
 
 @contextlib.contextmanager
@@ -164,6 +174,18 @@ class RunDirectory:
         """The plan of this attempt."""
         return Plan.model_validate_json((self.attempt_path / "plan.json").read_text("utf-8"))
 
+    def plugin(self) -> PluginRecord | None:
+        """The plug-in that the run was made with; None where it has none."""
+        path = self.path / "plugin.json"
+        if not path.exists():
+            return None
+        try:
+            return PluginRecord.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise user_error(
+                f"{path}: says nothing about a plug-in", "restore it from a copy of the run"
+            ) from error
+
     def result(self) -> Result | None:
         """How the newest attempt ended; None where it did not, or nothing can be read."""
         try:
@@ -254,6 +276,10 @@ class RunDirectory:
         self._write_process()
         self._write("recipe.yaml", text)
         self._write("recipe.source.yaml", loaded.source)
+        if plugin := loaded.plugin:
+            (self.path / "plugin.py").write_bytes(plugin.content)
+            about = PluginRecord(file=Path(plugin.file).name, sha256=plugin.sha256)
+            self._write("plugin.json", about.to_json(indent=2) + "\n")
         self.attempt_path.mkdir(parents=True)
         self._write_record("plan.json", plan)
         self._write(

@@ -19,6 +19,15 @@ Overrides = Annotated[
         help="Change a value of the recipe, such as `train.epochs=3`. Repeatable.",
     ),
 ]
+PluginPath = Annotated[
+    str | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="The Python file with the task of `task: {kind: plugin}`. It is run.",
+        show_default=False,
+    ),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors (exit 2).")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, also on failure.")

@@ -8,24 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from mpcli.cli.console import show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
-from mpcli.cli.options import AsJson, Overrides, RecipePath, Strict
+from mpcli.cli.options import AsJson, Overrides, PluginPath, RecipePath, Strict
+from mpcli.cli.plugin import named_plugin
 from mpcli.recipe.errors import Problem, UserError
 from mpcli.signals import uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
+    from mpcli.recipe.plugin import PluginFile
     from mpcli.records import Plan
 
 
 def plan(
-    recipe: RecipePath, overrides: Overrides, strict: Strict = False, as_json: AsJson = False
+    recipe: RecipePath,
+    overrides: Overrides,
+    plugin: PluginPath = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, and every problem.
 
     Each value of the recipe with its origin, the precision of each module, the number of
     parameters and steps.
     """
-    loaded, planned, warnings = make(recipe, overrides, strict=strict)
+    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
     if as_json:
         write_json(
             {
@@ -44,7 +50,7 @@ def plan(
 
 
 def make(
-    recipe: str, overrides: list[str], *, strict: bool
+    recipe: str, overrides: list[str], plugin: PluginFile | None, *, strict: bool
 ) -> tuple[LoadedRecipe, Plan, list[Problem]]:
     """Load and plan a recipe; the problems are the plan's warnings, with their places.
 
@@ -53,7 +59,7 @@ def make(
     """
     from mpcli.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, plugin)
 
     from mpcli.machine import detect_machine
 

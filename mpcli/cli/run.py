@@ -10,8 +10,9 @@ import typer
 
 from mpcli.cli.console import display, memory_text, metric_text, show_table, write
 from mpcli.cli.errors import show_problems, write_json
-from mpcli.cli.options import AsJson, Overrides, Strict
+from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
+from mpcli.cli.plugin import named_plugin, plugin_of_run
 from mpcli.recipe.errors import Problem, user_error
 from mpcli.signals import held, uninterrupted
 
@@ -44,6 +45,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    plugin: PluginPath = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,12 +54,12 @@ def run(
         if recipe is not None or output is not None:
             other = "a recipe" if recipe is not None else "`--output`"
             raise user_error(f"`--resume` and {other} are both given", "a run has its own: use one")
-        _resume(resume, overrides, strict=strict, as_json=as_json)
+        _resume(resume, overrides, plugin, strict=strict, as_json=as_json)
     if recipe is None:
         raise user_error("missing argument `RECIPE`", "`mptrain run --help` shows the usage")
     if output == "":
         raise user_error("`--output` names no folder", "leave it out, or name a new folder")
-    loaded, planned, warnings = make(recipe, overrides, strict=strict)
+    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
 
     from mpcli.machine import environment
 
@@ -70,10 +72,13 @@ def run(
     found = environment()
     with held():
         directory = RunDirectory.create(loaded, planned, found, folder)
-        _show_result(launch(directory, display()), directory, loaded, as_json=as_json)
+        result = launch(directory, display(), loaded.plugin)
+        _show_result(result, directory, loaded, as_json=as_json)
 
 
-def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> NoReturn:
+def _resume(
+    path: str, overrides: list[str], plugin_path: str | None, *, strict: bool, as_json: bool
+) -> NoReturn:
     """Go on with a run whose recipe is the same, but for what may change."""
     from mpcli.recipe.changes import allowed_changes
     from mpcli.recipe.load import load_recipe
@@ -83,9 +88,11 @@ def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> 
         raise user_error("`--resume` names no folder", "such as `runs/NAME/latest`")
     directory = RunDirectory.open(Path(path))
     try:
-        before = load_recipe(directory.recipe_path).recipe
-        changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides))
-        loaded, planned, warnings = make(str(directory.recipe_path), overrides, strict=strict)
+        plugin = plugin_of_run(directory, plugin_path)
+        before = load_recipe(directory.recipe_path, plugin=plugin).recipe
+        changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
+        recipe_path = str(directory.recipe_path)
+        loaded, planned, warnings = make(recipe_path, overrides, plugin, strict=strict)
         ended = directory.result()
         if ended and ended.status == "done" and ended.steps_attempted >= planned.steps:
             write(f"the run has its {ended.steps_attempted:,} steps: nothing to do", sys.stderr)
@@ -100,7 +107,8 @@ def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> 
         found = environment()
         with held():
             directory.begin_attempt(loaded.recipe, planned, found, changes)
-            _show_result(launch(directory, display()), directory, loaded, as_json=as_json)
+            result = launch(directory, display(), plugin)
+            _show_result(result, directory, loaded, as_json=as_json)
     finally:
         directory.close()
 

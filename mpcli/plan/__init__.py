@@ -18,6 +18,7 @@ from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit, Problem, UserError
 from mpcli.recipe.optim import Adam, AdamW
+from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, PlanWarning
@@ -37,6 +38,17 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     Raises:
         UserError: with every problem found; each carries the path of the recipe value.
     """
+    try:
+        return _planned(recipe, machine)
+    except UserError:
+        raise
+    except Exception as error:
+        if told := plugin_error(error, recipe.task):
+            raise told from error
+        raise
+
+
+def _planned(recipe: Recipe, machine: Machine) -> Plan:
     problems = list(_machine_problems(recipe, machine))
     device = _device(recipe, machine)
     task = task_of(recipe.task)

@@ -24,6 +24,7 @@ from mpcli.precision.sensitive import (
     sensitive_modules,
 )
 from mpcli.recipe.errors import Problem, UserError, user_error
+from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.precision import Precision
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.task import ImageClassification, TorchvisionModel
@@ -125,6 +126,8 @@ def _traced(
         with observer, autocast(meaning, device), torch.no_grad():
             task_of(recipe.task).loss(recipe.task, model, batch)
     except (RuntimeError, ValueError, AssertionError) as error:
+        if told := plugin_error(error, recipe.task):
+            raise told from error
         raise _cannot_learn(recipe, batch, str(error).strip().splitlines()[0]) from error
     finally:
         torch_log.disabled = False

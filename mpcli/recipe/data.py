@@ -43,4 +43,11 @@ class Cifar100(_Cifar):
 ImageData = Digits | Cifar10 | Cifar100
 """What has labelled images."""
 
-Data = Annotated[ImageData, Field(discriminator="kind")]
+
+class PluginData(Section):
+    """None of these: the plug-in brings its own, by options of its task."""
+
+    kind: Literal["plugin"]
+
+
+Data = Annotated[ImageData | PluginData, Field(discriminator="kind")]

@@ -20,14 +20,17 @@ def kinds(field: FieldInfo) -> dict[str, type[Section]]:
     return {kind_of(section): section for section in _sections(field.annotation)}
 
 
-def located(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[Section]]:
+def located(
+    loc: tuple[int | str, ...], root: type[Section]
+) -> tuple[tuple[str, ...], type[Section]]:
     """A pydantic error's `loc` as a recipe path, and the section that holds the last field.
 
-    `loc` has the chosen kind after a field with kinds, and names for the members of a union.
+    `root` is the schema; `loc` has the chosen kind after a field with kinds, and names for the
+    members of a union.
     """
     path: list[str] = []
-    section: type[Section] | None = Recipe  # None: inside a value that is no section
-    holder: type[Section] = Recipe
+    section: type[Section] | None = root  # None: inside a value that is no section
+    holder = root
     known: dict[str, type[Section]] = {}
     for part in loc:
         if part in known:

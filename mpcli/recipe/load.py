@@ -16,7 +16,8 @@ from mpcli.recipe.errors import Place, Problem, UserError, closest, one_of
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.messages import validation_problems
 from mpcli.recipe.packaged import template_names
-from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.plugin import PluginFile
+from mpcli.recipe.recipe import Recipe, recipe_with
 from mpcli.recipe.source import OVERRIDE, Source, read_source
 
 
@@ -32,6 +33,7 @@ class LoadedRecipe:
     dropped: tuple[str, ...]
     """What a later layer made meaningless, in words."""
     tree: nodes.Mapping = field(repr=False)
+    plugin: PluginFile | None = None
 
     def place(self, path: str) -> Place | None:
         """The place of the value at a dotted path, or of the nearest section written around it."""
@@ -45,12 +47,15 @@ class LoadedRecipe:
         return None
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), plugin: PluginFile | None = None
+) -> LoadedRecipe:
     """Read, compose and validate a recipe.
 
     Args:
         path: the recipe file.
         overrides: `path=value` texts, as given to `--set`.
+        plugin: the file whose task the recipe has.
 
     Raises:
         UserError: with every problem of the recipe, each at its place.
@@ -66,12 +71,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise UserError(*problems, Problem("the file holds no sections", hint, place=root.place))
     composed = compose(root, overrides, Path(path).parent)
     problems += composed.problems
-    data = _with_default_kinds(Recipe, nodes.plain(composed.tree))
+    schema = recipe_with(plugin.module.Options) if plugin else Recipe
+    data = _with_default_kinds(schema, nodes.plain(composed.tree))
+    problems += _plugin_problems(data, composed.tree, plugin)
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = schema.model_validate(data)
     except ValidationError as error:
         told = {p.place.start for p in problems if p.place}  # one problem of a value is enough
-        found = validation_problems(error, composed.tree, source.file)
+        found = validation_problems(error, schema, composed.tree, source.file)
         problems += [
             replace(p, hint="it was dropped with the old `kind`: set it beside the new one")
             if p.path in composed.dropped
@@ -88,7 +95,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         origins=dict(_origins(recipe.model_dump(), composed.tree, ())),
         dropped=tuple(composed.dropped.values()),
         tree=composed.tree,
+        plugin=plugin,
     )
+
+
+def _plugin_problems(
+    data: dict[str, Any], tree: nodes.Mapping, plugin: PluginFile | None
+) -> Iterator[Problem]:
+    """A plug-in without its file, whose fields nobody knows; or a file that nothing uses."""
+    task = data.get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    place = nodes.key_place(tree, ("task", "kind"))
+    if kind == "plugin" and not plugin:
+        data["task"] = {"kind": kind}
+        hint = "add `--plugin FILE`: only the command line names code"
+        yield Problem("no file with the plug-in is named", hint, "task.kind", place)
+    elif kind != "plugin" and plugin:
+        hint = "write `task: {kind: plugin}`, or leave `--plugin` out"
+        what = f"nothing uses the plug-in {plugin.file}"
+        yield Problem(what, hint, "task.kind", place or nodes.key_place(tree, ("task",)))
 
 
 def _read(path: Path, file: str) -> Source:

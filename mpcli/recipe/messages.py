@@ -137,10 +137,13 @@ _VALUES = {
 _NUMBERS = {"clip": "{kind: norm, max_norm: %s}", "loss_scale": "{kind: static, scale: %s}"}
 
 
-def validation_problems(error: ValidationError, tree: Mapping, file: str) -> list[Problem]:
+def validation_problems(
+    error: ValidationError, schema: type[Section], tree: Mapping, file: str
+) -> list[Problem]:
     """One problem for each value that is wrong.
 
     Args:
+        schema: of the whole recipe.
         tree: the nodes of what was validated.
         file: the recipe's, for what is missing altogether.
     """
@@ -149,7 +152,7 @@ def validation_problems(error: ValidationError, tree: Mapping, file: str) -> lis
     for details in error.errors(include_url=False)[:MAX_ERRORS]:
         if details["type"] == "default_factory_not_called":
             continue  # another field of the section is wrong
-        path, holder = located(details["loc"])
+        path, holder = located(details["loc"], schema)
         if details["type"] == "missing" and isinstance(details["loc"][-1], int):
             path = path[:-1]  # an item of a list: the list is too short
         field = details.get("ctx", {}).get("field")
@@ -210,11 +213,15 @@ class _Words:
                 elif isinstance(node, Mapping):
                     return Problem(what, hint, ".".join(path), self.section(path))
                 hint = _null_hint(field, node) or hint
+            case "value_error" | "assertion_error":  # of a plug-in's own validators
+                what, hint = str(first["ctx"]["error"]), None
+                if isinstance(node, Mapping):
+                    return Problem(what, hint, ".".join(path), self.section(path))
             case "too_long" | "missing" if field and isinstance(node, Sequence):
                 length = len(get_args(field.annotation))
                 what, hint = f"expected {length} values, found {len(node.items)}", None
             case _:
-                what = f"expected {_expected(errors)}, found {_found(node)}"
+                what = f"{_expected(errors)}, found {_found(node)}"
                 hint = _value_hint(path, node) or _null_hint(field, node) or _hint(errors, node)
         return Problem(what, hint, ".".join(path), self.value(path))
 
@@ -293,11 +300,14 @@ def _section_hint(name: str, node: Node | None, known: dict[str, type[Section]])
 
 
 def _expected(errors: SequenceType[ErrorDetails]) -> str:
-    phrases = dict.fromkeys(_phrase(details) for details in errors)
-    return " or ".join(phrases)
+    phrases = [_phrase(details) for details in errors]
+    if None in phrases:  # a type that only plug-ins use
+        what = errors[phrases.index(None)]["msg"]
+        return f"{what[:1].lower()}{what[1:]}"
+    return f"expected {' or '.join(dict.fromkeys(filter(None, phrases)))}"
 
 
-def _phrase(details: ErrorDetails) -> str:
+def _phrase(details: ErrorDetails) -> str | None:
     about = details.get("ctx", {})
     match details["type"]:
         case "int_type" | "int_from_float":
@@ -323,7 +333,7 @@ def _phrase(details: ErrorDetails) -> str:
         case "less_than_equal":
             return f"at most {_number(about['le'])}"
         case _:
-            return details["msg"]
+            return None
 
 
 def _hint(errors: SequenceType[ErrorDetails], node: Node | None) -> str | None:

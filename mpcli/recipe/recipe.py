@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Union, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from mpcli.recipe.base import Section, mistake
 from mpcli.recipe.data import Data
@@ -14,6 +14,7 @@ from mpcli.recipe.errors import one_of
 from mpcli.recipe.eval import Eval
 from mpcli.recipe.optim import Optim
 from mpcli.recipe.output import Output
+from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.precision import Precision
 from mpcli.recipe.task import Task
 from mpcli.recipe.train import Train
@@ -52,8 +53,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _data_for_the_task(self) -> Recipe:
-        fitting = self.task.DATA
-        if self.data.kind not in fitting:
+        if not isinstance(self.task, Plugin) and self.data.kind not in self.task.DATA:
             what = f"`{self.data.kind}` has nothing that {self.task.kind} could learn from"
-            raise mistake(what, f"choose {one_of(fitting)}", "data.kind")
+            raise mistake(what, f"choose {one_of(self.task.DATA)}", "data.kind")
         return self
+
+
+def recipe_with(plugin: type[Plugin]) -> type[Recipe]:
+    """The schema of recipes whose `task` may be that of a plug-in."""
+    shipped = [section for section in get_args(get_args(Task)[0]) if section is not Plugin]
+    tasks = Annotated[Union[(*shipped, plugin)], Field(discriminator="kind")]  # type: ignore[valid-type]
+    return create_model("Recipe", __base__=Recipe, task=(tasks, ...))

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mpcli.recipe.base import Fraction, Section
+from mpcli.recipe.plugin import Plugin
 
 Width = Annotated[int, Field(ge=1, le=4096)]
 
@@ -53,4 +54,4 @@ class ImageClassification(Section):
     )
 
 
-Task = Annotated[ImageClassification, Field(discriminator="kind")]
+Task = Annotated[ImageClassification | Plugin, Field(discriminator="kind")]

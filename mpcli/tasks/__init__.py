@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.task import ImageClassification
 from mpcli.recipe.task import Task as TaskOptions
 from mpcli.tasks import image_classification
 from mpcli.tasks.base import Dataset, Task
 from mpcli.tasks.checkpointing import apply_activation_checkpointing
+from mpcli.tasks.plugin import PluginTask
 
 __all__ = ["Dataset", "Task", "apply_activation_checkpointing", "task_of"]
 
@@ -18,5 +20,7 @@ def task_of(options: TaskOptions) -> Task:
     match options:
         case ImageClassification():
             return image_classification
+        case Plugin():
+            return PluginTask(options.plugin)
         case _:
             assert_never(options)

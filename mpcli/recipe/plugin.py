@@ -1,0 +1,169 @@
+"""A task in a file of the user's own. Only the command line names it: no recipe, nothing on disk.
+
+The file has the names that every task has (`mpcli.tasks.base`): `Options`, a subclass of `Plugin`,
+and the functions `load_data`, `build_model`, `loss` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from mpcli.recipe.base import Section
+from mpcli.recipe.errors import Place, Problem, UserError, user_error
+
+FUNCTIONS = {
+    "load_data": ("options", "data"),
+    "build_model": ("options", "info"),
+    "loss": ("options", "model", "batch"),
+    "evaluate": ("options", "model", "batches"),
+}
+"""What a plug-in defines, and with which arguments it is called."""
+
+_MODULE = "mptrain_plugin"
+_HINT = "`mptrain init plugin` writes an example"
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A plug-in that was run as a module."""
+
+    file: str  # as the user typed it
+    content: bytes
+    sha256: str
+    module: ModuleType
+
+    def place(self, line: int, column: int = 0, end: int | None = None) -> Place:
+        """A place in the file.
+
+        Args:
+            line: from 1.
+            column: of the first byte, from 0.
+            end: after the last byte.
+        """
+        lines = self.content.splitlines()
+        text = lines[line - 1] if line <= len(lines) else b""
+        before = text[:column].decode(errors="replace")
+        marked = text[column:end].decode(errors="replace").rstrip()
+        shown = text.decode(errors="replace")
+        return Place(self.file, line, len(before) + 1, max(1, len(marked)), shown)
+
+    def error(self, function: str, what: str, hint: str | None = _HINT) -> UserError:
+        """A `UserError` about one of the file's functions."""
+        line = getattr(self.module, function).__code__.co_firstlineno
+        return UserError(Problem(f"`{function}` {what}", hint, place=self.place(line)))
+
+
+class Plugin(Section):
+    """The task of the file that `--plugin` names; its fields are what the file's `Options` declare.
+
+    Attributes:
+        plugin: the file that a subclass is from.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+    plugin: ClassVar[PluginFile]
+
+    kind: Literal["plugin"]
+
+
+def load_plugin(path: str, sha256: str | None = None) -> PluginFile:
+    """Run a file as a module.
+
+    Args:
+        path: as the user typed it.
+        sha256: that the file has to have; another one is not run.
+
+    Raises:
+        UserError: the file cannot be read or run, is another, or is no task.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(Problem(f"cannot be read: {reason}", place=Place(path, 0, 0))) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, digest):
+        what = f"its SHA-256 is {digest}, and the run's plug-in has {sha256}"
+        hint = "`plugin.py` in the run directory is the run's: name it, or begin a new run"
+        raise UserError(Problem(what, hint, place=Place(path, 0, 0)))
+    plugin = PluginFile(path, content, digest, ModuleType(_MODULE))
+    _execute(plugin)
+    _check_names(plugin)
+    plugin.module.Options.plugin = plugin
+    return plugin
+
+
+def plugin_error(error: BaseException, task: Section) -> UserError | None:
+    """What an exception that passed through the code of a plug-in is: a mistake in it."""
+    return _blamed(error, task.plugin) if isinstance(task, Plugin) else None
+
+
+def _execute(plugin: PluginFile) -> None:
+    plugin.module.__file__ = plugin.file
+    sys.modules[_MODULE] = plugin.module  # where pydantic and dataclasses look up annotations
+    try:
+        exec(compile(plugin.content, plugin.file, "exec"), plugin.module.__dict__)
+    except SyntaxError as error:
+        if error.filename != plugin.file:  # of a module that it imports
+            raise _blamed(error, plugin) or error from error
+        column = (error.offset or 1) - 1
+        place = Place(plugin.file, error.lineno or 1, column + 1, 1, (error.text or "").rstrip())
+        raise UserError(Problem(f"not Python: {error.msg}", place=place)) from error
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        told = _blamed(error, plugin) or user_error(f"{plugin.file}: not Python: {error}")
+        raise told from error
+
+
+def _check_names(plugin: PluginFile) -> None:
+    problems = []
+    whole = Place(plugin.file, 0, 0)
+    options = getattr(plugin.module, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, Plugin)):
+        what = "no class `Options(Plugin)`: the fields of the recipe's `task`"
+        problems.append(Problem(what, _HINT, place=whole))
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(plugin.module, name, None)
+        shown = f"{name}({', '.join(arguments)})"
+        if not inspect.isfunction(function):
+            problems.append(Problem(f"no function `{shown}`", _HINT, place=whole))
+            continue
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError as error:
+            place = plugin.place(function.__code__.co_firstlineno)
+            problems.append(Problem(f"is called as `{shown}`: {error}", _HINT, place=place))
+    if problems:
+        raise UserError(*problems)
+
+
+def _blamed(error: BaseException, plugin: PluginFile) -> UserError | None:
+    place = _last_place(error.__traceback__, plugin)
+    if place is None:
+        return None
+    lines = str(error).strip().splitlines()
+    what = ": ".join((type(error).__name__, *lines[:1]))
+    return UserError(Problem(what, place=place))
+
+
+def _last_place(traceback: TracebackType | None, plugin: PluginFile) -> Place | None:
+    """The innermost place in the file."""
+    place = None
+    while traceback:
+        code = traceback.tb_frame.f_code
+        if code.co_filename == plugin.file:
+            positions = list(code.co_positions())[traceback.tb_lasti // 2]
+            line, last_line, column, end = positions
+            line = line or traceback.tb_lineno
+            place = plugin.place(line, column or 0, end if last_line == line else None)
+        traceback = traceback.tb_next
+    return place
