@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +58,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             wall_seconds=progress.seconds,
             peak_memory_bytes=progress.peak_memory_bytes,
             checkpoint="final" if status == "done" else progress.checkpoint,
-            problems=tuple(problem_json(p) for p in (*problems, *progress.warnings)),
+            problems=tuple(map(_recorded, (*problems, *progress.warnings))),
         )
         logger.info("%s%s", status, f": {reason}" if reason else "")
         run.write_result(result)
@@ -102,6 +104,12 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             logger.removeHandler(handler)
             handler.close()
         run.close()
+
+
+def _recorded(problem: Problem) -> dict[str, Any]:
+    """Of a plug-in's file its name: where it lay may be the run directory."""
+    about = problem_json(problem)
+    return about | {"file": about["file"] and Path(about["file"]).name}
 
 
 def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, progress: Progress) -> Resumed | None:

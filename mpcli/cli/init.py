@@ -17,12 +17,10 @@ from mpcli.recipe.errors import Exit, did_you_mean, user_error
 SCHEMA_FILE = "mptrain.schema.json"
 
 
-def _templates() -> dict[str, str]:
-    """Name and text of every shipped recipe."""
-    from mpcli.recipe.packaged import packaged_dir
+def _templates() -> dict[str, Path]:
+    from mpcli.recipe.packaged import templates
 
-    files = sorted(packaged_dir("recipes").glob("*.yaml"))
-    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+    return templates()
 
 
 def init(
@@ -46,7 +44,7 @@ def init(
     """List the recipe templates, or copy one to start from."""
     templates = _templates()
     if template is None:
-        descriptions = {name: _description(text) for name, text in templates.items()}
+        descriptions = {name: _description(file) for name, file in templates.items()}
         if as_json:
             _write_done(templates=descriptions)
         else:
@@ -54,30 +52,41 @@ def init(
         return
     if template not in templates:
         raise user_error(f"no template `{template}`", did_you_mean(template, templates))
-    target, schema = _write(template, templates[template], path or Path())
+    target, *others = _write(template, templates[template], path or Path())
     if as_json:
-        _write_done(written=[str(target), str(schema)])
+        _write_done(written=[str(target), *map(str, others)])
     else:
-        name = shlex.quote(str(target))
-        write(f"wrote {target}")
-        write(f"next: mptrain check {name} && mptrain run {name}", sys.stderr)
+        plugins = [file for file in others if file.suffix == ".py"]
+        write("\n".join(f"wrote {file}" for file in (target, *plugins)))
+        options = [option for file in plugins for option in ("--plugin", str(file))]
+        named = shlex.join([str(target), *options])
+        write(f"next: mptrain check {named} && mptrain run {named}", sys.stderr)
 
 
 def _write_done(**found: object) -> None:
     write_json({"status": "done", "exit_code": Exit.DONE, "problems": [], **found})
 
 
-def _description(text: str) -> str:
+def _description(file: Path) -> str:
     """The first comment line that is not an editor's modeline."""
+    text = file.read_text(encoding="utf-8")
     comments = (line.removeprefix("#").strip() for line in text.splitlines() if line[:1] == "#")
     return next(line for line in comments if not line.startswith("yaml-language-server"))
 
 
-def _write(template: str, text: str, path: Path) -> tuple[Path, Path]:
-    """Write a recipe to the file or into the folder `path`, and the schema beside it."""
+def _write(template: str, file: Path, path: Path) -> list[Path]:
+    """Write a recipe to the file or into the folder `path`, its plug-in and the schema beside it.
+
+    Returns:
+        What was written: the recipe first, the schema last.
+    """
     from mpcli.recipe.packaged import packaged_dir
 
     schema_text = (packaged_dir("recipes") / SCHEMA_FILE).read_text(encoding="utf-8")
+    code = file.with_suffix(".py")
+    texts = [file.read_text(encoding="utf-8")]
+    if code.exists():
+        texts.append(code.read_text(encoding="utf-8"))
     target = path
     try:
         if path.is_dir():
@@ -88,21 +97,26 @@ def _write(template: str, text: str, path: Path) -> tuple[Path, Path]:
             raise user_error(f"{path}: {what}", hint)
         schema = target.parent / SCHEMA_FILE
         _make_folder(target.parent)
-        _create(target, text, "x")
+        written: list[Path] = []
         try:
+            for suffix, text in zip((target.suffix, ".py"), texts, strict=False):
+                _create(target.with_suffix(suffix), text, "x")
+                written.append(target.with_suffix(suffix))
             _create(schema, schema_text, "w")
         except OSError:
-            target.unlink()
+            for done in written:
+                done.unlink()
             raise
-    except FileExistsError:
-        raise user_error(f"{target} exists already", "name another PATH, or remove it") from None
+    except FileExistsError as error:
+        what = f"{error.filename} exists already"
+        raise user_error(what, "name another PATH, or remove it") from None
     except OSError as error:
         raise user_error(
             f"cannot write {target}: {error.strerror}",
             "name a PATH in a folder that you can write to",
             exit_code=Exit.STORAGE,
         ) from error
-    return target, schema
+    return [*written, schema]
 
 
 def _make_folder(folder: Path) -> None:

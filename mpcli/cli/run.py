@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -13,7 +13,7 @@ from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
 from mpcli.cli.plugin import named_plugin, plugin_of_run
-from mpcli.recipe.errors import Problem, user_error
+from mpcli.recipe.errors import Place, Problem, user_error
 from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
@@ -133,10 +133,17 @@ def _show_result(
             path=p["path"] or "",
             severity=p["severity"],
             finding=p["finding"],
-        ).at(loaded.place(p["path"] or ""))
+        ).at(_place(p, loaded))
         for p in result.problems
     )
     raise typer.Exit(result.exit_code)
+
+
+def _place(problem: dict[str, Any], loaded: LoadedRecipe) -> Place | None:
+    """Where a recorded problem is: in the plug-in, or in the recipe."""
+    if loaded.plugin and problem["line"]:
+        return loaded.plugin.place(problem["line"], problem["column"] - 1)
+    return loaded.place(problem["path"] or "")
 
 
 def _summary(result: Result, path: Path) -> list[tuple[str, str]]:

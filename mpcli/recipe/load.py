@@ -15,7 +15,7 @@ from mpcli.recipe.compose import compose, position
 from mpcli.recipe.errors import Place, Problem, UserError, closest, one_of
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.messages import validation_problems
-from mpcli.recipe.packaged import template_names
+from mpcli.recipe.packaged import templates
 from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.recipe import Recipe, recipe_with
 from mpcli.recipe.source import OVERRIDE, Source, read_source
@@ -121,15 +121,15 @@ def _read(path: Path, file: str) -> Source:
         return read_source(path, file)
     except FileNotFoundError:
         pass
-    templates = template_names()
-    if path.stem in templates and path.parent == Path():
+    known = templates()
+    if path.stem in known and path.parent == Path():
         hint = f"copy it here first: `mptrain init {path.stem}`"
     elif close := closest(path.stem, (b.stem for b in path.parent.glob("*.yaml")), cutoff=0.7):
         hint = f"did you mean `{path.with_name(f'{close}.yaml')}`?"
-    elif close := closest(path.stem, templates, cutoff=0.7):
+    elif close := closest(path.stem, known, cutoff=0.7):
         hint = f"did you mean the template `{close}`? Copy it here: `mptrain init {close}`"
     else:
-        hint = f"`mptrain init` copies a recipe to begin with: {one_of(templates)}"
+        hint = f"`mptrain init` copies a recipe to begin with: {one_of(known)}"
     raise UserError(Problem("no such file", hint, place=Place(file, 0, 0)))
 
 

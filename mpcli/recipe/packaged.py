@@ -14,6 +14,7 @@ def packaged_dir(name: Literal["configs", "recipes"]) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / name
 
 
-def template_names() -> list[str]:
-    """Names of the packaged recipes, without `.yaml`."""
-    return sorted(path.stem for path in packaged_dir("recipes").glob("*.yaml"))
+def templates() -> dict[str, Path]:
+    """Name and file of every packaged recipe; a plug-in's stands in a folder with its code."""
+    folder = packaged_dir("recipes")
+    return {path.stem: path for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")])}

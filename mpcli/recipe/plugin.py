@@ -161,8 +161,7 @@ def _last_place(traceback: TracebackType | None, plugin: PluginFile) -> Place | 
     while traceback:
         code = traceback.tb_frame.f_code
         if code.co_filename == plugin.file:
-            positions = list(code.co_positions())[traceback.tb_lasti // 2]
-            line, last_line, column, end = positions
+            line, last_line, column, end = list(code.co_positions())[traceback.tb_lasti // 2]
             line = line or traceback.tb_lineno
             place = plugin.place(line, column or 0, end if last_line == line else None)
         traceback = traceback.tb_next

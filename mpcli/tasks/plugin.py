@@ -72,9 +72,10 @@ class PluginTask:
     ) -> dict[str, float]:
         """The plug-in's metrics."""
         metrics = self._module.evaluate(options, model, batches)
-        if not isinstance(metrics, dict) or "loss" not in metrics:
-            what = f"returned {_about(metrics)}, not a dict of metrics with the mean `loss`"
-            raise self._plugin.error("evaluate", what)
+        if not isinstance(metrics, dict):
+            raise self._plugin.error("evaluate", f"returned {_about(metrics)}, not a dict")
+        if "loss" not in metrics:
+            raise self._plugin.error("evaluate", "returned metrics without the mean `loss`")
         for name, value in metrics.items():
             known = not isinstance(name, str) or name in EvalRecord.model_fields.keys() - {"loss"}
             if known or not isinstance(value, int | float):

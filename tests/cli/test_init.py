@@ -11,7 +11,7 @@ import yaml
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.packaged import packaged_dir
 
-TEMPLATES = sorted(path.stem for path in packaged_dir("recipes").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in packaged_dir("recipes").glob("*.yaml"))
 FRAGMENTS = sorted(packaged_dir("configs").glob("*/*.yaml"))
 
 
@@ -21,12 +21,12 @@ def _folder(tmp_path, monkeypatch):
 
 
 def test_the_named_templates_exist():
-    assert set(TEMPLATES) >= {
+    assert set(RECIPES) >= {
         f"{data}-{mode}" for data in ("digits", "cifar10") for mode in ("fp32", "fp16", "bf16")
     } | {"cifar10-fp16-master"}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_template_is_valid_named_after_its_file_and_commented(mptrain, name):
     assert mptrain("init", name).code == 0
     assert mptrain("check", f"{name}.yaml").code == 0
@@ -64,7 +64,7 @@ def test_a_fragment_is_commented_and_can_be_used(mptrain, recipe, file):
 def test_the_list_has_a_line_of_description_for_each(mptrain):
     lines = mptrain("init").out.splitlines()
     described = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:] if line}
-    assert sorted(described) == TEMPLATES
+    assert sorted(described) == sorted([*RECIPES, "plugin"])
     assert described["digits-fp16"].startswith("Handwritten digits")
     assert mptrain("init", "--json").json["templates"] == described
 

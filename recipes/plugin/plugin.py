@@ -17,7 +17,8 @@ def load_data(options, data):
     inputs, targets = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
     inputs = ((inputs - inputs.mean(0)) / inputs.std(0)).float()
     splits = [
-        {"inputs": inputs[part], "targets": targets[part]} for part in (slice(100, None), slice(100))
+        {"inputs": inputs[part], "targets": targets[part]}
+        for part in (slice(100, None), slice(100))
     ]
     return TensorDataset(*splits, source="scikit-learn's breast cancer data", info=2)
 

@@ -1,0 +1,342 @@
+"""A task in a user's own file: run only where it is named, and checked as recipes are."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpcli.engines.local import LocalEngine
+from mpcli.recipe.packaged import packaged_dir
+
+EXAMPLE = packaged_dir("recipes") / "plugin"
+RUN = ("run", "plugin.yaml", "--plugin", "plugin.py", "--output", "out")
+OWN_DATA = '''
+class Numbers:
+    """A data set from its first line to its last, of a formula instead of files."""
+
+    num_train, num_eval, source, info = 96, 32, "a formula", 2
+
+    def example(self, num_samples):
+        targets = torch.zeros(num_samples, dtype=torch.int64)
+        return Batch({"inputs": torch.zeros(num_samples, 30), "targets": targets})
+
+    def prepare(self, device):
+        self.device = device
+
+    def train_batch(self, seed, step, batch_size):
+        generator = torch.Generator().manual_seed(seed * 1000 + step)
+        inputs = torch.randn(batch_size, 30, generator=generator)
+        return Batch({"inputs": inputs, "targets": (inputs.sum(1) > 0).long()})
+
+    def eval_batches(self, batch_size):
+        yield self.train_batch(99, 0, 32)
+
+
+def load_data(options, data):
+    return Numbers()
+'''
+
+
+@pytest.fixture(autouse=True)
+def _example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in EXAMPLE.glob("plugin.*"):
+        shutil.copy(file, tmp_path)
+
+
+def change(old: str, new: str, file: str = "plugin.py") -> None:
+    text = Path(file).read_text()
+    assert old in text
+    Path(file).write_text(text.replace(old, new))
+
+
+def own_data() -> None:
+    change("from mpcli.data import TensorDataset", "from mpcli.data import Batch, TensorDataset")
+    Path("plugin.py").write_text(Path("plugin.py").read_text() + OWN_DATA)
+
+
+def short(*more: str) -> tuple[str, ...]:
+    return (*RUN, "--set", "train={steps: 6, global_batch_size: 32}", *more)
+
+
+def test_init_writes_an_example_that_runs(mptrain: Any, tmp_path: Path) -> None:
+    for file in Path().iterdir():
+        file.unlink()
+    outcome = mptrain("init", "plugin")
+    assert outcome.out == "wrote plugin.yaml\nwrote plugin.py\n"
+    assert "mptrain run plugin.yaml --plugin plugin.py" in outcome.err
+    assert Path("plugin.py").read_text() == (EXAMPLE / "plugin.py").read_text()
+    assert mptrain("check", "plugin.yaml", "--plugin", "plugin.py").code == 0
+    result = mptrain(*RUN, "--json").json
+    assert (result["status"], result["exit_code"]) == ("done", 0)
+    assert result["metrics"]["eval"]["accuracy"] > 0.94
+    assert "data/" not in mptrain("plan", "plugin.yaml", "--plugin", "plugin.py").out
+
+
+def test_init_writes_over_no_plugin(mptrain: Any) -> None:
+    Path("plugin.yaml").unlink()
+    outcome = mptrain("init", "plugin")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (2, "error: plugin.py exists already")
+    assert not Path("plugin.yaml").exists()
+
+
+def test_the_run_directory_holds_a_copy_and_its_hash(mptrain: Any) -> None:
+    assert mptrain(*short()).code == 0
+    content = Path("plugin.py").read_bytes()
+    assert Path("out/plugin.py").read_bytes() == content
+    about = json.loads(Path("out/plugin.json").read_text())
+    assert about == {"file": "plugin.py", "sha256": hashlib.sha256(content).hexdigest()}
+    assert "width: 32" in Path("out/recipe.yaml").read_text()
+
+
+def test_the_plugins_options_are_checked_like_every_other_field(mptrain: Any) -> None:
+    change("  width: 32", "  widht: 64\n  depth: [1] #", "plugin.yaml")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert "plugin.yaml:7:3: task.widht: unknown field\n    7 |   widht: 64" in outcome.err
+    assert "\n      |   ^^^^^\n  help: did you mean `width`?\n" in outcome.err
+    assert "plugin.yaml:8:3: task.depth: unknown field" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "said"),
+    [
+        ("width: int = 32", "wide", "task.width: expected a whole number, found `wide`"),
+        ("width: int = Field(32, ge=1)", "0", "task.width: expected at least 1, found `0`"),
+        ("width: str = Field(min_length=3)", "ab", "task.width: string should have at least 3 "),
+        ("width: Even = 32", "3", "task.width: 3 is odd\n"),
+    ],
+)
+def test_values_of_the_plugins_options(mptrain: Any, declared: str, value: str, said: str) -> None:
+    change(
+        "class Options",
+        "from typing import Annotated\nfrom pydantic import AfterValidator, Field\n\n"
+        "def even(n):\n    if n % 2:\n        raise ValueError(f'{n} is odd')\n    return n\n\n"
+        "Even = Annotated[int, AfterValidator(even)]\n\nclass Options",
+    )
+    change("width: int = 32", declared)
+    outcome = mptrain(
+        "check", "plugin.yaml", "--plugin", "plugin.py", "--set", f"task.width={value}"
+    )
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_only_the_command_line_names_code(mptrain: Any) -> None:
+    for command in ("check", "plan", "run"):
+        outcome = mptrain(command, "plugin.yaml")
+        assert outcome.code == 2
+        assert outcome.err.startswith("plugin.yaml:6:3: task.kind: no file with the plug-in is ")
+        assert "help: add `--plugin FILE`" in outcome.err
+    change("  width: 32", "  file: plugin.py", "plugin.yaml")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert "task.file: unknown field" in outcome.err
+
+
+def test_a_plugin_that_nothing_uses_is_refused(mptrain: Any, recipe: Path) -> None:
+    outcome = mptrain("plan", recipe, "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert "task.kind: nothing uses the plug-in plugin.py" in outcome.err
+
+
+def test_data_of_a_plugin_are_for_plugins(mptrain: Any, recipe: Path) -> None:
+    outcome = mptrain("check", recipe, "--set", "data.kind=plugin")
+    assert outcome.code == 2
+    assert "data.kind: `plugin` has nothing that image-classification could" in outcome.err
+
+
+def test_a_plugin_may_learn_from_the_data_of_others(mptrain: Any) -> None:
+    change("import torch\n", "import torch\nfrom mpcli.tasks import image_classification\n")
+    Path("plugin.py").write_text(
+        Path("plugin.py").read_text()
+        + "\n\ndef load_data(options, data):\n    options = image_classification.Options"
+        "(kind='image-classification', model={'kind': 'resnet9'})\n"
+        "    return image_classification.load_data(options, data)\n\n\n"
+        "def build_model(options, info):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    assert mptrain(*short("--set", "data.kind=digits")).code == 0
+
+
+CRASH = "raise RuntimeError('no luck')"
+MISTAKES = {
+    "not Python": ("def loss(", "def loss{", r"\d+:\d+: not Python: "),
+    "raises at once": ("class Options", f"{CRASH}\n\n\nclass Options", r"\d+:1: RuntimeError: no "),
+    "leaves": ("class Options", "raise SystemExit(0)\n\n\nclass Options", r"\d+:1: SystemExit: 0"),
+    "imports nothing": ("import torch\n", "import torhc\n", r"\d+:1: ModuleNotFoundError: .*torhc"),
+    "no options": ("class Options(", "class Choices(", r" ?no class `Options\(Plugin\)`"),
+    "no function": ("def evaluate(", "def eval(", r" ?no function `evaluate\(options, model, ba"),
+    "arguments": ("def loss(options, ", "def loss(", r"\d+:1: is called as `loss\(options, model"),
+    "load_data": (
+        "    inputs, targets = map",
+        f"    {CRASH}\n    x = map",
+        r"\d+:5: RuntimeError: ",
+    ),
+    "build_model": ("    return nn.Seq", f"    {CRASH}\n    return nn.Seq", r"\d+:5: RuntimeError"),
+    "shapes": ("nn.Linear(30,", "nn.Linear(31,", r"\d+:14: RuntimeError: .*\[32, 30\]"),
+    "loss alone": (', reduction="sum"), batch.weight', ")", r"\d+:1: `loss` returned a float32 "),
+    "a mean": (', reduction="sum"), batch.weight', "), 1", r"\d+:1: `loss` returned 1 as the w"),
+    "half": (
+        'reduction="sum"), b',
+        'reduction="sum").half(), b',
+        r"\d+:1: `loss` .*float16 .*fp32",
+    ),
+    "no model": (
+        "    return nn.Seq",
+        "    return 3\n    nn.Seq",
+        r"\d+:1: `build_model` returned a ",
+    ),
+    "no data": (
+        "    return Tensor",
+        "    return 3\n    Tensor",
+        r"\d+:1: `load_data` returned a va",
+    ),
+    "lengths": (
+        "inputs[part],",
+        "inputs[part][1:],",
+        r"\d+:12: ValueError: `train` needs tensors ",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_file_is_told_with_its_place(mptrain: Any, mistake: str) -> None:
+    old, new, said = MISTAKES[mistake]
+    change(old, new)
+    outcome = mptrain("plan", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert re.match(f"plugin.py:{said}", outcome.err), outcome.err
+    assert "Traceback" not in outcome.err
+
+
+LATE = {
+    "prepare": (
+        "        self.device = device",
+        f"        {CRASH}",
+        r"\d+:9: RuntimeError: no luck",
+    ),
+    "a batch": (
+        '        return Batch({"inputs": inputs,',
+        "        return 3\n        ({1: inputs,",
+        r"\d+:1: `load_data` returned a data set whose `train_batch` gives a value ",
+    ),
+    "loss": (
+        "    return cross_entropy(",
+        "    assert not logits.requires_grad, 'oh'\n    return cross_entropy(",
+        r"\d+:5: AssertionError: oh",
+    ),
+    "evaluate": (
+        "    total = correct",
+        f"    {CRASH}\n    total = correct",
+        r"\d+:5: RuntimeError: no",
+    ),
+    "no metrics": (
+        '    return {"loss": t',
+        '    return {"error": t',
+        r"\d+:1: `evaluate` returned ",
+    ),
+    "a known name": ('"accuracy": correct', '"step": correct', r"\d+:1: `evaluate` .* 'step'"),
+    "a tensor": ('"accuracy": correct', '"x": logits.sum() + 0 * correct', r"\d+:1: `evaluate` "),
+}
+
+
+@pytest.mark.parametrize("mistake", LATE)
+def test_a_mistake_that_shows_in_training_ends_the_run_with_its_place(
+    mptrain: Any, mistake: str
+) -> None:
+    own_data()
+    old, new, said = LATE[mistake]
+    change(old, new)
+    outcome = mptrain(*short())
+    assert outcome.code == 2, outcome.err
+    assert re.search(f"^plugin.py:{said}", outcome.err, re.MULTILINE), outcome.err
+    assert "Traceback" not in outcome.err
+    assert json.loads(Path("out/result.json").read_text())["status"] == "failed"
+
+
+def test_what_was_raised_in_the_file_stands_in_the_log(mptrain: Any) -> None:
+    change("    total = correct", f"    {CRASH}\n    total = correct")
+    assert mptrain(*short()).code == 2
+    log = Path("out/attempts/1/log.rank0.txt").read_text()
+    assert "Traceback" in log
+    assert "in evaluate" in log
+
+
+def killed(mptrain: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Run until the process dies in the middle of a step."""
+    take_step, calls = LocalEngine.step, itertools.count(1)
+
+    def watched(self: LocalEngine) -> Any:
+        if next(calls) == step:
+            raise SystemError  # caught below: nothing of the program sees it as its own
+        return take_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "step", watched)
+        assert mptrain(*short("--set", "output.checkpoint_every=2 steps")).code == 1
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_killed_it_goes_on_with_the_same_file_to_the_same_bits(
+    mptrain: Any, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    own_data()
+    assert mptrain(*short()).code == 0
+    Path("out").rename("whole")
+    killed(mptrain, monkeypatch, step)
+    Path("plugin.py").unlink()
+    resumed = mptrain("run", "--resume", "out", "--plugin", "out/plugin.py")
+    assert resumed.code == 0, resumed.err
+    final, whole = (load_file(f"{run}/final/model.safetensors") for run in ("out", "whole"))
+    assert final.keys() == whole.keys()
+    assert all(torch.equal(final[name], whole[name]) for name in whole)
+
+
+def test_another_file_or_none_does_not_go_on_with_the_run(
+    mptrain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(mptrain, monkeypatch, 4)
+    outcome = mptrain("run", "--resume", "out")
+    assert outcome.code == 2
+    assert "the run has a plug-in, plugin.py with the SHA-256" in outcome.err
+    assert f"holds a copy: {Path('out/plugin.py')}" in outcome.err
+    ran = Path("ran")
+    Path("plugin.py").write_text(f"open({str(ran)!r}, 'w')\n" + Path("plugin.py").read_text())
+    outcome = mptrain("run", "--resume", "out", "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert re.match(r"plugin.py: its SHA-256 is \w{64}, and the run's plug-in has", outcome.err)
+    assert not ran.exists()  # it was not even run
+    assert not Path("out/attempts/2").exists()
+
+
+def test_a_run_without_a_plugin_takes_none(mptrain: Any, recipe: Path) -> None:
+    assert mptrain("run", recipe, "--output", "out").code == 0
+    outcome = mptrain("run", "--resume", "out", "--plugin", "plugin.py")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (
+        2, "error: --plugin plugin.py: the run has no plug-in",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"file": "plugin.py", "sha256": "12"}'])
+def test_a_damaged_record_of_the_plugin_is_no_leave_to_run_it(mptrain: Any, damage: str) -> None:
+    assert mptrain(*short()).code == 0
+    Path("out/plugin.json").write_text(damage)
+    outcome = mptrain("run", "--resume", "out", "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert "plugin.json: says nothing about a plug-in" in outcome.err
+
+
+@pytest.mark.parametrize("file", ["nothing.py", "", "."])
+def test_a_file_that_cannot_be_read(mptrain: Any, file: str) -> None:
+    outcome = mptrain("plan", "plugin.yaml", "--plugin", file)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
