@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mpcli.recipe.base import Section, mistake
 from mpcli.recipe.data import Data
@@ -48,3 +48,13 @@ class Recipe(Section):
     eval: Eval = Eval()
     engine: Engine = Local(kind="local")
     output: Output = Output()
+
+    @model_validator(mode="after")
+    def _something_to_go_back_to(self) -> Recipe:
+        if self.train.on_nonfinite == "rollback" and self.output.checkpoint_every is None:
+            raise mistake(
+                "`rollback` goes back to a checkpoint, and none are made",
+                "set `output.checkpoint_every`, such as `1 epoch`",
+                "train.on_nonfinite",
+            )
+        return self
