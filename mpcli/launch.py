@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from mpcli import checkpoint
+from mpcli.progress import Diverged, Progress, SavedState, newest_state
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
-from mpcli.records import Plan, Result, Status, TrainingState
+from mpcli.records import Plan, Result, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held, released
-from mpcli.trainer import Display, Diverged, Progress, Resumed, train
+from mpcli.trainer import Display, train
 
 logger = logging.getLogger("mpcli")
 
@@ -46,6 +46,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
 
     def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
         reason = "; ".join(problem.what for problem in problems) or None
+        told = (*problems, *progress.warnings, *filter(None, [run.lost]))
         result = Result(
             status=status,
             exit_code=code,
@@ -57,8 +58,9 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             metrics=progress.metrics(),
             wall_seconds=progress.seconds,
             peak_memory_bytes=progress.peak_memory_bytes,
-            checkpoint="final" if status == "done" else progress.checkpoint,
-            problems=tuple(map(_recorded, (*problems, *progress.warnings))),
+            checkpoint="final" if status == "done" else run.checkpoint_name(progress.checkpoint),
+            best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
+            problems=tuple(map(_recorded, told)),
         )
         logger.info("%s%s", status, f": {reason}" if reason else "")
         run.write_result(result)
@@ -99,11 +101,11 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
         finish("failed", Exit.BUG, [Problem(f"{type(error).__name__}: {error}")])
         raise
     finally:
+        run.close()
         display.close()
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-        run.close()
 
 
 def _recorded(problem: Problem) -> dict[str, Any]:
@@ -112,44 +114,30 @@ def _recorded(problem: Problem) -> dict[str, Any]:
     return about | {"file": about["file"] and Path(about["file"]).name}
 
 
-def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, progress: Progress) -> Resumed | None:
+def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, progress: Progress) -> SavedState | None:
     """Take rows and progress back to the newest valid checkpoint, or to the beginning."""
-    newest, problems = checkpoint.newest_valid(run.checkpoints_path)
-    for problem in problems:
-        _warn(progress, problem)
-    if newest is None:
+    saved = newest_state(run.checkpoints_path)
+    if saved is None:
         run.cut(0, 0)
         logger.warning("the run has no checkpoint yet: it begins again")
         return None
-    tensors, found = checkpoint.load(newest)
-    try:
-        state = TrainingState.model_validate(found)
-        if state.attempted != newest.step:
-            raise ValueError(f"it is the state after step {state.attempted}")
-    except ValueError as error:
-        raise user_error(
-            f"checkpoint {newest.path.name} holds no state of a run: {error}",
-            exit_code=Exit.CHECKPOINT,
-        ) from error
-    progress.restore(state, f"checkpoints/{newest.path.name}")
+    state = saved.state
+    progress.restore(state)
+    for problem in saved.problems:
+        progress.warn(problem)
     last_row = run.cut(state.attempted, state.evaluated)
-    logger.info("attempt %d goes on from step %d", run.attempt, newest.step)
-    if last_row < newest.step:
-        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {newest.step}"
-        _warn(progress, Problem(what, "they cannot be made again", severity="warning"))
+    logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
+    if last_row < state.attempted:
+        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {state.attempted}"
+        progress.warn(Problem(what, "they cannot be made again", severity="warning"))
     if state.steps != plan.steps:
         what = (
             f"{plan.steps:,} steps instead of {state.steps:,}: from here on the learning rate "
             f"follows the schedule of {plan.steps:,} steps"
         )
         length = "epochs" if recipe.train.epochs else "steps"
-        _warn(progress, Problem(what, path=f"train.{length}", severity="warning"))
-    return Resumed(tensors, state.engine)
-
-
-def _warn(progress: Progress, warning: Problem) -> None:
-    logger.warning("%s", warning.what)
-    progress.warnings.append(warning)
+        progress.warn(Problem(what, path=f"train.{length}", severity="warning"))
+    return saved
 
 
 class _LogFile(logging.FileHandler):

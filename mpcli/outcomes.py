@@ -78,6 +78,12 @@ class OutcomeLog:
         """Leave the time since the last row out of `samples_per_second` (an evaluation, say)."""
         self._started = time.monotonic()
 
+    def go_back(self, steps: int, applied: int) -> None:
+        """Forget every row that was not given back, and go on after `steps`."""
+        self.steps, self.applied = steps, applied
+        self._copying.clear()
+        self._start_block()
+
     def _start_block(self) -> None:
         self._values: list[Tensor] = []
         self._length = 0

@@ -149,11 +149,21 @@ class EvalRecord(Record):
         return {"loss": self.loss, **self.__pydantic_extra__}
 
 
+class RollbackRecord(Record):
+    """One row of `rollbacks.jsonl`: after `step` the state became that of `checkpoint`."""
+
+    step: int
+    attempt: int
+    checkpoint: int = Field(description="attempted steps of the state that was gone back to")
+    reason: str
+
+
 class TrainingState(Record):
     """What a checkpoint's `state.json` says beside the engine's part: the run so far.
 
     `steps` is the planned length, from which the learning rates followed; `evaluated` the step
-    after which `evaluation` was made.
+    after which `evaluation` was made, `best` step and value of the best
+    one (`output.keep_best`).
     """
 
     steps: int = Field(ge=1)
@@ -166,6 +176,8 @@ class TrainingState(Record):
     recent_losses: tuple[float, ...]
     evaluation: dict[str, float]
     evaluated: int = Field(ge=0)
+    best: tuple[int, float] | None = None
+    rollbacks: int = Field(default=0, ge=0)
     engine: dict[str, Any]
 
     @model_validator(mode="after")
@@ -196,4 +208,5 @@ class Result(Record):
     wall_seconds: float
     peak_memory_bytes: int
     checkpoint: str | None
+    best_checkpoint: str | None = None
     problems: tuple[dict[str, Any], ...] = ()

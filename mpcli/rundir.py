@@ -7,6 +7,7 @@ attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt
                        of a resume also recipe.yaml (what it may change) and resumed.json
 steps.jsonl            one row per attempted step
 evals.jsonl            one row per evaluation
+rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: rollback`)
 checkpoints/           step-<N>, to go on from
 final/                 model.safetensors, model.json
 lock                   held while a process writes here
@@ -19,15 +20,16 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from mpcli.recipe.dump import resolved_yaml
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.load import LoadedRecipe
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import (
@@ -37,9 +39,12 @@ from mpcli.records import (
     PluginRecord,
     Record,
     Result,
+    RollbackRecord,
     StepRecord,
     strict_json,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -64,13 +69,14 @@ class RunDirectory:
 
     Attributes:
         attempt: of this process, from 1.
+        lost: what to tell of records that could not be written.
     """
 
     def __init__(self, path: Path, attempt: int = 1) -> None:
         self.path = path
         self.attempt = attempt
-        self._files: dict[str, IO[str]] = {}
-        self._failed = False  # a write did, and was reported
+        self.lost: Problem | None = None
+        self._files: dict[str, BinaryIO] = {}
 
     @classmethod
     def create(
@@ -165,6 +171,11 @@ class RunDirectory:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def checkpoint_name(self, step: int | None) -> str | None:
+        """The checkpoint after a step, in this folder; None where there is none."""
+        name = f"checkpoints/step-{step}"
+        return name if (self.path / name).is_dir() else None
+
     @property
     def final_path(self) -> Path:
         """Folder of the trained model."""
@@ -204,18 +215,33 @@ class RunDirectory:
             The last step in `steps.jsonl` now: fewer than `steps` where rows were lost.
         """
         _cut(self.path / "evals.jsonl", evaluations)
+        _cut(self.path / "rollbacks.jsonl", steps)
         return _cut(self.path / "steps.jsonl", steps)
 
     def sync(self) -> None:
         """Bring the rows to the disk."""
-        with storage_errors(self.path):
+        with self.recording():
             for file in self._files.values():
                 os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """For records, which are worth less than the training: it goes on without them.
+
+        The first error is told, in the log and as `lost`; every later write is tried again.
+        """
+        try:
+            yield
+        except OSError as error:
+            if self.lost is None:
+                what = f"records were lost: {error.strerror or error}"
+                self.lost = Problem(what, "free some space", severity="warning")
+                logger.warning("%s; the training goes on", what)
 
     def write_observed(self, types: Mapping[str, ModuleTypes]) -> None:
         """Keep the types that each module had in the first step of this attempt."""
         text = strict_json({name: seen.model_dump() for name, seen in types.items()}, indent=2)
-        with storage_errors(self.path):
+        with self.recording():
             self._write(f"attempts/{self.attempt}/observed.json", text + "\n")
 
     def append_steps(self, rows: Iterable[StepRecord]) -> None:
@@ -225,6 +251,10 @@ class RunDirectory:
     def append_evaluation(self, row: EvalRecord) -> None:
         """Write a row to `evals.jsonl`."""
         self._append("evals.jsonl", [row])
+
+    def append_rollback(self, row: RollbackRecord) -> None:
+        """Write a row to `rollbacks.jsonl`."""
+        self._append("rollbacks.jsonl", [row])
 
     @contextlib.contextmanager
     def replacing_final(self) -> Iterator[Path]:
@@ -248,26 +278,25 @@ class RunDirectory:
             temporary.replace(self.path / "result.json")
 
     def close(self) -> None:
-        """Close the files and give the lock back.
-
-        Raises:
-            UserError: exit 7, what was written before may be lost; silent where that was told.
-        """
-        told = contextlib.suppress(OSError) if self._failed else contextlib.nullcontext()
-        with storage_errors(self.path), told, contextlib.ExitStack() as stack:
+        """Close the files and give the lock back."""
+        with self.recording(), contextlib.ExitStack() as stack:
             for file in self._files.values():
                 stack.callback(file.close)
             self._files.clear()
 
     def _append(self, name: str, rows: Iterable[Record]) -> None:
-        with storage_errors(self.path):
+        """Write whole rows, or none of them."""
+        text = "".join(row.to_json() + "\n" for row in rows).encode()
+        with self.recording():
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("ab", buffering=0)
+            file = self._files[name]
+            end = os.fstat(file.fileno()).st_size
             try:
-                if name not in self._files:
-                    self._files[name] = (self.path / name).open("a", encoding="utf-8")
-                self._files[name].write("".join(row.to_json() + "\n" for row in rows))
-                self._files[name].flush()
+                while text:
+                    text = text[file.write(text) :]
             except OSError:
-                self._failed = True
+                file.truncate(end)
                 raise
 
     def _write_beginning(
@@ -288,7 +317,6 @@ class RunDirectory:
 
     def _undo(self, *, keep_folder: bool) -> None:
         """Leave an empty folder, or none, so that the same command can be tried again."""
-        self._failed = True
         with contextlib.suppress(OSError):
             for made in self.path.iterdir():
                 shutil.rmtree(made) if made.is_dir() else made.unlink()
@@ -304,12 +332,12 @@ class RunDirectory:
 
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.
-        lock = (self.path / "lock").open("a+", encoding="utf-8")
+        lock = (self.path / "lock").open("a+b", buffering=0)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            process = lock.read(20).strip()
+            process = lock.read(20).decode("ascii", "replace").strip()
             lock.close()
             raise user_error(
                 f"another process{f' ({process})' if process.isdigit() else ''} writes to this run",
@@ -322,8 +350,7 @@ class RunDirectory:
 
     def _write_process(self) -> None:
         self._files["lock"].truncate(0)
-        self._files["lock"].write(f"{os.getpid()}\n")
-        self._files["lock"].flush()
+        self._files["lock"].write(f"{os.getpid()}\n".encode())
 
 
 def _check_is_run(path: Path) -> None:

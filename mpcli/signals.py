@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted at once, obeyed where nothing is torn by it."""
+"""SIGTERM, Ctrl-C and SIGUSR1: noted at once, obeyed where nothing is torn by it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
-_asked: int | None = None  # the first signal
+_asked: int | None = None  # the first signal to end
+_save_asked = False  # by SIGUSR1
 _holds = 0  # blocks that signals wait for
 _leave: Callable[[bool], NoReturn] | None = None
 
@@ -28,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def install(leave: Callable[[bool], NoReturn] | None = None) -> None:
-    """Handle both signals from now on, unless the process was told to do otherwise with them.
+    """Handle the signals from now on, unless the process was told to do otherwise with them.
 
     Imports nothing that takes time: call it before what does.
 
@@ -36,8 +37,8 @@ def install(leave: Callable[[bool], NoReturn] | None = None) -> None:
         leave: ends the process wherever no block holds signals, given whether it is preempted.
             Without it they raise `Stopped` there, which a half imported module may swallow.
     """
-    global _asked, _holds, _leave
-    _asked, _holds, _leave = None, 0, leave
+    global _asked, _save_asked, _holds, _leave
+    _asked, _save_asked, _holds, _leave = None, False, 0, leave
     for number in _NUMBERS:
         if signal.getsignal(number) in _DEFAULTS:
             signal.signal(number, _note)
@@ -119,8 +120,18 @@ def check() -> None:
         raise Stopped(_asked)
 
 
+def save_asked() -> bool:
+    """Whether SIGUSR1 came since this was asked last."""
+    global _save_asked
+    asked, _save_asked = _save_asked, False
+    return asked
+
+
 def _note(number: int, frame: FrameType | None) -> None:
-    global _asked
+    global _asked, _save_asked
+    if number == signal.SIGUSR1:
+        _save_asked = True
+        return
     again, _asked = _asked is not None, _asked or number
     if _holds == 0 and _leave:
         _leave(_asked == signal.SIGTERM)

@@ -11,7 +11,7 @@ from mpcli.signals import uninterrupted
 
 
 class TensorBoard:
-    """Writes every step and evaluation as scalars, as they are recorded.
+    """Writes every step and evaluation as scalars, as they are recorded; an OSError is raised late.
 
     Args:
         steps: taken before; points of later steps, which an earlier attempt wrote, are hidden.
@@ -21,7 +21,6 @@ class TensorBoard:
         with uninterrupted():
             from torch.utils.tensorboard import SummaryWriter
 
-        self.path = path
         with storage_errors(path):
             self._writer = SummaryWriter(str(path), purge_step=steps + 1 if steps else None)
 
@@ -36,10 +35,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is buffered."""
-        with storage_errors(self.path):
-            self._writer.close()
+        self._writer.close()
 
     def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
-        with storage_errors(self.path):
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)

@@ -10,10 +10,8 @@ import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -27,15 +25,14 @@ from mpcli.engines.local import LocalEngine
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
-from mpcli.precision.loss_scale import at_floor
 from mpcli.precision.numerics import numeric_settings
+from mpcli.progress import Diverged, NonFinite, Progress, SavedState, divergence, newest_state
 from mpcli.recipe.base import parse_duration
-from mpcli.recipe.errors import Problem
-from mpcli.recipe.precision import LossScale
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import EvalRecord, Plan, StepRecord, TrainingState
+from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
-from mpcli.signals import Stopped, check, released
+from mpcli.signals import Stopped, check, released, save_asked
 from mpcli.tasks import apply_activation_checkpointing, task_of
 from mpcli.tensorboard import TensorBoard
 
@@ -52,110 +49,13 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-class Diverged(Exception):
-    """The numbers went wrong and the recipe says to stop.
-
-    Args:
-        finding: id of what `diagnose` would call it.
-    """
-
-    def __init__(self, what: str, finding: str | None = None) -> None:
-        super().__init__(what)
-        self.finding = finding
-
-
-@dataclass
-class Progress:
-    """What is known of a run so far, also when it ends early."""
-
-    attempted: int = 0
-    applied: int = 0
-    consecutive_skips: int = 0
-    skips_at_floor: int = 0  # in a row, with the loss scale as low as it may be
-    peak_memory_bytes: int = 0
-    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-    evaluation: dict[str, float] = field(default_factory=dict)
-    evaluated: int = 0  # the step after which `evaluation` was made
-    seconds_before: float = 0.0  # of the attempts before this one, up to its checkpoint
-    started: float = field(default_factory=lambda: time.monotonic())
-    checkpoint: str | None = None  # the newest one, in the run directory
-    warnings: list[Problem] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """That the run took so far."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def add(self, row: StepRecord, loss_scale: LossScale) -> None:
-        """Count one attempted step."""
-        self.attempted = row.step
-        self.applied += row.applied
-        self.consecutive_skips = 0 if row.applied else self.consecutive_skips + 1
-        skipped_at_floor = not row.applied and at_floor(loss_scale, row.scale, row.step - 1)
-        self.skips_at_floor = self.skips_at_floor + 1 if skipped_at_floor else 0
-        self.peak_memory_bytes = max(self.peak_memory_bytes, row.memory_peak_bytes)
-        self.recent_losses.append(row.loss)
-
-    def state(self, steps: int, engine: Mapping[str, Any]) -> TrainingState:
-        """What a checkpoint keeps of this.
-
-        Args:
-            steps: planned.
-            engine: the engine's part.
-        """
-        return TrainingState(
-            steps=steps,
-            attempted=self.attempted,
-            applied=self.applied,
-            consecutive_skips=self.consecutive_skips,
-            skips_at_floor=self.skips_at_floor,
-            peak_memory_bytes=self.peak_memory_bytes,
-            seconds=self.seconds,
-            recent_losses=tuple(self.recent_losses),
-            evaluation=self.evaluation,
-            evaluated=self.evaluated,
-            engine=dict(engine),
-        )
-
-    def restore(self, state: TrainingState, checkpoint: str) -> None:
-        """Become what `state` was taken of."""
-        self.attempted = state.attempted
-        self.applied = state.applied
-        self.consecutive_skips = state.consecutive_skips
-        self.skips_at_floor = state.skips_at_floor
-        self.peak_memory_bytes = state.peak_memory_bytes
-        self.recent_losses.extend(state.recent_losses)
-        self.evaluation = state.evaluation
-        self.evaluated = state.evaluated
-        self.seconds_before = state.seconds
-        self.checkpoint = checkpoint
-
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """`train.loss` is the mean raw loss of the last 50 steps at most."""
-        metrics = {}
-        if self.recent_losses:
-            mean = sum(self.recent_losses) / len(self.recent_losses)
-            metrics["train"] = {"loss": mean}
-        if self.evaluation:
-            metrics["eval"] = self.evaluation
-        return metrics
-
-
-@dataclass
-class Resumed:
-    """What the engine goes on from."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-
-
 def train(
     recipe: Recipe,
     plan: Plan,
     run: RunDirectory,
     display: Display,
     progress: Progress,
-    resumed: Resumed | None = None,
+    resumed: SavedState | None = None,
 ) -> None:
     """Train as planned; rows, evaluations, checkpoints and the final model go to the run directory.
 
@@ -180,8 +80,9 @@ def train(
                 apply_activation_checkpointing(model)
             engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
             if resumed:
-                engine.restore(resumed.tensors, resumed.state)
+                engine.restore(resumed.tensors, resumed.state.engine)
                 resumed.tensors.clear()  # a copy of the whole state
+            saver = _saver(recipe, plan, run, engine, progress)
         log = OutcomeLog(
             device,
             run.attempt,
@@ -196,75 +97,110 @@ def train(
         board = None
         if recipe.output.tensorboard:
             board = TensorBoard(run.tensorboard_path, progress.attempted)
+            stack.enter_context(run.recording())
             stack.callback(board.close)
 
         def record(*, wait: bool = False) -> None:
             rows = log.collect(wait=wait)
             if not rows:
                 return
+            reason = None
+            for number, row in enumerate(rows, 1):
+                progress.add(row, recipe.precision.loss_scale)
+                reason = reason or next(divergence(recipe, row, progress), None)
+                if isinstance(reason, NonFinite):
+                    rows = rows[:number]  # what ran since then will be as if it never had
+                    break
             run.append_steps(rows)
             display.steps(rows)
             if board:
-                board.steps(rows)
-            reasons: list[Diverged] = []
-            for row in rows:
-                progress.add(row, recipe.precision.loss_scale)
-                reasons += _divergence(recipe, row, progress)
-            if reasons:
-                raise reasons[0]
+                with run.recording():
+                    board.steps(rows)
+            if reason:
+                raise reason
 
         def evaluate(step: int) -> None:
             record(wait=True)
             started = time.monotonic()
             with engine.evaluating() as weights:
                 batches = _until_stopped(data.eval_batches(plan.micro_batch_size))
-                progress.evaluation = task.evaluate(options, weights, batches)
+                metrics = task.evaluate(options, weights, batches)
+            progress.add_evaluation(step, metrics, recipe.output.keep_best)
             row = EvalRecord(
                 step=step,
                 attempt=run.attempt,
                 ema=recipe.train.ema is not None,
                 seconds=time.monotonic() - started,
-                **progress.evaluation,
+                **metrics,
             )
             run.append_evaluation(row)
-            progress.evaluated = step
             display.evaluated(row)
             if board:
-                board.evaluated(row)
+                with run.recording():
+                    board.evaluated(row)
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, engine.memory()[1])
-            logger.info("step %d: evaluation %s", step, progress.evaluation)
+            logger.info("step %d: evaluation %s", step, metrics)
             log.restart_clock()
 
         def save(step: int) -> None:
             record(wait=True)  # what diverged is not worth keeping
-            if progress.checkpoint == f"checkpoints/step-{step}":
+            if progress.checkpoint == step:
                 return  # an evaluation at most was made since: it can be made again
             run.sync()
             tensors, state = engine.checkpoint()
-            saved = checkpoint.save(
-                run.checkpoints_path,
-                step,
-                tensors,
-                progress.state(plan.steps, state).model_dump(),
-                keep_last=recipe.output.keep_last,
-            )
-            progress.checkpoint = f"checkpoints/{saved.path.name}"
+            best = [progress.best[0]] if progress.best else []
+            saver.save(step, tensors, progress.state(plan.steps, state), keep=best)
             logger.info("step %d: checkpoint", step)
             log.restart_clock()
 
+        def note_saved(*, wait: bool = False) -> None:
+            if saved := saver.finished(wait=wait):
+                progress.checkpoint = saved.step
+
+        def finish_saving(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not KeyboardInterrupt:  # a second Ctrl-C waits for nothing
+                try:
+                    note_saved(wait=True)
+                except UserError as error:
+                    logger.warning("%s", error)
+
         def finish_step(step: int) -> None:
             """What falls due after a step. Signals are obeyed here, where the state is whole."""
+            note_saved()
             try:
                 check()
                 if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
                     evaluate(step)
             except Stopped:
                 save(step)
+                note_saved(wait=True)
                 raise
-            if step < plan.steps and checkpoint_due(step):
+            due = [checkpoint_due(step), save_asked(), progress.best and progress.best[0] == step]
+            if step < plan.steps and any(due):
                 save(step)
                 check()
 
+        def go_back(found: NonFinite) -> int:
+            """Take up the newest checkpoint after the step that was found, which is returned."""
+            note_saved(wait=True)
+            saved = newest_state(run.checkpoints_path)
+            if saved is None:
+                what = f"step {found.step}: {found}, and there is no checkpoint to go back to"
+                raise user_error(what, exit_code=Exit.CHECKPOINT)
+            engine.restore(saved.tensors, saved.state.engine | {"attempted": found.step})
+            log.go_back(found.step, saved.state.applied)
+            progress.go_back(saved, found)
+            run.append_rollback(
+                RollbackRecord(
+                    step=found.step,
+                    attempt=run.attempt,
+                    checkpoint=saved.state.attempted,
+                    reason=str(found),
+                )
+            )
+            return found.step
+
+        stack.push(finish_saving)
         stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
@@ -275,7 +211,11 @@ def train(
         compared = False
         if resumed:
             finish_step(progress.attempted)  # its evaluation may have been stopped
-        for step in range(progress.attempted + 1, plan.steps + 1):
+        elif recipe.train.on_nonfinite == "rollback":
+            save(0)
+        step = progress.attempted
+        while step < plan.steps:
+            step += 1
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
             losses = [
                 engine.accumulate(
@@ -284,21 +224,27 @@ def train(
                 for index, micro_batch in enumerate(batch.split(plan.micro_batch_size), 1)
             ]
             if engine.observed and not compared:
-                progress.warnings += _compare_types(plan, engine, run)
+                _compare_types(plan, engine, run, progress)
                 compared = True
             outcome = engine.step()
             log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
-            record()
-            finish_step(step)
+            try:
+                record()
+                finish_step(step)
+            except NonFinite as found:
+                step = go_back(found)
+                finish_step(step)
 
         if not progress.applied:
             what = "every step had NaN or infinite gradients: nothing was learnt"
             raise Diverged(what, "skip-storm")
         if not math.isfinite(progress.evaluation["loss"]):
             raise Diverged("the trained model's loss on the evaluation data is not finite")
-        if recipe.output.checkpoint_every is not None:
-            save(progress.attempted)  # more steps may follow one day
+        best_is_last = progress.best and progress.best[0] == step
+        if recipe.output.checkpoint_every is not None or best_is_last:
+            save(step)  # more steps may follow one day
         _save_model(engine.state_dict(), recipe, plan, run)
+        note_saved(wait=True)
 
 
 def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -308,14 +254,43 @@ def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _compare_types(plan: Plan, engine: Engine, run: RunDirectory) -> list[Problem]:
+def _saver(
+    recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
+) -> checkpoint.Saver:
+    """What saves the checkpoints that the recipe asks for, for which there is room."""
+    output = recipe.output
+    tensors, _ = engine.checkpoint()
+    checkpoint.check_room(
+        run.checkpoints_path,
+        tensors,
+        saves=_saves_left(recipe, plan, progress.attempted),
+        keep=output.keep_last + (output.keep_best is not None),
+        final_bytes=4 * plan.parameters,
+    )
+    return checkpoint.Saver(
+        run.checkpoints_path, output.keep_last, tensors, background=output.async_checkpoint
+    )
+
+
+def _saves_left(recipe: Recipe, plan: Plan, attempted: int) -> int:
+    """At most, without those that signals ask for."""
+    every = recipe.output.checkpoint_every
+    number, unit = parse_duration(every) if every else (0, None)
+    if unit == "minute" or recipe.output.keep_best:
+        return plan.steps - attempted
+    if unit is None:
+        return 0
+    interval = number * (plan.steps_per_epoch if unit == "epoch" else 1)
+    first = recipe.train.on_nonfinite == "rollback" and not attempted
+    return (plan.steps - 1) // interval - attempted // interval + 1 + first
+
+
+def _compare_types(plan: Plan, engine: Engine, run: RunDirectory, progress: Progress) -> None:
     """Keep the types that the first step was computed in; warn where the plan said others."""
     observed = engine.observed or {}
     run.write_observed(observed)
-    warnings = list(type_differences(plan.modules, observed))
-    for warning in warnings:
-        logger.warning("%s", warning.what)
-    return warnings
+    for warning in type_differences(plan.modules, observed):
+        progress.warn(warning)
 
 
 def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
@@ -337,34 +312,6 @@ def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
         return minutes_passed
     steps = number * (plan.steps_per_epoch if unit == "epoch" else 1)
     return lambda step: step % steps == 0
-
-
-def _divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[Diverged]:
-    """Why the run has to end with this step, if it has to."""
-    if row.applied:
-        return
-    if recipe.train.on_nonfinite == "stop":
-        yield Diverged(
-            f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
-        )
-    cause = (
-        "the loss is finite, so the gradients overflow in backward"
-        if math.isfinite(row.loss)
-        else f"the loss itself is {row.loss}, so the trouble begins in forward"
-    )
-    if progress.skips_at_floor >= 2:
-        yield Diverged(
-            f"step {row.step}: the loss scale is at its floor ({row.scale:g}) and gradients are "
-            f"still NaN or infinite; {cause}",
-            "scale-collapse",
-        )
-    if progress.consecutive_skips >= recipe.train.max_consecutive_skips:
-        yield Diverged(
-            f"step {row.step}: {progress.consecutive_skips} steps in a row had NaN or infinite "
-            f"gradients (scale {row.scale:g}); {cause}; `train.max_consecutive_skips` is "
-            f"{recipe.train.max_consecutive_skips}",
-            "skip-storm",
-        )
 
 
 def _write_remaining(

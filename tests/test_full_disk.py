@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.records import EvalRecord
 from mpcli.rundir import RunDirectory
-from tests.small import CPU, run_small, small_recipe
+from mpcli.tensorboard import TensorBoard
+from tests.small import CPU, resume_small, run_small, small_recipe
 
 
 def create(folder: Path, output: Path | None, **environment: str) -> RunDirectory:
@@ -77,18 +83,140 @@ class Unclosable:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_failing_close_is_told_unless_a_write_was_before_it(tmp_path, told):
+def test_a_failing_close_loses_records_and_the_lock_is_given_back(tmp_path):
     run = create(tmp_path, tmp_path / "out")
-    run._files["x"] = Unclosable()  # type: ignore[assignment]
-    run._failed = told
-    if told:
-        run.close()
-    else:
-        with pytest.raises(UserError) as caught:
-            run.close()
-        assert caught.value.exit_code == Exit.STORAGE
-    create(tmp_path, tmp_path / "other").close()
+    run._files = {"x": Unclosable(), **run._files}  # type: ignore[dict-item]
+    run.close()
+    assert run.lost is not None
+    assert run.lost.what == "records were lost: No space left on device"
+    RunDirectory.open(tmp_path / "out").close()
+
+
+def full(*arguments: Any, **options: Any) -> int:
+    raise OSError(28, "No space left on device")
+
+
+class HalfFull:
+    """A row file on a disk that takes 10 more bytes, or that has room again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.room = file, 10
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            full()
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_rows_that_have_no_room_are_lost_whole_with_one_warning(tmp_path, caplog):
+    run = create(tmp_path, tmp_path / "out")
+    path = run.path / "evals.jsonl"
+    rows = [EvalRecord(step=n, attempt=1, loss=0.5, ema=False, seconds=1) for n in range(4)]
+    run.append_evaluation(rows[0])
+    before = path.read_bytes()
+    disk = run._files["evals.jsonl"] = HalfFull(run._files["evals.jsonl"])  # type: ignore[assignment]
+    for row in rows[1:3]:
+        run.append_evaluation(row)
+        assert path.read_bytes() == before
+    disk.room = 10**6
+    run.append_evaluation(rows[3])
+    run.close()
+    assert path.read_bytes() == before + rows[3].to_json().encode() + b"\n"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert run.lost is not None
+
+
+def test_training_goes_on_when_only_records_have_no_room(tmp_path, monkeypatch):
+    whole, _ = run_small(tmp_path, name="whole")
+    append = RunDirectory._append
+
+    def append_to_full(self: RunDirectory, name: str, rows: Any) -> None:
+        append(self, name, ())
+        with monkeypatch.context() as patch:
+            patch.setitem(self._files, name, HalfFull(self._files[name]))
+            append(self, name, rows)
+
+    monkeypatch.setattr(RunDirectory, "_append", append_to_full)
+    run, result = run_small(tmp_path, "train.steps=4")
+    assert (result.status, result.exit_code, result.steps_applied) == ("done", 0, 4)
+    assert [p["message"] for p in result.problems] == ["records were lost: No space left on device"]
+    assert not (run.path / "steps.jsonl").read_bytes()
+    model = "final/model.safetensors"
+    assert (run.path / model).read_bytes() == (whole.path / model).read_bytes()
+
+
+def test_tensorboard_that_cannot_write_is_records_too(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(TensorBoard, "_scalars", full)
+    monkeypatch.setattr(TensorBoard, "close", full)
+    _, result = run_small(tmp_path, "output.tensorboard=true")
+    assert result.status == "done"
+    assert len(result.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "new"),
+    [
+        ("{checkpoint_every: 1 steps, keep_last: 2}", 3),
+        ("{checkpoint_every: 1 steps, keep_last: 100}", 4),
+        ("{checkpoint_every: 1 steps, keep_last: 2, keep_best: loss}", 4),
+        ("{checkpoint_every: 4 steps, keep_last: 2}", 1),
+        ("{checkpoint_every: 3 steps, keep_last: 2}", 2),
+        ("{checkpoint_every: 1 minutes, keep_last: 2}", 3),
+        ("{checkpoint_every: null}", 0),
+    ],
+)
+def test_the_room_that_the_recipe_asks_for_is_checked_before_step_1(
+    tmp_path, monkeypatch, output, new
+):
+    """`new` checkpoints are on the disk at the same time; one byte less is refused."""
+    overrides = [f"output={output}", "eval.every=1 steps"]
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=0))
+    run, result = run_small(tmp_path, *overrides)
+    assert (result.status, result.exit_code, result.steps_attempted) == ("failed", 7, 0)
+    (problem,) = result.problems
+    numbers = re.fullmatch(
+        r"not enough room: (\d+) checkpoints of ([\d,]+) bytes and the trained model need "
+        r"([\d,]+) bytes, and 0 are free",
+        problem["message"],
+    )
+    assert numbers
+    count, each, needed = (int(number.replace(",", "")) for number in numbers.groups())
+    assert count == new
+    for short in (1, 0):
+        free = needed - short
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: disk_usage(path)._replace(free=free)
+        )
+        run, result = run_small(tmp_path, *overrides, name=f"{short}")
+        assert result.exit_code == (7 if short else 0)
+    sizes = [
+        sum(f.stat().st_size for f in path.iterdir()) for path in run.checkpoints_path.iterdir()
+    ]
+    final = (run.path / "final/model.safetensors").stat().st_size
+    assert all(size <= each for size in sizes)
+    assert new * each <= needed <= new * each + final
+
+
+def test_checkpoints_that_are_there_need_no_more_room(tmp_path, monkeypatch):
+    run, _ = run_small(tmp_path, "output={checkpoint_every: 1 steps, keep_last: 2}")
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=0))
+    result = resume_small(run, "train.steps=9")
+    assert "not enough room: 1 checkpoints of" in result.problems[0]["message"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_step_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    _, result = run_small(tmp_path)
+    assert (result.exit_code, result.steps_attempted) == (7, 0)
+    assert "cannot write to `checkpoints`" in result.problems[0]["message"]
 
 
 def test_nothing_in_a_run_directory_names_its_path(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcli import checkpoint
-from mpcli.checkpoint import Checkpoint
+from mpcli.checkpoint import Checkpoint, saver
 from mpcli.data.image_dataset import ImageDataset
 from mpcli.data.images import ImageInfo
 from mpcli.engines.local import LocalEngine
@@ -126,6 +127,11 @@ MODES = {
         "optim={kind: adamw, lr: 0.01}",
     ],
     "accumulation": ["precision.mode=fp16", "train.micro_batch_size=7"],
+    "async": ["precision.mode=fp16", "output.async_checkpoint=true"],
+    "rollback": [
+        "precision={mode: fp16, loss_scale: {kind: static, scale: 1024}}",
+        "train.on_nonfinite=rollback",
+    ],
 }
 LENGTH = ["train.steps=7", "eval.every=3 steps"]
 
@@ -145,7 +151,7 @@ def test_killed_at_any_step_it_ends_the_same(
         assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("mode", ["fp16", "bf16-pure"])
+@pytest.mark.parametrize("mode", ["fp16", "bf16-pure", "async"])
 @pytest.mark.parametrize(
     ("number", "status", "code"),
     [(signal.SIGTERM, "preempted", 75), (signal.SIGINT, "interrupted", 130)],
@@ -284,7 +290,7 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_its_end(
             signal.raise_signal(signal.SIGTERM)
         return save(folder, step, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(saver, "save", interrupted)
     run, result = run_small(tmp_path, EVERY_OTHER)
     assert (result.exit_code, result.checkpoint) == (75, "checkpoints/step-2")
     assert len(rows(run)) == 2
@@ -305,6 +311,82 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert len(rows(run)) == 3
     assert resume_small(run).status == "done"
     assert_same_run(run, whole)
+
+
+def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = "output={checkpoint_every: null, keep_last: 9}"
+    whole, _ = run_small(tmp_path, "output.checkpoint_every=null", name="whole")
+    signal_at(monkeypatch, signal.SIGUSR1, 2)
+    run, result = run_small(tmp_path, every)
+    assert (result.status, result.steps_attempted) == ("done", 4)
+    assert [path.name for path in run.checkpoints_path.iterdir()] == ["step-2"]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    model = "final/model.safetensors"
+    assert (run.path / model).read_bytes() == (whole.path / model).read_bytes()
+
+
+def test_sigusr1_during_an_evaluation_saves_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = task.evaluate
+
+    def signalled(*arguments: Any) -> dict[str, float]:
+        signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(task, "evaluate", signalled)
+    run, _ = run_small(tmp_path, "eval.every=3 steps", "output.checkpoint_every=null")
+    assert [path.name for path in run.checkpoints_path.iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "kept"),
+    [
+        ("loss", [4, 2, 3, 5, 6], 2, {2, 4, 5}),
+        ("loss", [4, 3, 2, 1, 0], 5, {4, 5}),
+        ("loss", [4, 3, 3, 5, 6], 2, {2, 4, 5}),
+        ("loss", [math.nan, -math.inf, 3, 5, 6], 3, {3, 4, 5}),
+        ("accuracy", [0.1, 0.5, 0.3, 0.4, 0.5], 2, {2, 4, 5}),  # the first of equals
+    ],
+)
+def test_the_best_checkpoint_is_kept_besides(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metric: str,
+    values: list[float],
+    best: int,
+    kept: set[int],
+) -> None:
+    found = iter(values)
+    monkeypatch.setattr(
+        task, "evaluate", lambda *_: {"loss": 9.0, "accuracy": 0.0} | {metric: next(found)}
+    )
+    overrides = [
+        *("train.steps=5", "eval.every=1 steps"),
+        f"output={{checkpoint_every: 1 steps, keep_last: 2, keep_best: {metric}}}",
+    ]
+    run, result = run_small(tmp_path, *overrides)
+    assert {path.name for path in run.checkpoints_path.iterdir()} == {f"step-{n}" for n in kept}
+    assert result.best_checkpoint == f"checkpoints/step-{best}"
+
+
+def test_the_best_is_saved_when_it_is_found_and_survives_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(task, "evaluate", lambda *_: {"loss": next(found), "accuracy": 0.0})
+    overrides = [
+        *("train.steps=6", "eval.every=1 steps"),
+        "output={checkpoint_every: 3 steps, keep_last: 1, keep_best: loss}",
+    ]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        run = killed_run(tmp_path, *overrides)
+    assert {path.name for path in run.checkpoints_path.iterdir()} == {"step-2", "step-3"}
+    found = iter([2.0, 2.0, 2.0])
+    result = resume_small(run)
+    assert {path.name for path in run.checkpoints_path.iterdir()} == {"step-2", "step-6"}
+    assert result.best_checkpoint == "checkpoints/step-2"
 
 
 def test_many_sigterms_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +609,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run, _ = run_small(tmp_path, "train.steps=7", EVERY_OTHER, "output.keep_last=2")
     assert {path.name for path in run.checkpoints_path.iterdir()} == {"step-6", "step-7"}
     run, _ = run_small(tmp_path, "output.checkpoint_every=null", name="none")
-    assert not run.checkpoints_path.exists()
+    assert not any(run.checkpoints_path.iterdir())
 
 
 def test_a_diverged_state_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,7 +618,7 @@ def test_a_diverged_state_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     signal_at(monkeypatch, signal.SIGTERM, 2)
     run, result = run_small(tmp_path, static, skips)
     assert (result.status, result.checkpoint) == ("diverged", None)
-    assert not run.checkpoints_path.exists()
+    assert not any(run.checkpoints_path.iterdir())
 
 
 def test_a_run_is_one_process_s_at_a_time(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ cannot make it execute anything, read outside the folder, or wait for a small fi
 
 from mpcli.checkpoint.layout import Checkpoint
 from mpcli.checkpoint.reader import load, newest_valid, verify
+from mpcli.checkpoint.saver import Saver, check_room
 from mpcli.checkpoint.writer import save
 
-__all__ = ["Checkpoint", "load", "newest_valid", "save", "verify"]
+__all__ = ["Checkpoint", "Saver", "check_room", "load", "newest_valid", "save", "verify"]

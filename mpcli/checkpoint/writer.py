@@ -77,7 +77,7 @@ def save(
     final = folder / f"step-{step}"
     temporary = final.with_suffix(".tmp")
     with storage_errors(folder, f"checkpoint {final.name}"):
-        _make(folder)
+        make_folder(folder)
         discard(temporary)
         temporary.mkdir()
         try:
@@ -91,7 +91,8 @@ def save(
     return Checkpoint(final, step)
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make `checkpoints`, durably; a link in its place is refused."""
     if folder.is_symlink():
         raise OSError(errno.ELOOP, f"`{folder.name}` is a link, which is not followed")
     if not folder.is_dir():

@@ -254,7 +254,7 @@ class LocalEngine:
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError, TypeError) as error:
             raise _foreign("it lacks a state of random numbers") from error
-        if self.compile:  # from the first step on: eager kernels would round otherwise
+        if self.compile and self._observe:  # in step 1: eager kernels would round otherwise
             self._observe = False
             self._compile()
 

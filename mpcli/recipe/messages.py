@@ -127,7 +127,6 @@ _VALUES = {
         for word in ("ddp", "fsdp2", "fsdp", "deepspeed")
     },
     ("engine.device", "gpu"): "write `cuda`",
-    ("train.on_nonfinite", "rollback"): "a rollback needs checkpoints, which this version lacks",
     ("train.clip.kind", "adaptive"): "write `agc`",
     ("precision.loss_scale.kind", "constant"): "write `static`",
     ("precision.loss_scale.kind", "fixed"): "write `static`",

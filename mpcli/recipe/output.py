@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mpcli.recipe.base import Count, Duration, Section
@@ -16,6 +18,14 @@ class Output(Section):
         "signal stops the run",
     )
     keep_last: Count = Field(default=2, description="newest checkpoints that are kept")
+    keep_best: Literal["loss", "accuracy"] | None = Field(
+        default=None,
+        description="evaluation metric whose best value is saved at once, and kept besides",
+    )
+    async_checkpoint: bool = Field(
+        default=False,
+        description="train on while a copy of the state, in host memory, is written",
+    )
     tensorboard: bool = Field(
         default=False, description="write TensorBoard events (extra `tensorboard`)"
     )

@@ -58,6 +58,16 @@ class Recipe(Section):
             raise mistake(what, f"choose {one_of(self.task.DATA)}", "data.kind")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_go_back_to(self) -> Recipe:
+        if self.train.on_nonfinite == "rollback" and self.output.checkpoint_every is None:
+            raise mistake(
+                "`rollback` goes back to a checkpoint, and none are made",
+                "set `output.checkpoint_every`, such as `1 epoch`",
+                "train.on_nonfinite",
+            )
+        return self
+
 
 def recipe_with(plugin: type[Plugin]) -> type[Recipe]:
     """The schema of recipes whose `task` may be that of a plug-in."""

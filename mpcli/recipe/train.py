@@ -52,10 +52,14 @@ class Train(Section):
         "Smaller values accumulate",
     )
     clip: Clip | None = Field(default=None, description="clipping of unscaled gradients")
-    on_nonfinite: Literal["skip", "stop"] = Field(
-        default="skip", description="what a step with a NaN or infinite gradient does"
+    on_nonfinite: Literal["skip", "stop", "rollback"] = Field(
+        default="skip",
+        description="after a step with a NaN or infinite gradient, which changes nothing: go on, "
+        "end the run (exit 5), or go back to the newest checkpoint and on with the next batch. "
+        "What a lower dynamic scale may mend is no reason to go back",
     )
     max_consecutive_skips: Count = Field(default=50, description="then the run ends (exit 5)")
+    max_rollbacks: Count = Field(default=3, description="one more ends the run (exit 5)")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of an average of the weights, evaluated and saved"
     )

@@ -1,0 +1,156 @@
+"""The checkpoints of one run: room for them, and saving while the training waits or goes on."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcli.checkpoint.layout import Checkpoint, completed
+from mpcli.checkpoint.writer import make_folder, save
+from mpcli.recipe.errors import Exit, user_error
+from mpcli.rundir import storage_errors
+
+_TENSOR_BYTES = 512  # at most, of a header, for a tensor's name, shape and place
+_OTHER_BYTES = 2**15  # state, manifest, and what a file system needs for three files
+
+
+def check_room(
+    folder: Path, tensors: Mapping[str, Tensor], *, saves: int, keep: int, final_bytes: int
+) -> None:
+    """Check that the checkpoints to come, and the trained model, have room on the disk.
+
+    Args:
+        folder: `checkpoints` of a run; made if its parent exists.
+        tensors: of one checkpoint.
+        saves: still to come.
+        keep: checkpoints that stay beside the one that is being written.
+        final_bytes: of the trained model.
+
+    Raises:
+        UserError: exit 7, the folder cannot be written or has not the room.
+    """
+    with storage_errors(folder, f"`{folder.name}`"):
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+        present = len(completed(folder))
+    each = _OTHER_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors.values())
+    new = max(0, min(present + saves, keep + 1) - present)
+    needed = new * each + final_bytes
+    if needed > free:
+        raise user_error(
+            f"not enough room: {new} checkpoints of {each:,} bytes and the trained model need "
+            f"{needed:,} bytes, and {free:,} are free",
+            "free some space, choose another place with `--output DIR`, or lower "
+            "`output.keep_last`",
+            path="output.keep_last",
+            exit_code=Exit.STORAGE,
+        )
+
+
+class Saver:
+    """Saves one checkpoint at a time, in a thread of its own with `background`.
+
+    In the background, a save holds the training up for a copy of the tensors in host memory, and
+    for the end of the save before it. The memory of the copy is kept for the next one.
+
+    Args:
+        folder: `checkpoints` of a run.
+        keep_last: see `save`.
+        tensors: those that will be saved; only their shapes and types count.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int, tensors: Mapping[str, Tensor], *, background: bool
+    ) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self._copies: dict[str, Tensor] | None = None
+        if background:
+            # Zeros: memory that was never written to would have to be found during the first save.
+            self._copies = {name: _host_zeros(tensor) for name, tensor in tensors.items()}
+        self._thread: threading.Thread | None = None
+        self._saved: Checkpoint | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep: Collection[int] = (),
+    ) -> None:
+        """Begin to save; `finished` tells when it is done.
+
+        Raises:
+            UserError: exit 7, this save or the one before it failed.
+        """
+        self.finished(wait=True)
+        if self._copies is None:
+            self._write(step, tensors, state, keep)
+            self._raise()
+            return
+        copied = self._copy(self._copies, tensors)
+        self._thread = threading.Thread(
+            target=self._write, args=(step, self._copies, state, keep, copied), daemon=True
+        )
+        self._thread.start()
+
+    def finished(self, *, wait: bool = False) -> Checkpoint | None:
+        """The newest checkpoint that is on the disk since this saver was made, if any.
+
+        Args:
+            wait: for the end of a save that is going on.
+
+        Raises:
+            UserError: exit 7, a save failed; the checkpoints before it are there.
+        """
+        if self._thread and (wait or not self._thread.is_alive()):
+            self._thread.join()
+            self._thread = None
+            self._raise()
+        return self._saved
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    @staticmethod
+    def _copy(copies: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+        """Copy without waiting for a GPU; the event tells when its copies are there."""
+        for name, tensor in tensors.items():
+            copies[name].copy_(tensor, non_blocking=True)
+        if not any(tensor.is_cuda for tensor in tensors.values()):
+            return None
+        copied = torch.cuda.Event()
+        copied.record()
+        return copied
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep: Collection[int],
+        copied: torch.cuda.Event | None = None,
+    ) -> None:
+        try:
+            if copied:
+                copied.synchronize()
+            self._saved = save(
+                self.folder, step, tensors, state, keep_last=self.keep_last, keep=keep
+            )
+        except BaseException as error:
+            self._error = error
+
+
+def _host_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
