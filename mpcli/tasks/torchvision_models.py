@@ -13,6 +13,8 @@ from mpcli.data.images import ImageInfo
 from mpcli.recipe.errors import did_you_mean, user_error
 from mpcli.recipe.task import TorchvisionModel
 
+_CHANNELS = 3  # of the images that torchvision's models are made for
+
 # Families whose stem can keep the resolution of small images, and the stem's first pooling.
 # The others cut the image into patches, or have a 3x3 stride-1 first convolution anyway.
 _STEM_POOLING: dict[str, str | None] = {
@@ -75,6 +77,19 @@ def build(model: TorchvisionModel, info: ImageInfo) -> nn.Module:
     return network
 
 
+def statements(model: TorchvisionModel, info: ImageInfo, network: nn.Module) -> list[str]:
+    """Python that builds `network` once more, with torchvision's `models` and torch's `nn`."""
+    arguments = {"weights": None, "num_classes": info.num_classes, **_size_arguments(model, info)}
+    given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    lines = [f"model = models.get_model({model.name!r}{given})"]
+    name, first = _first_convolution(network)
+    if model.stem == "cifar" or first.in_channels != _CHANNELS:
+        lines.append(f"model.set_submodule({name!r}, nn.{first!r})")
+    if model.stem == "cifar" and (pooling := _STEM_POOLING[_family(model.name)]):
+        lines.append(f"model.set_submodule({pooling!r}, nn.Identity())")
+    return lines
+
+
 def has_cifar_stem(name: str) -> bool:
     """Whether the named model can be built with `stem: cifar`."""
     return _family(name) in _STEM_POOLING
@@ -107,11 +122,14 @@ class _RegNetWidths(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
+    modules = network.named_modules()
+    return next((name, module) for name, module in modules if isinstance(module, nn.Conv2d))
+
+
 def _fit_first_convolution(network: nn.Module, channels: int, *, small: bool) -> None:
     """Give the first convolution this many input channels; 3x3 with stride 1 when `small`."""
-    name, first = next(
-        (name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
-    )
+    name, first = _first_convolution(network)
     if not small and channels == first.in_channels:
         return
     fitted = nn.Conv2d(
