@@ -47,6 +47,7 @@ def eval(
     with uninterrupted():
         from mpcli.evaluation import evaluate, load_weights
 
+    warnings = [warning for warning in warnings if not warning.finding]  # others: of training
     show_problems(warnings)
     weights = load_weights(run, own, checkpoint)
     metrics = evaluate(loaded.recipe, planned, weights)
