@@ -44,7 +44,12 @@ ImageModel = Annotated[SmallNet | ResNet9 | TorchvisionModel, Field(discriminato
 class ImageClassification(Section):
     """One label per image, cross-entropy loss."""
 
-    DATA: ClassVar = ("digits", "cifar10", "cifar100")  # the kinds that have what it learns from
+    DATA: ClassVar = (
+        "digits",
+        "cifar10",
+        "cifar100",
+        "imagefolder",
+    )  # the kinds that have what it learns from
 
     kind: Literal["image-classification"]
     model: ImageModel
