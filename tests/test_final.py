@@ -28,6 +28,7 @@ assert not [name for name in sys.modules if name.startswith(("mpcli", "pydantic"
 MODELS = [
     "{kind: smallnet, width: 4}",
     "{kind: resnet9, width: 4}",
+    "{kind: vit, layers: 2, width: 16, heads: 2, mlp_width: 16}",
     "{kind: torchvision, name: resnet18, stem: cifar}",
     "{kind: torchvision, name: squeezenet1_1, stem: cifar}",
     "{kind: torchvision, name: shufflenet_v2_x0_5}",

@@ -8,7 +8,7 @@ from typing import assert_never
 from torch import nn
 
 from mpcli.data.image_dataset import ImageDataset
-from mpcli.recipe.task import ImageClassification, ResNet9, SmallNet, TorchvisionModel
+from mpcli.recipe.task import ImageClassification, ResNet9, SmallNet, TorchvisionModel, Vit
 from mpcli.tasks import torchvision_models, vision
 
 _TEXT = '''\
@@ -64,11 +64,13 @@ def loader_text(options: ImageClassification, data: ImageDataset, model: nn.Modu
             build = [
                 f"model = ResNet9({channels}, {info.num_classes}, width={options.model.width})"
             ]
+        case Vit():
+            build = torchvision_models.vit_statements(options.model, info, model)
         case TorchvisionModel():
             build = torchvision_models.statements(options.model, info, model)
         case _:
             assert_never(options.model)
-    of_torchvision = isinstance(options.model, TorchvisionModel)
+    of_torchvision = not sources
     return _TEXT.format(
         torchvision=" and torchvision" if of_torchvision else "",
         imports="from torchvision import models\n" if of_torchvision else "",
