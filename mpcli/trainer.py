@@ -212,7 +212,9 @@ def train(
         step = progress.attempted
         while step < plan.steps:
             step += 1
+            asked = time.perf_counter()
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
+            progress.input_seconds += time.perf_counter() - asked
             losses = [
                 engine.accumulate(
                     loss_function, micro_batch, batch.weight, last=index == plan.accumulation
