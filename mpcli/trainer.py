@@ -96,8 +96,7 @@ def train(
         board = None
         if recipe.output.tensorboard:
             board = TensorBoard(run.tensorboard_path, progress.attempted)
-            stack.enter_context(run.recording())
-            stack.callback(board.close)
+            stack.callback(_close_board, board, run)
 
         def record(*, wait: bool = False) -> None:
             rows = log.collect(wait=wait)
@@ -245,6 +244,11 @@ def train(
             save(step)  # more steps may follow one day
         _save_model(engine.state_dict(), recipe, plan, run)
         note_saved(wait=True)
+
+
+def _close_board(board: TensorBoard, run: RunDirectory) -> None:
+    with run.recording():
+        board.close()
 
 
 def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:

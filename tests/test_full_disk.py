@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from mpcli.engines.local import LocalEngine
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.records import EvalRecord
@@ -157,6 +158,14 @@ def test_tensorboard_that_cannot_write_is_records_too(tmp_path, monkeypatch):
     _, result = run_small(tmp_path, "output.tensorboard=true")
     assert result.status == "done"
     assert len(result.problems) == 1
+
+
+def test_an_error_of_the_training_itself_is_no_lost_record(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(LocalEngine, "step", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_small(tmp_path, "output.tensorboard=true")
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize(
