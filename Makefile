@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-input clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -36,6 +36,9 @@ docs: $(INSTALLED)
 
 bench-overhead: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
+
+bench-checkpoint: $(INSTALLED)
+	$(BIN)/python benchmarks/checkpoint.py
 
 bench-input: $(INSTALLED)
 	$(BIN)/python benchmarks/input.py
