@@ -16,6 +16,7 @@ result.json            last, and atomically
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -55,11 +56,22 @@ def storage_errors(path: Path, named: str = "the run directory") -> Iterator[Non
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).replace(f"{path}{os.sep}", "")
+        forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        remedy = "make it writable" if forbidden else "free some space"
         raise user_error(
             f"cannot write to {named}: {reason}",
-            "free some space, or choose another place with `--output DIR`",
+            f"{remedy}, or begin a new run elsewhere with `--output DIR`",
             exit_code=Exit.STORAGE,
         ) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunDirectory:
@@ -75,6 +87,7 @@ class RunDirectory:
         self.attempt = attempt
         self.lost: Problem | None = None
         self._files: dict[str, BinaryIO] = {}
+        self._unwritable: OSError | None = None  # what stood in the way of the lock
 
     @classmethod
     def create(
@@ -112,14 +125,16 @@ class RunDirectory:
         """Take the lock of a run, to go on with it; its `attempt` is the newest there is.
 
         Raises:
-            UserError: exit 2 for what is not a run, or is another process's; 7 where it cannot
-                be written.
+            UserError: exit 2 for what is not a run, or is another process's. Where it cannot
+                be written, `begin_attempt` says so: a finished run may still be looked at.
         """
         _check_is_run(path)
         run = cls(path, max(_attempts(path), default=1))
-        with storage_errors(path, f"the run directory {path}"):
+        try:
             run._lock()
             run._write_process()
+        except OSError as error:
+            run._unwritable = error
         return run
 
     def begin_attempt(
@@ -129,17 +144,24 @@ class RunDirectory:
 
         Args:
             changes: values that differ from those of the attempt before, in words.
+
+        Raises:
+            UserError: exit 7, the folder cannot be written.
         """
-        attempt = max(_attempts(self.path), default=0) + 1
+        attempt = max(_attempts(self.path), default=1) + 1  # never the first: it goes on
         name = f"attempts/{attempt}.tmp"
-        with storage_errors(self.path):
+        with storage_errors(self.path, f"the run directory {self.path}"):
+            if self._unwritable:
+                raise self._unwritable
             shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / name).mkdir(parents=True)
             self._write(f"{name}/plan.json", plan.to_json(indent=2) + "\n")
             self._write(f"{name}/environment.json", strict_json(dict(environment), 2) + "\n")
             self._write(f"{name}/resumed.json", strict_json({"changes": changes}, 2) + "\n")
             self._write(f"{name}/recipe.yaml", resolved_yaml(recipe))
+            sync(self.path / name)
             (self.path / name).rename(self.path / "attempts" / str(attempt))
+            sync(self.path / "attempts")
             (self.path / "result.json").unlink(missing_ok=True)
         self.attempt = attempt
 
@@ -168,6 +190,10 @@ class RunDirectory:
     def checkpoints_path(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def has_checkpoints(self) -> bool:
+        """Whether anything is in the folder of checkpoints."""
+        return self.checkpoints_path.is_dir() and any(self.checkpoints_path.iterdir())
 
     def checkpoint_name(self, step: int | None) -> str | None:
         """The checkpoint after a step, in this folder; None where there is none."""
@@ -249,9 +275,13 @@ class RunDirectory:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
         if self.final_path.exists():
             shutil.rmtree(self.final_path)
         temporary.rename(self.final_path)
+        sync(self.path)
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`, after which the run is over."""
@@ -262,6 +292,7 @@ class RunDirectory:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path / "result.json")
+            sync(self.path)
 
     def close(self) -> None:
         """Close the files and give the lock back."""
@@ -296,6 +327,8 @@ class RunDirectory:
         self._write(
             f"attempts/{self.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
         )
+        for folder in (self.attempt_path, self.attempt_path.parent, self.path):
+            sync(folder)
 
     def _undo(self, *, keep_folder: bool) -> None:
         """Leave an empty folder, or none, so that the same command can be tried again."""
@@ -307,7 +340,10 @@ class RunDirectory:
         self.close()
 
     def _write(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, "utf-8", newline="")
+        with (self.path / name).open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _write_record(self, name: str, record: Record) -> None:
         self._write(f"attempts/{self.attempt}/{name}", record.to_json(indent=2) + "\n")
@@ -342,7 +378,7 @@ def _check_is_run(path: Path) -> None:
         raise user_error(f"--resume {path}: {found}", hint)
     try:
         entries = sorted(path.iterdir())
-        attempts = sorted((path / "attempts").glob("*"))
+        attempts = sorted((path / "attempts").rglob("*"))
     except OSError as error:
         raise user_error(f"--resume {path}: {error.strerror}", exit_code=Exit.STORAGE) from error
     if not (path / "recipe.yaml").exists():

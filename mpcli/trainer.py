@@ -26,9 +26,9 @@ from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
-from mpcli.progress import Diverged, NonFinite, Progress, SavedState, divergence, newest_state
+from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
 from mpcli.recipe.base import parse_duration
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
@@ -55,12 +55,14 @@ def train(
     run: RunDirectory,
     display: Display,
     progress: Progress,
-    resumed: SavedState | None = None,
+    *,
+    resume: bool,
 ) -> None:
     """Train as planned; rows, evaluations, checkpoints and the final model go to the run directory.
 
     Args:
-        progress: of the whole run, and so of `resumed`.
+        progress: of the whole run, from its beginning.
+        resume: go on from the newest checkpoint that can be used, if there is one.
 
     Raises:
         Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run, or what it
@@ -78,9 +80,9 @@ def train(
             if recipe.engine.activation_checkpointing:
                 apply_activation_checkpointing(model)
             engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
-            if resumed:
-                engine.restore(resumed.tensors, resumed.state.engine)
-                resumed.tensors.clear()  # a copy of the whole state
+            if resume:
+                _go_on(recipe, plan, run, engine, progress)
+                display.message(f"going on from step {progress.attempted:,}")
             saver = _saver(recipe, plan, run, engine, progress)
         log = OutcomeLog(
             device,
@@ -140,14 +142,17 @@ def train(
             logger.info("step %d: evaluation %s", step, metrics)
             log.restart_clock()
 
-        def save(step: int) -> None:
+        def save(step: int, *, scheduled: bool = True) -> None:
             record(wait=True)  # what diverged is not worth keeping
+            if scheduled:
+                progress.scheduled = step
             if progress.checkpoint == step:
                 return  # an evaluation at most was made since: it can be made again
             run.sync()
             tensors, state = engine.checkpoint()
-            best = [progress.best[0]] if progress.best else []
-            saver.save(step, tensors, progress.state(plan.steps, state), keep=best)
+            saver.save(
+                step, tensors, progress.state(plan.steps, state), keep=_kept(recipe, progress)
+            )
             logger.info("step %d: checkpoint", step)
             log.restart_clock()
 
@@ -170,29 +175,35 @@ def train(
                 if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
                     evaluate(step)
             except Stopped:
-                save(step)
+                save(step, scheduled=False)
                 note_saved(wait=True)
                 raise
-            due = [checkpoint_due(step), save_asked(), progress.best and progress.best[0] == step]
-            if step < plan.steps and any(due):
-                save(step)
-                check()
+            if step < plan.steps:
+                is_best = progress.best is not None and progress.best[0] == step
+                scheduled, asked = checkpoint_due(step) or is_best, save_asked()
+                if scheduled or asked:
+                    save(step, scheduled=scheduled)
+                    check()
 
         def go_back(found: NonFinite) -> int:
             """Take up the newest checkpoint after the step that was found, which is returned."""
             note_saved(wait=True)
-            saved = newest_state(run.checkpoints_path)
-            if saved is None:
+            # Those that signals asked for are passed over: without the signals they would not be.
+            state, problems = restore_newest(
+                run.checkpoints_path, engine, up_to=progress.scheduled or 0, attempted=found.step
+            )
+            for problem in problems:
+                progress.warn(problem)
+            if state is None:
                 what = f"step {found.step}: {found}, and there is no checkpoint to go back to"
                 raise user_error(what, exit_code=Exit.CHECKPOINT)
-            engine.restore(saved.tensors, saved.state.engine | {"attempted": found.step})
-            log.go_back(found.step, saved.state.applied)
-            progress.go_back(saved, found)
+            log.go_back(found.step, state.applied)
+            progress.go_back(state, found)
             run.append_rollback(
                 RollbackRecord(
                     step=found.step,
                     attempt=run.attempt,
-                    checkpoint=saved.state.attempted,
+                    checkpoint=state.attempted,
                     reason=str(found),
                 )
             )
@@ -207,7 +218,7 @@ def train(
             _due(every, plan) for every in (recipe.eval.every, recipe.output.checkpoint_every)
         )
         compared = False
-        if resumed:
+        if progress.checkpoint is not None:
             finish_step(progress.attempted)  # its evaluation may have been stopped
         elif recipe.train.on_nonfinite == "rollback":
             save(0)
@@ -244,6 +255,41 @@ def train(
             save(step)  # more steps may follow one day
         _save_model(engine.state_dict(), recipe, plan, run)
         note_saved(wait=True)
+
+
+def _go_on(
+    recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
+) -> None:
+    """Take engine, progress and rows back to the newest checkpoint, or rows to the beginning."""
+    state, problems = restore_newest(run.checkpoints_path, engine)
+    for problem in problems:
+        progress.warn(problem)
+    if state is None:
+        run.cut(0, 0)
+        what = "the run has no checkpoint yet: it begins again"
+        progress.warn(Problem(what, severity="warning"))
+        return
+    progress.restore(state)
+    last_row = run.cut(state.attempted, state.evaluated)
+    logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
+    if last_row < state.attempted:
+        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {state.attempted}"
+        progress.warn(Problem(what, "they cannot be made again", severity="warning"))
+    if state.steps != plan.steps and state.attempted < plan.steps:
+        what = (
+            f"{plan.steps:,} steps instead of {state.steps:,}: from here on the learning rate "
+            f"follows the schedule of {plan.steps:,} steps"
+        )
+        length = "epochs" if recipe.train.epochs else "steps"
+        progress.warn(Problem(what, path=f"train.{length}", severity="warning"))
+
+
+def _kept(recipe: Recipe, progress: Progress) -> set[int]:
+    """Steps whose checkpoints stay, old as they are."""
+    best = {progress.best[0]} if progress.best else set()
+    if recipe.train.on_nonfinite == "rollback" and progress.scheduled is not None:
+        best.add(progress.scheduled)
+    return best
 
 
 def _close_board(board: TensorBoard, run: RunDirectory) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -586,8 +589,137 @@ def test_a_checkpoint_of_another_run_exits_4(
     (foreign.checkpoints_path / "step-2").rename(run.checkpoints_path / "step-2")
     result = resume_small(run)
     assert (result.status, result.exit_code) == ("failed", 4)
-    assert "the checkpoint is not of this run" in (result.reason or "")
+    assert "it is not of this run" in (result.reason or "")
     assert what in (result.reason or "")
+
+
+@pytest.mark.parametrize("wrong", ["foreign", "state", "random"])
+def test_what_does_not_fit_is_passed_over_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It verifies, but is of another run, of another version, or holds no random state."""
+    whole, _ = run_small(tmp_path, EVERY_OTHER, name="whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        run = killed_run(tmp_path, EVERY_OTHER)
+    other, _ = run_small(tmp_path, "task.model.width=6", name="other")
+    path = run.checkpoints_path / "step-4"
+    if wrong == "foreign":
+        (other.checkpoints_path / "step-4").rename(path)
+    else:
+        tensors, state = checkpoint.load(Checkpoint(run.checkpoints_path / "step-2", 2))
+        state["attempted"] = state["engine"]["attempted"] = 4
+        if wrong == "state":
+            state["of_a_later_version"] = 1
+        else:
+            tensors["rng.cpu"] = tensors["rng.cpu"][:7]
+        checkpoint.save(run.checkpoints_path, 4, tensors, state, keep_last=2)
+    result = resume_small(run)
+    (problem,) = result.problems
+    assert problem["message"].startswith("checkpoint step-4 cannot be used: it ")
+    assert "\n" not in problem["message"]
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_library_makes_an_error_of_is_still_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        run = killed_run(tmp_path, EVERY_OTHER)
+
+    def load(found: Checkpoint) -> Any:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", load)
+        result = resume_small(run)
+    assert result.exit_code == (75 if number == signal.SIGTERM else 130)
+    assert result.checkpoint == "checkpoints/step-2"
+    assert resume_small(run).status == "done"
+
+
+def test_without_its_attempts_a_run_still_goes_on(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path)
+    shutil.rmtree(run.path / "attempts")
+    assert resume_small(run, "train.steps=6").status == "done"
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run_small(tmp_path, "eval.every=2 steps", EVERY_OTHER)
+    for name in ("recipe.yaml", "plan.json", "recipe.source.yaml", "1", "attempts"):
+        assert name in synced[: synced.index("steps.jsonl")]  # before step 1
+    first = synced.index("state.json")
+    assert {"steps.jsonl", "evals.jsonl"} <= set(synced[:first])
+    last = len(synced) - synced[::-1].index("model.safetensors") - 1
+    assert synced[last + 1 :][-4:] == ["final.tmp", "run", "result.json.tmp", "run"]
+
+
+def test_steps_at_the_floor_are_counted_across_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = "init_scale: 1e30, min_scale: 1e30, max_scale: 1e30"
+    floor = f"precision={{mode: fp16, loss_scale: {{kind: dynamic, {scales}}}}}"
+    with monkeypatch.context() as patch:
+        signal_at(patch, signal.SIGTERM, 1)
+        run, _ = run_small(tmp_path, floor)
+    result = resume_small(run)
+    assert result.status == "diverged"
+    assert "step 2: the loss scale is at its floor" in (result.reason or "")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_save_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, go_on, threads = saver.save, threading.Event(), []
+
+    def slow(*arguments: Any, **options: Any) -> Checkpoint:
+        threads.append(threading.current_thread())
+        assert go_on.wait(60)
+        return save(*arguments, **options)
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(saver, "save", slow)
+    _at_calls(monkeypatch, (3,), twice)
+    _, result = run_small(tmp_path, "output={async_checkpoint: true, checkpoint_every: 2 steps}")
+    assert result.exit_code == 130
+    assert threads[0].is_alive()
+    go_on.set()
+    threads[0].join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_compiled_model_goes_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Step 1 is computed before the model is compiled: also after a resume from step 0."""
+    overrides = ["engine.compile=true", "train.on_nonfinite=rollback", EVERY_OTHER]
+    whole, _ = run_small(tmp_path, *overrides, name="whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, at)
+        run = killed_run(tmp_path, *overrides)
+    resume_small(run)
+    assert_same_run(run, whole)
+    assert (run.path / "attempts/2/observed.json").exists() == (at == 2)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def check_room(
         raise user_error(
             f"not enough room: {new} checkpoints of {each:,} bytes and the trained model need "
             f"{needed:,} bytes, and {free:,} are free",
-            "free some space, choose another place with `--output DIR`, or lower "
-            "`output.keep_last`",
+            "free some space; a new run may go elsewhere with `--output DIR`, or keep fewer "
+            "checkpoints with `output.keep_last`",
             path="output.keep_last",
             exit_code=Exit.STORAGE,
         )

@@ -55,7 +55,9 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     from rich.table import Table
     from rich.text import Text
 
-    rows = list(rows)
+    from mpcli.recipe.render import visible
+
+    rows = [tuple(map(visible, row)) for row in rows]  # names may come from a stranger
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 10_000
     *columns, last = zip(header, *rows, strict=True)

@@ -87,9 +87,15 @@ def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> 
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides))
         loaded, planned, warnings = make(str(directory.recipe_path), overrides, strict=strict)
         ended = directory.result()
-        if ended and ended.status == "done" and ended.steps_attempted >= planned.steps:
+        is_done = ended is not None and ended.status == "done" and directory.final_path.exists()
+        if ended and is_done and ended.steps_attempted >= planned.steps:
             write(f"the run has its {ended.steps_attempted:,} steps: nothing to do", sys.stderr)
             _show_result(ended, directory, loaded, as_json=as_json)
+        if is_done and not directory.has_checkpoints():
+            raise user_error(
+                f"--resume {path}: the run is over and left no checkpoint to go on from",
+                "begin a new run; `output.checkpoint_every` lets it be made longer later",
+            )
 
         from mpcli.machine import environment
 
