@@ -136,7 +136,8 @@ def test_records_that_have_no_room_cost_no_step(tmp_path: Path) -> None:
     assert problem["severity"] == "warning"
     assert "No space left on device" in problem["message"]
     assert run.log_path.read_text().count("WARNING") == 1
-    assert kept == list(range(1, len(kept) + 1))  # whole rows, as long as there was room
+    assert kept == sorted(set(kept))  # whole rows; a few may find room where more did not
+    assert kept[:50] == list(range(1, 51))
     assert 0 < len(kept) < 100
     assert loaded_steps(run) == [100, 80]
 
