@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -56,8 +57,8 @@ def storage_errors(path: Path, named: str = "the run directory") -> Iterator[Non
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).replace(f"{path}{os.sep}", "")
-        forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        remedy = "make it writable" if forbidden else "free some space"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if is_full else "make it writable"
         raise user_error(
             f"cannot write to {named}: {reason}",
             f"{remedy}, or begin a new run elsewhere with `--output DIR`",
@@ -113,6 +114,7 @@ class RunDirectory:
             run._lock()
             try:
                 run._write_beginning(loaded, text, plan, environment)
+                sync(path.parent)
                 if output is None:
                     _point_latest(path)
             except BaseException:
@@ -148,7 +150,7 @@ class RunDirectory:
         Raises:
             UserError: exit 7, the folder cannot be written.
         """
-        attempt = max(_attempts(self.path), default=1) + 1  # never the first: it goes on
+        attempt = max([1, *_attempts(self.path)]) + 1  # never the first: it goes on
         name = f"attempts/{attempt}.tmp"
         with storage_errors(self.path, f"the run directory {self.path}"):
             if self._unwritable:
@@ -212,7 +214,8 @@ class RunDirectory:
     def result(self) -> Result | None:
         """How the newest attempt ended; None where it did not, or nothing can be read."""
         try:
-            return Result.model_validate_json((self.path / "result.json").read_bytes())
+            with (self.path / "result.json").open("rb") as file:
+                return Result.model_validate_json(file.read(_LONGEST_RESULT))
         except (OSError, ValueError):
             return None
 
@@ -233,8 +236,9 @@ class RunDirectory:
     def sync(self) -> None:
         """Bring the rows to the disk."""
         with self.recording():
-            for file in self._files.values():
-                os.fsync(file.fileno())
+            for name, file in self._files.items():
+                if name != "lock":
+                    os.fsync(file.fileno())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -307,6 +311,7 @@ class RunDirectory:
         with self.recording():
             if name not in self._files:
                 self._files[name] = (self.path / name).open("ab", buffering=0)
+                sync(self.path)
             file = self._files[name]
             end = os.fstat(file.fileno()).st_size
             try:
@@ -371,6 +376,14 @@ class RunDirectory:
         self._files["lock"].write(f"{os.getpid()}\n".encode())
 
 
+_LONGEST_RESULT = 2**20
+_KINDS = (
+    *((f"{name}.jsonl", Path.is_file, "file") for name in ("steps", "evals", "rollbacks")),
+    *((name, Path.is_file, "file") for name in ("lock", "result.json", "result.json.tmp")),
+    *((name, Path.is_dir, "folder") for name in ("attempts", "checkpoints", "final", "final.tmp")),
+)
+
+
 def _check_is_run(path: Path) -> None:
     hint = "`--resume` takes a run directory, such as `runs/NAME/latest`"
     if not path.is_dir():
@@ -392,11 +405,14 @@ def _check_is_run(path: Path) -> None:
             name = entry.relative_to(path)
             what = f"--resume {path}: `{name}` is neither a file nor a folder"
             raise user_error(what, "a run directory holds no links or devices")
+    for known, is_kind, kind in _KINDS:
+        if os.path.lexists(path / known) and not is_kind(path / known):
+            raise user_error(f"--resume {path}: `{known}` is not a {kind}", "move it away")
 
 
 def _attempts(path: Path) -> list[int]:
     names = [entry.name for entry in (path / "attempts").glob("*")]
-    return [int(name) for name in names if name.isdecimal() and len(name) < 10]
+    return [int(name) for name in names if re.fullmatch("[1-9][0-9]{0,99}", name)]
 
 
 _LONGEST_ROW = 65536

@@ -146,8 +146,6 @@ def train(
             record(wait=True)  # what diverged is not worth keeping
             if scheduled:
                 progress.scheduled = step
-            if progress.checkpoint == step:
-                return  # an evaluation at most was made since: it can be made again
             run.sync()
             tensors, state = engine.checkpoint()
             saver.save(
@@ -189,8 +187,9 @@ def train(
             """Take up the newest checkpoint after the step that was found, which is returned."""
             note_saved(wait=True)
             # Those that signals asked for are passed over: without the signals they would not be.
+            up_to = math.inf if progress.scheduled is None else progress.scheduled
             state, problems = restore_newest(
-                run.checkpoints_path, engine, up_to=progress.scheduled or 0, attempted=found.step
+                run.checkpoints_path, engine, up_to=up_to, attempted=found.step
             )
             for problem in problems:
                 progress.warn(problem)

@@ -292,8 +292,9 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_its_end(
             signal.raise_signal(signal.SIGTERM)
         return save(folder, step, *arguments, **options)
 
-    monkeypatch.setattr(saver, "save", interrupted)
-    run, result = run_small(tmp_path, EVERY_OTHER)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "save", interrupted)
+        run, result = run_small(tmp_path, EVERY_OTHER)
     assert (result.exit_code, result.checkpoint) == (75, "checkpoints/step-2")
     assert len(rows(run)) == 2
     assert resume_small(run).status == "done"
@@ -704,6 +705,73 @@ def test_a_second_ctrl_c_does_not_wait_for_a_save_in_the_background(
     assert threads[0].is_alive()
     go_on.set()
     threads[0].join()
+
+
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_a_checkpoint_knows_what_fell_due_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The signal's checkpoint lacks the evaluation that the next attempt makes."""
+    overrides = [
+        *("train.steps=7", "eval.every=3 steps"),
+        "output={checkpoint_every: 3 steps, keep_last: 9, keep_best: loss}",
+    ]
+    whole, _ = run_small(tmp_path, *overrides, name="whole")
+    with monkeypatch.context() as patch:
+        signal_at(patch, signal.SIGTERM, step)
+        run, _ = run_small(tmp_path, *overrides)
+    resume_small(run)
+    assert_same_run(run, whole)
+    for path in run.checkpoints_path.iterdir():
+        number = int(path.name[5:])
+        states = [
+            checkpoint.load(Checkpoint(r.checkpoints_path / path.name, number))[1]
+            for r in (run, whole)
+        ]
+        for state in states:
+            for key in MEASURED:
+                state.pop(key, None)
+        assert states[0] == states[1], path.name
+
+
+@pytest.mark.parametrize("name", ["0", "999999999", "1.tmp", "x"])
+def test_any_attempt_but_the_first_goes_on(tmp_path: Path, name: str) -> None:
+    run, _ = run_small(tmp_path)
+    (run.path / "attempts/1").rename(run.path / "attempts" / name)
+    for steps in (6, 8):
+        assert resume_small(run, f"train.steps={steps}").status == "done"
+    assert [row["step"] for row in rows(run)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "folder") for name in ("attempts", "checkpoints", "final", "final.tmp")]
+    + [(name, "file") for name in ("steps.jsonl", "rollbacks.jsonl", "result.json.tmp", "lock")],
+)
+def test_what_is_of_another_kind_is_refused_before_anything_is_cut(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    run, _ = run_small(tmp_path)
+    path = run.path / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.write_text("x")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=f"`{name}` is not a {kind}") as caught:
+        RunDirectory.open(run.path)
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_a_huge_result_is_none(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path)
+    assert run.result() is not None
+    with (run.path / "result.json").open("ab") as file:
+        file.truncate(2**40)
+    assert run.result() is None
 
 
 @pytest.mark.slow

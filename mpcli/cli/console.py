@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -37,11 +38,24 @@ def write(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _discard_rest(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise user_error(
                 f"cannot write to stdout: {error.strerror}", exit_code=Exit.STORAGE
             ) from error
+
+
+def _discard_rest(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def _terminal_may_go() -> Iterator[None]:
+    """A terminal that is closed during a run takes the display away, not the run."""
+    try:
+        yield
+    except OSError:
+        _discard_rest(sys.stderr)
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -205,7 +219,8 @@ class BarDisplay:
         self._facts = _Facts(plan, recipe)
         self.message(self._facts.heading)
         self._task = self._progress.add_task(f"step 0/{plan.steps}", total=plan.steps)
-        self._progress.start()
+        with _terminal_may_go():
+            self._progress.start()
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """New rows: draw them unless the bar was drawn just now."""
@@ -213,7 +228,8 @@ class BarDisplay:
         facts = self._facts.of(rows, room=width - self.BAR - 1 if width >= 110 else width)
         self._progress.update(self._task, completed=rows[-1].step, description=facts)
         if time.monotonic() - self._last_drawn >= self.SECONDS:
-            self._progress.refresh()
+            with _terminal_may_go():
+                self._progress.refresh()
             self._last_drawn = time.monotonic()
 
     def evaluated(self, row: EvalRecord) -> None:
@@ -222,9 +238,12 @@ class BarDisplay:
 
     def message(self, text: str) -> None:
         """One line above the bar."""
-        self._progress.console.print(text)
+        with _terminal_may_go():
+            self._progress.console.print(text)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        self._progress.refresh()
-        self._progress.stop()
+        with _terminal_may_go():
+            self._progress.refresh()
+        with _terminal_may_go():
+            self._progress.stop()

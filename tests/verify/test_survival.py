@@ -124,7 +124,8 @@ def test_killed_while_checkpoints_are_written(
             newest = max(loaded, default=0)
         run = victims.finish(path)
         assert_same_run(run, whole)
-        assert run.result().problems == ()  # type: ignore[union-attr]
+        warnings = {problem["message"] for problem in run.result().problems}  # type: ignore[union-attr]
+        assert warnings <= {"the run has no checkpoint yet: it begins again"}
         runs += 1
     assert killed_in_a_save >= KILLS / 5
     measured.append(
