@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -47,15 +46,6 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 def _discard_rest(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-@contextlib.contextmanager
-def _terminal_may_go() -> Iterator[None]:
-    """A terminal that is closed during a run takes the display away, not the run."""
-    try:
-        yield
-    except OSError:
-        _discard_rest(sys.stderr)
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -213,14 +203,14 @@ class BarDisplay:
         columns = (BarColumn(self.BAR), text) if console.width >= 110 else (text,)
         self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._last_drawn = 0.0
+        self._gone = False
 
     def start(self, plan: Plan, recipe: Recipe) -> None:
         """Say what begins, and draw the empty bar."""
         self._facts = _Facts(plan, recipe)
         self.message(self._facts.heading)
         self._task = self._progress.add_task(f"step 0/{plan.steps}", total=plan.steps)
-        with _terminal_may_go():
-            self._progress.start()
+        self._draw(self._progress.start)
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """New rows: draw them unless the bar was drawn just now."""
@@ -228,8 +218,7 @@ class BarDisplay:
         facts = self._facts.of(rows, room=width - self.BAR - 1 if width >= 110 else width)
         self._progress.update(self._task, completed=rows[-1].step, description=facts)
         if time.monotonic() - self._last_drawn >= self.SECONDS:
-            with _terminal_may_go():
-                self._progress.refresh()
+            self._draw(self._progress.refresh)
             self._last_drawn = time.monotonic()
 
     def evaluated(self, row: EvalRecord) -> None:
@@ -238,12 +227,19 @@ class BarDisplay:
 
     def message(self, text: str) -> None:
         """One line above the bar."""
-        with _terminal_may_go():
-            self._progress.console.print(text)
+        self._draw(self._progress.console.print, text)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        with _terminal_may_go():
-            self._progress.refresh()
-        with _terminal_may_go():
-            self._progress.stop()
+        self._draw(self._progress.refresh)
+        self._draw(self._progress.stop)
+
+    def _draw(self, draw: Callable[..., object], *arguments: str) -> None:
+        """A terminal that is closed during a run takes the display away, not the run."""
+        if self._gone:
+            return
+        try:
+            draw(*arguments)
+        except OSError:
+            self._gone = True
+            _discard_rest(sys.stderr)
