@@ -37,11 +37,11 @@ def launch(run: RunDirectory, display: Display) -> Result:
 def _launch(run: RunDirectory, display: Display) -> Result:
     progress = Progress()
     recipe = load_recipe(run.recipe_path).recipe
-    resume = run.attempt > 1
 
     def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
         reason = "; ".join(problem.what for problem in problems) or None
         told = (*problems, *progress.warnings, *filter(None, [run.lost]))
+        newest = next((found.step for found in completed(run.checkpoints_path)), None)
         result = Result(
             status=status,
             exit_code=code,
@@ -53,7 +53,7 @@ def _launch(run: RunDirectory, display: Display) -> Result:
             metrics=progress.metrics(),
             wall_seconds=progress.seconds,
             peak_memory_bytes=progress.peak_memory_bytes,
-            checkpoint="final" if status == "done" else run.checkpoint_name(progress.checkpoint),
+            checkpoint="final" if status == "done" else run.checkpoint_name(newest),
             best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
             problems=tuple(problem_json(problem) for problem in told),
         )
@@ -70,9 +70,7 @@ def _launch(run: RunDirectory, display: Display) -> Result:
     logger.setLevel(logging.INFO)
     try:
         plan = run.plan()
-        if resume and (found := completed(run.checkpoints_path)):
-            progress.checkpoint = found[0].step  # should the run end before it is read
-        train(recipe, plan, run, display, progress, resume=resume)
+        train(recipe, plan, run, display, progress, resume=run.attempt > 1)
         return finish("done", Exit.DONE)
     except Diverged as diverged:
         hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"

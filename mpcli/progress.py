@@ -61,8 +61,7 @@ class Progress:
     best: tuple[int, float] | None = None  # step and value of `output.keep_best`
     seconds_before: float = 0.0  # of the attempts before this one, up to its checkpoint
     started: float = field(default_factory=lambda: time.monotonic())
-    checkpoint: int | None = None  # step of the newest one
-    scheduled: int | None = None  # step of the newest one that no signal asked for
+    scheduled: int | None = None  # step of the newest checkpoint that no signal asked for
     warnings: list[Problem] = field(default_factory=list)
 
     @property
@@ -115,7 +114,7 @@ class Progress:
 
     def restore(self, state: TrainingState) -> None:
         """Become what `state` was taken of."""
-        self.attempted = self.checkpoint = state.attempted
+        self.attempted = state.attempted
         self.applied = state.applied
         self.consecutive_skips = state.consecutive_skips
         self.skips_at_floor = state.skips_at_floor
@@ -131,12 +130,11 @@ class Progress:
     def go_back(self, state: TrainingState, found: NonFinite) -> None:
         """Have the weights of `state`; the attempted steps since then still count."""
         self.rollbacks += 1
-        self.checkpoint = state.attempted
         self.applied = state.applied
         self.consecutive_skips = self.skips_at_floor = 0
         what = (
             f"step {found.step}: {found}; the run goes on from the checkpoint of step "
-            f"{self.checkpoint}, without the batches since then"
+            f"{state.attempted}, without the batches since then"
         )
         self.warn(Problem(what, severity="warning"))
 

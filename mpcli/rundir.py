@@ -114,7 +114,8 @@ class RunDirectory:
             run._lock()
             try:
                 run._write_beginning(loaded, text, plan, environment)
-                sync(path.parent)
+                with contextlib.suppress(OSError):  # its folder may be another's
+                    sync(path.parent)
                 if output is None:
                     _point_latest(path)
             except BaseException:
@@ -157,11 +158,9 @@ class RunDirectory:
                 raise self._unwritable
             shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / name).mkdir(parents=True)
-            self._write(f"{name}/plan.json", plan.to_json(indent=2) + "\n")
-            self._write(f"{name}/environment.json", strict_json(dict(environment), 2) + "\n")
             self._write(f"{name}/resumed.json", strict_json({"changes": changes}, 2) + "\n")
             self._write(f"{name}/recipe.yaml", resolved_yaml(recipe))
-            sync(self.path / name)
+            self._write_attempt(name, plan, environment)
             (self.path / name).rename(self.path / "attempts" / str(attempt))
             sync(self.path / "attempts")
             (self.path / "result.json").unlink(missing_ok=True)
@@ -328,11 +327,8 @@ class RunDirectory:
         self._write("recipe.yaml", text)
         self._write("recipe.source.yaml", loaded.source)
         self.attempt_path.mkdir(parents=True)
-        self._write_record("plan.json", plan)
-        self._write(
-            f"attempts/{self.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
-        )
-        for folder in (self.attempt_path, self.attempt_path.parent, self.path):
+        self._write_attempt(f"attempts/{self.attempt}", plan, environment)
+        for folder in (self.attempt_path.parent, self.path):
             sync(folder)
 
     def _undo(self, *, keep_folder: bool) -> None:
@@ -350,8 +346,10 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def _write_record(self, name: str, record: Record) -> None:
-        self._write(f"attempts/{self.attempt}/{name}", record.to_json(indent=2) + "\n")
+    def _write_attempt(self, folder: str, plan: Plan, environment: Mapping[str, Any]) -> None:
+        self._write(f"{folder}/plan.json", plan.to_json(indent=2) + "\n")
+        self._write(f"{folder}/environment.json", strict_json(dict(environment), 2) + "\n")
+        sync(self.path / folder)
 
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.

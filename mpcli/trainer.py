@@ -28,7 +28,7 @@ from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
 from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
 from mpcli.recipe.base import parse_duration
-from mpcli.recipe.errors import Exit, Problem, UserError, user_error
+from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
@@ -80,8 +80,8 @@ def train(
             if recipe.engine.activation_checkpointing:
                 apply_activation_checkpointing(model)
             engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
-            if resume:
-                _go_on(recipe, plan, run, engine, progress)
+            resumed = resume and _go_on(recipe, plan, run, engine, progress)
+            if resumed:
                 display.message(f"going on from step {progress.attempted:,}")
             saver = _saver(recipe, plan, run, engine, progress)
         log = OutcomeLog(
@@ -154,27 +154,16 @@ def train(
             logger.info("step %d: checkpoint", step)
             log.restart_clock()
 
-        def note_saved(*, wait: bool = False) -> None:
-            if saved := saver.finished(wait=wait):
-                progress.checkpoint = saved.step
-
-        def finish_saving(kind: type[BaseException] | None, *_: object) -> None:
-            if kind is not KeyboardInterrupt:  # a second Ctrl-C waits for nothing
-                try:
-                    note_saved(wait=True)
-                except UserError as error:
-                    logger.warning("%s", error)
-
         def finish_step(step: int) -> None:
             """What falls due after a step. Signals are obeyed here, where the state is whole."""
-            note_saved()
+            saver.finished()
             try:
                 check()
                 if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
                     evaluate(step)
             except Stopped:
                 save(step, scheduled=False)
-                note_saved(wait=True)
+                saver.finished(wait=True)
                 raise
             if step < plan.steps:
                 is_best = progress.best is not None and progress.best[0] == step
@@ -185,7 +174,7 @@ def train(
 
         def go_back(found: NonFinite) -> int:
             """Take up the newest checkpoint after the step that was found, which is returned."""
-            note_saved(wait=True)
+            saver.finished(wait=True)
             # Those that signals asked for are passed over: without the signals they would not be.
             up_to = math.inf if progress.scheduled is None else progress.scheduled
             state, problems = restore_newest(
@@ -208,7 +197,7 @@ def train(
             )
             return found.step
 
-        stack.push(finish_saving)
+        stack.enter_context(saver)
         stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
@@ -217,7 +206,7 @@ def train(
             _due(every, plan) for every in (recipe.eval.every, recipe.output.checkpoint_every)
         )
         compared = False
-        if progress.checkpoint is not None:
+        if resumed:
             finish_step(progress.attempted)  # its evaluation may have been stopped
         elif recipe.train.on_nonfinite == "rollback":
             save(0)
@@ -253,13 +242,17 @@ def train(
         if recipe.output.checkpoint_every is not None or best_is_last:
             save(step)  # more steps may follow one day
         _save_model(engine.state_dict(), recipe, plan, run)
-        note_saved(wait=True)
+        saver.finished(wait=True)
 
 
 def _go_on(
     recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
-) -> None:
-    """Take engine, progress and rows back to the newest checkpoint, or rows to the beginning."""
+) -> bool:
+    """Take engine, progress and rows back to the newest checkpoint, or rows to the beginning.
+
+    Returns:
+        whether there was a checkpoint.
+    """
     state, problems = restore_newest(run.checkpoints_path, engine)
     for problem in problems:
         progress.warn(problem)
@@ -267,7 +260,7 @@ def _go_on(
         run.cut(0, 0)
         what = "the run has no checkpoint yet: it begins again"
         progress.warn(Problem(what, severity="warning"))
-        return
+        return False
     progress.restore(state)
     last_row = run.cut(state.attempted, state.evaluated)
     logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
@@ -281,14 +274,15 @@ def _go_on(
         )
         length = "epochs" if recipe.train.epochs else "steps"
         progress.warn(Problem(what, path=f"train.{length}", severity="warning"))
+    return True
 
 
 def _kept(recipe: Recipe, progress: Progress) -> set[int]:
     """Steps whose checkpoints stay, old as they are."""
-    best = {progress.best[0]} if progress.best else set()
+    kept = {progress.best[0]} if progress.best else set()
     if recipe.train.on_nonfinite == "rollback" and progress.scheduled is not None:
-        best.add(progress.scheduled)
-    return best
+        kept.add(progress.scheduled)
+    return kept
 
 
 def _close_board(board: TensorBoard, run: RunDirectory) -> None:

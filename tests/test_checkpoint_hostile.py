@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,8 @@ class Bomb:
     """A pickle that leaves a trace when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (os.environ.get("MPTRAIN_TEST_TRACE", "/tmp/mptrain-test-trace"),)
+        trace = Path(tempfile.gettempdir(), "mptrain-test-trace")
+        return os.mkdir, (os.environ.get("MPTRAIN_TEST_TRACE", str(trace)),)
 
 
 def in_place_of(name: str, content: bytes, *, sealed: bool = True) -> Callable[[Path], None]:

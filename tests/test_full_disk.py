@@ -54,7 +54,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path, monkeypatch, na
 def test_after_a_full_disk_the_same_output_can_be_used(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "_write_record", lambda *_: Path("/dev/full").write_text("x"))
+        patch.setattr(RunDirectory, "_write_attempt", lambda *_: Path("/dev/full").write_text("x"))
         with pytest.raises(UserError, match="No space left on device"):
             create(tmp_path, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -18,7 +18,7 @@ from mpcli.data.dataset import ImageDataset
 from mpcli.recipe.errors import UserError
 from mpcli.rundir import RunDirectory
 from tests.small import resume_small, run_small, small_recipe
-from tests.test_resume import assert_same_run, kill_at, killed_run, signal_at
+from tests.stopped import assert_same_run, kill_at, killed_run, signal_at
 
 FP16 = "{mode: fp16, loss_scale: {kind: dynamic, init_scale: %d}}"
 

@@ -18,7 +18,7 @@ from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit
 from mpcli.rundir import RunDirectory
 from tests.small import CPU, Silent, run_small, small_recipe
-from tests.test_resume import assert_same_run, rows
+from tests.stopped import assert_same_run, rows
 from tests.victims import (
     MODES,
     Victims,
@@ -28,25 +28,12 @@ from tests.victims import (
     random_flips,
     recipe,
     run_into_full_disk,
-    serving,
     small_disk,
     tiny_run,
     unfinished,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def whole(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """The run that nothing happens to."""
-    return victims.finish(tmp_path_factory.mktemp("whole") / "run", *recipe())
 
 
 @pytest.fixture

@@ -86,12 +86,12 @@ def _resume(path: str, overrides: list[str], *, strict: bool, as_json: bool) -> 
         before = load_recipe(directory.recipe_path).recipe
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides))
         loaded, planned, warnings = make(str(directory.recipe_path), overrides, strict=strict)
-        ended = directory.result()
-        is_done = ended is not None and ended.status == "done" and directory.final_path.exists()
-        if ended and is_done and ended.steps_attempted >= planned.steps:
-            write(f"the run has its {ended.steps_attempted:,} steps: nothing to do", sys.stderr)
-            _show_result(ended, directory, loaded, as_json=as_json)
-        if is_done and not directory.has_checkpoints():
+        result = directory.result()
+        done = result and result.status == "done" and directory.final_path.exists()
+        if result and done and result.steps_attempted >= planned.steps:
+            write(f"the run has its {result.steps_attempted:,} steps: nothing to do", sys.stderr)
+            _show_result(result, directory, loaded, as_json=as_json)
+        if done and not directory.has_checkpoints():
             raise user_error(
                 f"--resume {path}: the run is over and left no checkpoint to go on from",
                 "begin a new run; `output.checkpoint_every` lets it be made longer later",
