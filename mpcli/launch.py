@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from mpcli.progress import Diverged, Progress, SavedState, newest_state
+from mpcli.checkpoint.layout import completed
+from mpcli.progress import Diverged, Progress
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
-from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
-from mpcli.records import Plan, Result, Status
+from mpcli.records import Result, Status
 from mpcli.rundir import RunDirectory, storage_errors
-from mpcli.signals import Stopped, handled, held, released
+from mpcli.signals import Stopped, handled, held
 from mpcli.trainer import Display, train
 
 logger = logging.getLogger("mpcli")
@@ -47,6 +47,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
     def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
         reason = "; ".join(problem.what for problem in problems) or None
         told = (*problems, *progress.warnings, *filter(None, [run.lost]))
+        newest = next((found.step for found in completed(run.checkpoints_path)), None)
         result = Result(
             status=status,
             exit_code=code,
@@ -59,7 +60,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             wall_seconds=progress.seconds,
             input_share=progress.input_share,
             peak_memory_bytes=progress.peak_memory_bytes,
-            checkpoint="final" if status == "done" else run.checkpoint_name(progress.checkpoint),
+            checkpoint="final" if status == "done" else run.checkpoint_name(newest),
             best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
             problems=tuple(map(_recorded, told)),
         )
@@ -76,11 +77,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
     logger.setLevel(logging.INFO)
     try:
         plan = run.plan()
-        with released():
-            resumed = _go_on(run, recipe, plan, progress) if run.attempt > 1 else None
-        if resumed:
-            display.message(f"going on from step {progress.attempted:,}")
-        train(recipe, plan, run, display, progress, resumed)
+        train(recipe, plan, run, display, progress, resume=run.attempt > 1)
         return finish("done", Exit.DONE)
     except Diverged as diverged:
         hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"
@@ -113,32 +110,6 @@ def _recorded(problem: Problem) -> dict[str, Any]:
     """Of a plug-in's file its name: where it lay may be the run directory."""
     about = problem_json(problem)
     return about | {"file": about["file"] and Path(about["file"]).name}
-
-
-def _go_on(run: RunDirectory, recipe: Recipe, plan: Plan, progress: Progress) -> SavedState | None:
-    """Take rows and progress back to the newest valid checkpoint, or to the beginning."""
-    saved = newest_state(run.checkpoints_path)
-    if saved is None:
-        run.cut(0, 0)
-        logger.warning("the run has no checkpoint yet: it begins again")
-        return None
-    state = saved.state
-    progress.restore(state)
-    for problem in saved.problems:
-        progress.warn(problem)
-    last_row = run.cut(state.attempted, state.evaluated)
-    logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
-    if last_row < state.attempted:
-        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {state.attempted}"
-        progress.warn(Problem(what, "they cannot be made again", severity="warning"))
-    if state.steps != plan.steps:
-        what = (
-            f"{plan.steps:,} steps instead of {state.steps:,}: from here on the learning rate "
-            f"follows the schedule of {plan.steps:,} steps"
-        )
-        length = "epochs" if recipe.train.epochs else "steps"
-        progress.warn(Problem(what, path=f"train.{length}", severity="warning"))
-    return saved
 
 
 class _LogFile(logging.FileHandler):

@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
+from pydantic import ValidationError
 
 from mpcli import checkpoint
+from mpcli.checkpoint import Checkpoint
+from mpcli.engines.base import Engine
 from mpcli.precision.loss_scale import at_floor
-from mpcli.recipe.errors import Exit, Problem, one_of, user_error
+from mpcli.recipe.errors import Exit, Problem, UserError, one_of, user_error
 from mpcli.recipe.precision import DynamicScale, LossScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import StepRecord, TrainingState
@@ -60,7 +62,7 @@ class Progress:
     seconds_before: float = 0.0  # of the attempts before this one, up to its checkpoint
     input_seconds: float = 0.0  # of this attempt, in which the training waited for batches
     started: float = field(default_factory=lambda: time.monotonic())
-    checkpoint: int | None = None  # step of the newest one
+    scheduled: int | None = None  # step of the newest checkpoint that no signal asked for
     warnings: list[Problem] = field(default_factory=list)
 
     @property
@@ -118,12 +120,13 @@ class Progress:
             evaluation=self.evaluation,
             evaluated=self.evaluated,
             best=self.best,
+            scheduled=self.scheduled,
             engine=dict(engine),
         ).model_dump()
 
     def restore(self, state: TrainingState) -> None:
         """Become what `state` was taken of."""
-        self.attempted = self.checkpoint = state.attempted
+        self.attempted = state.attempted
         self.applied = state.applied
         self.consecutive_skips = state.consecutive_skips
         self.skips_at_floor = state.skips_at_floor
@@ -133,20 +136,19 @@ class Progress:
         self.evaluation = state.evaluation
         self.evaluated = state.evaluated
         self.best = state.best
+        self.scheduled = state.scheduled
         self.seconds_before = state.seconds
 
-    def go_back(self, saved: SavedState, found: NonFinite) -> None:
-        """Have the weights of `saved`; the attempted steps since then still count."""
+    def go_back(self, state: TrainingState, found: NonFinite) -> None:
+        """Have the weights of `state`; the attempted steps since then still count."""
         self.rollbacks += 1
-        self.checkpoint = saved.state.attempted
-        self.applied = saved.state.applied
+        self.applied = state.applied
         self.consecutive_skips = self.skips_at_floor = 0
         what = (
             f"step {found.step}: {found}; the run goes on from the checkpoint of step "
-            f"{self.checkpoint}, without the batches since then"
+            f"{state.attempted}, without the batches since then"
         )
-        for problem in (*saved.problems, Problem(what, severity="warning")):
-            self.warn(problem)
+        self.warn(Problem(what, severity="warning"))
 
     def warn(self, warning: Problem) -> None:
         """Tell it now, and in the result."""
@@ -164,37 +166,54 @@ class Progress:
         return metrics
 
 
-class SavedState(NamedTuple):
-    """What a run can go on from."""
+def restore_newest(
+    folder: Path, engine: Engine, *, up_to: float = math.inf, attempted: int | None = None
+) -> tuple[TrainingState | None, list[Problem]]:
+    """Bring an engine to the newest checkpoint that is whole and fits it.
 
-    tensors: dict[str, Tensor]
-    state: TrainingState
-    problems: list[Problem]
-
-
-def newest_state(folder: Path) -> SavedState | None:
-    """The newest valid checkpoint, with a warning for each damaged newer one.
+    Args:
+        up_to: the last step that counts.
+        attempted: steps that the engine counts then; default: those of the checkpoint.
 
     Returns:
-        None where no checkpoint was ever completed.
+        its state, None where no checkpoint was ever completed, and a warning for each one that
+        cannot be used.
 
     Raises:
         UserError: exit 4, there are checkpoints and none can be used.
     """
-    newest, problems = checkpoint.newest_valid(folder)
-    if newest is None:
-        return None
-    tensors, found = checkpoint.load(newest)
+    state = None
+
+    def use(candidate: Checkpoint) -> None:
+        nonlocal state
+        tensors, found = checkpoint.load(candidate)
+        read = _training_state(candidate, found)
+        counts = {} if attempted is None else {"attempted": attempted}
+        try:
+            engine.restore(tensors, read.engine | counts)
+        except UserError as error:
+            raise _unusable(candidate, error.problems[0].what) from error
+        state = read
+
+    _, problems = checkpoint.newest_valid(folder, use, up_to)
+    return state, problems
+
+
+def _training_state(candidate: Checkpoint, found: dict[str, Any]) -> TrainingState:
     try:
         state = TrainingState.model_validate(found)
-        if state.attempted != newest.step:
-            raise ValueError(f"it is the state after step {state.attempted}")
-    except ValueError as error:
-        raise user_error(
-            f"checkpoint {newest.path.name} holds no state of a run: {error}",
-            exit_code=Exit.CHECKPOINT,
-        ) from error
-    return SavedState(tensors, state, problems)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise _unusable(candidate, f"it holds no state of a run: {what:.200}") from error
+    if state.attempted != candidate.step:
+        raise _unusable(candidate, f"it is the state after step {state.attempted}")
+    return state
+
+
+def _unusable(candidate: Checkpoint, why: str) -> UserError:
+    what = f"checkpoint {candidate.path.name} cannot be used: {why}"
+    return user_error(what, exit_code=Exit.CHECKPOINT)
 
 
 def divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[Exception]:

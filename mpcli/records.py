@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
 
 SCHEMA_VERSION = 1
 
@@ -163,7 +164,7 @@ class TrainingState(Record):
 
     `steps` is the planned length, from which the learning rates followed; `evaluated` the step
     after which `evaluation` was made, `best` step and value of the best
-    one (`output.keep_best`).
+    one (`output.keep_best`), `scheduled` the newest checkpoint that no signal asked for.
     """
 
     steps: int = Field(ge=1)
@@ -177,6 +178,7 @@ class TrainingState(Record):
     evaluation: dict[str, float]
     evaluated: int = Field(ge=0)
     best: tuple[int, float] | None = None
+    scheduled: int | None = None
     rollbacks: int = Field(default=0, ge=0)
     engine: dict[str, Any]
 
@@ -191,6 +193,19 @@ class TrainingState(Record):
 
 
 Status = Literal["done", "diverged", "preempted", "interrupted", "failed"]
+
+
+class ResultProblem(TypedDict):
+    """Why a run ended so, or what is to be known of it: as the command line's JSON says it."""
+
+    file: str | None
+    line: int | None
+    column: int | None
+    path: str | None
+    message: str
+    hint: str | None
+    severity: Literal["error", "warning"]
+    finding: str | None
 
 
 class Result(Record):
@@ -212,4 +227,10 @@ class Result(Record):
     peak_memory_bytes: int
     checkpoint: str | None
     best_checkpoint: str | None = None
-    problems: tuple[dict[str, Any], ...] = ()
+    problems: tuple[ResultProblem, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Result:
+        if (self.status == "done") != (self.exit_code == 0):
+            raise ValueError(f"exit code {self.exit_code} of a run that is {self.status}")
+        return self

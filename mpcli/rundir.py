@@ -17,11 +17,13 @@ result.json            last, and atomically
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -57,11 +59,22 @@ def storage_errors(path: Path, named: str = "the run directory") -> Iterator[Non
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).replace(f"{path}{os.sep}", "")
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if is_full else "make it writable"
         raise user_error(
             f"cannot write to {named}: {reason}",
-            "free some space, or choose another place with `--output DIR`",
+            f"{remedy}, or begin a new run elsewhere with `--output DIR`",
             exit_code=Exit.STORAGE,
         ) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunDirectory:
@@ -77,6 +90,7 @@ class RunDirectory:
         self.attempt = attempt
         self.lost: Problem | None = None
         self._files: dict[str, BinaryIO] = {}
+        self._unwritable: OSError | None = None  # what stood in the way of the lock
 
     @classmethod
     def create(
@@ -102,6 +116,8 @@ class RunDirectory:
             run._lock()
             try:
                 run._write_beginning(loaded, text, plan, environment)
+                with contextlib.suppress(OSError):  # its folder may be another's
+                    sync(path.parent)
                 if output is None:
                     _point_latest(path)
             except BaseException:
@@ -114,13 +130,15 @@ class RunDirectory:
         """Take the lock of a run, to go on with it; its `attempt` is the newest there is.
 
         Raises:
-            UserError: exit 2 for what is not a run, or is another process's; 7 where it cannot
-                be written.
+            UserError: exit 2 for what is not a run, or is another process's. Where it cannot
+                be written, `begin_attempt` says so: a finished run may still be looked at.
         """
         run = cls.read(path, "--resume ")
-        with storage_errors(path, f"the run directory {path}"):
+        try:
             run._lock()
             run._write_process()
+        except OSError as error:
+            run._unwritable = error
         return run
 
     @classmethod
@@ -143,17 +161,22 @@ class RunDirectory:
 
         Args:
             changes: values that differ from those of the attempt before, in words.
+
+        Raises:
+            UserError: exit 7, the folder cannot be written.
         """
-        attempt = max(_attempts(self.path), default=0) + 1
+        attempt = max([1, *_attempts(self.path)]) + 1  # never the first: it goes on
         name = f"attempts/{attempt}.tmp"
-        with storage_errors(self.path):
+        with storage_errors(self.path, f"the run directory {self.path}"):
+            if self._unwritable:
+                raise self._unwritable
             shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / name).mkdir(parents=True)
-            self._write(f"{name}/plan.json", plan.to_json(indent=2) + "\n")
-            self._write(f"{name}/environment.json", strict_json(dict(environment), 2) + "\n")
             self._write(f"{name}/resumed.json", strict_json({"changes": changes}, 2) + "\n")
             self._write(f"{name}/recipe.yaml", resolved_yaml(recipe))
+            self._write_attempt(name, plan, environment)
             (self.path / name).rename(self.path / "attempts" / str(attempt))
+            sync(self.path / "attempts")
             (self.path / "result.json").unlink(missing_ok=True)
         self.attempt = attempt
 
@@ -182,6 +205,10 @@ class RunDirectory:
     def checkpoints_path(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def has_checkpoints(self) -> bool:
+        """Whether anything is in the folder of checkpoints."""
+        return self.checkpoints_path.is_dir() and any(self.checkpoints_path.iterdir())
 
     def checkpoint_name(self, step: int | None) -> str | None:
         """The checkpoint after a step, in this folder; None where there is none."""
@@ -212,7 +239,8 @@ class RunDirectory:
     def result(self) -> Result | None:
         """How the newest attempt ended; None where it did not, or nothing can be read."""
         try:
-            return Result.model_validate_json((self.path / "result.json").read_bytes())
+            with (self.path / "result.json").open("rb") as file:
+                return Result.model_validate_json(file.read(_LONGEST_RESULT))
         except (OSError, ValueError):
             return None
 
@@ -233,8 +261,9 @@ class RunDirectory:
     def sync(self) -> None:
         """Bring the rows to the disk."""
         with self.recording():
-            for file in self._files.values():
-                os.fsync(file.fileno())
+            for name, file in self._files.items():
+                if name != "lock":
+                    os.fsync(file.fileno())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -275,9 +304,13 @@ class RunDirectory:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
         if self.final_path.exists():
             shutil.rmtree(self.final_path)
         temporary.rename(self.final_path)
+        sync(self.path)
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`, after which the run is over."""
@@ -288,6 +321,7 @@ class RunDirectory:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path / "result.json")
+            sync(self.path)
 
     def close(self) -> None:
         """Close the files and give the lock back."""
@@ -302,6 +336,7 @@ class RunDirectory:
         with self.recording():
             if name not in self._files:
                 self._files[name] = (self.path / name).open("ab", buffering=0)
+                sync(self.path)
             file = self._files[name]
             end = os.fstat(file.fileno()).st_size
             try:
@@ -322,10 +357,9 @@ class RunDirectory:
             about = PluginRecord(file=Path(plugin.file).name, sha256=plugin.sha256)
             self._write("plugin.json", about.to_json(indent=2) + "\n")
         self.attempt_path.mkdir(parents=True)
-        self._write_record("plan.json", plan)
-        self._write(
-            f"attempts/{self.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
-        )
+        self._write_attempt(f"attempts/{self.attempt}", plan, environment)
+        for folder in (self.attempt_path.parent, self.path):
+            sync(folder)
 
     def _undo(self, *, keep_folder: bool) -> None:
         """Leave an empty folder, or none, so that the same command can be tried again."""
@@ -337,10 +371,15 @@ class RunDirectory:
         self.close()
 
     def _write(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, "utf-8", newline="")
+        with (self.path / name).open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def _write_record(self, name: str, record: Record) -> None:
-        self._write(f"attempts/{self.attempt}/{name}", record.to_json(indent=2) + "\n")
+    def _write_attempt(self, folder: str, plan: Plan, environment: Mapping[str, Any]) -> None:
+        self._write(f"{folder}/plan.json", plan.to_json(indent=2) + "\n")
+        self._write(f"{folder}/environment.json", strict_json(dict(environment), 2) + "\n")
+        sync(self.path / folder)
 
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.
@@ -379,6 +418,14 @@ def newest_run() -> Path:
     return Path(os.path.relpath(newest))
 
 
+_LONGEST_RESULT = 2**20
+_KINDS = (
+    *((f"{name}.jsonl", Path.is_file, "file") for name in ("steps", "evals", "rollbacks")),
+    *((name, Path.is_file, "file") for name in ("lock", "result.json", "result.json.tmp")),
+    *((name, Path.is_dir, "folder") for name in ("attempts", "checkpoints", "final", "final.tmp")),
+)
+
+
 def _check_is_run(path: Path, option: str) -> None:
     hint = "a run directory is named, such as `runs/NAME/latest`"
     if not path.is_dir():
@@ -386,7 +433,7 @@ def _check_is_run(path: Path, option: str) -> None:
         raise user_error(f"{option}{path}: {found}", hint)
     try:
         entries = sorted(path.iterdir())
-        attempts = sorted((path / "attempts").glob("*"))
+        attempts = sorted((path / "attempts").rglob("*"))
     except OSError as error:
         raise user_error(f"{option}{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
     if not (path / "recipe.yaml").exists():
@@ -400,11 +447,14 @@ def _check_is_run(path: Path, option: str) -> None:
             name = entry.relative_to(path)
             what = f"{option}{path}: `{name}` is neither a file nor a folder"
             raise user_error(what, "a run directory holds no links or devices")
+    for known, is_kind, kind in _KINDS:
+        if os.path.lexists(path / known) and not is_kind(path / known):
+            raise user_error(f"{option}{path}: `{known}` is not a {kind}", "move it away")
 
 
 def _attempts(path: Path) -> list[int]:
     names = [entry.name for entry in (path / "attempts").glob("*")]
-    return [int(name) for name in names if name.isdecimal() and len(name) < 10]
+    return [int(name) for name in names if re.fullmatch("[1-9][0-9]{0,99}", name)]
 
 
 _LONGEST_ROW = 65536

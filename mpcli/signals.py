@@ -89,6 +89,9 @@ def released() -> Iterator[None]:
     before, _holds, _leave = (_holds, _leave), 0, None
     try:
         yield
+    except Exception:
+        check()  # libraries turn what is raised in them into errors of their own
+        raise
     finally:
         _holds, _leave = before
 
@@ -133,9 +136,11 @@ def _note(number: int, frame: FrameType | None) -> None:
         _save_asked = True
         return
     again, _asked = _asked is not None, _asked or number
+    if again and number == signal.SIGTERM:
+        return  # it may come many times and means no more by it
     if _holds == 0 and _leave:
         _leave(_asked == signal.SIGTERM)
-    if again and number == signal.SIGINT:  # SIGTERM may come many times and mean no more by it
+    if again:
         raise KeyboardInterrupt
-    if not (_holds or again):
+    if not _holds:
         check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class TensorBoard:
 
         with storage_errors(path):
             self._writer = SummaryWriter(str(path), purge_step=steps + 1 if steps else None)
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_ended
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """One point per row and quantity; `train/applied` is 1 or 0."""
@@ -35,7 +37,15 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _thread_ended(self, about: threading.ExceptHookArgs) -> None:
+        """An OSError of the writer's thread is raised again where the next point is added."""
+        if not isinstance(about.exc_value, OSError):
+            self._excepthook(about)
 
     def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
         for name, value in values.items():

@@ -22,9 +22,9 @@ from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
-from mpcli.progress import Diverged, NonFinite, Progress, SavedState, divergence, newest_state
+from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
 from mpcli.recipe.base import parse_duration
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
@@ -51,12 +51,14 @@ def train(
     run: RunDirectory,
     display: Display,
     progress: Progress,
-    resumed: SavedState | None = None,
+    *,
+    resume: bool,
 ) -> None:
     """Train as planned; rows, evaluations, checkpoints and the final model go to the run directory.
 
     Args:
-        progress: of the whole run, and so of `resumed`.
+        progress: of the whole run, from its beginning.
+        resume: go on from the newest checkpoint that can be used, if there is one.
 
     Raises:
         Diverged: `train.on_nonfinite` or `train.max_consecutive_skips` ended the run, or what it
@@ -75,9 +77,9 @@ def train(
             if recipe.engine.activation_checkpointing:
                 apply_activation_checkpointing(model)
             engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
+            resumed = resume and _go_on(recipe, plan, run, engine, progress)
             if resumed:
-                engine.restore(resumed.tensors, resumed.state.engine)
-                resumed.tensors.clear()  # a copy of the whole state
+                display.message(f"going on from step {progress.attempted:,}")
             saver = _saver(recipe, plan, run, engine, progress)
         log = OutcomeLog(
             device,
@@ -137,65 +139,62 @@ def train(
             logger.info("step %d: evaluation %s", step, metrics)
             log.restart_clock()
 
-        def save(step: int) -> None:
+        def save(step: int, *, scheduled: bool = True) -> None:
             record(wait=True)  # what diverged is not worth keeping
-            if progress.checkpoint == step:
-                return  # an evaluation at most was made since: it can be made again
+            if scheduled:
+                progress.scheduled = step
             run.sync()
             tensors, state = engine.checkpoint()
-            best = [progress.best[0]] if progress.best else []
-            saver.save(step, tensors, progress.state(plan.steps, state), keep=best)
+            saver.save(
+                step, tensors, progress.state(plan.steps, state), keep=_kept(recipe, progress)
+            )
             logger.info("step %d: checkpoint", step)
             log.restart_clock()
 
-        def note_saved(*, wait: bool = False) -> None:
-            if saved := saver.finished(wait=wait):
-                progress.checkpoint = saved.step
-
-        def finish_saving(kind: type[BaseException] | None, *_: object) -> None:
-            if kind is not KeyboardInterrupt:  # a second Ctrl-C waits for nothing
-                try:
-                    note_saved(wait=True)
-                except UserError as error:
-                    logger.warning("%s", error)
-
         def finish_step(step: int) -> None:
             """What falls due after a step. Signals are obeyed here, where the state is whole."""
-            note_saved()
+            saver.finished()
             try:
                 check()
                 if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
                     evaluate(step)
             except Stopped:
-                save(step)
-                note_saved(wait=True)
+                save(step, scheduled=False)
+                saver.finished(wait=True)
                 raise
-            due = [checkpoint_due(step), save_asked(), progress.best and progress.best[0] == step]
-            if step < plan.steps and any(due):
-                save(step)
-                check()
+            if step < plan.steps:
+                is_best = progress.best is not None and progress.best[0] == step
+                scheduled, asked = checkpoint_due(step) or is_best, save_asked()
+                if scheduled or asked:
+                    save(step, scheduled=scheduled)
+                    check()
 
         def go_back(found: NonFinite) -> int:
             """Take up the newest checkpoint after the step that was found, which is returned."""
-            note_saved(wait=True)
-            saved = newest_state(run.checkpoints_path)
-            if saved is None:
+            saver.finished(wait=True)
+            # Those that signals asked for are passed over: without the signals they would not be.
+            up_to = math.inf if progress.scheduled is None else progress.scheduled
+            state, problems = restore_newest(
+                run.checkpoints_path, engine, up_to=up_to, attempted=found.step
+            )
+            for problem in problems:
+                progress.warn(problem)
+            if state is None:
                 what = f"step {found.step}: {found}, and there is no checkpoint to go back to"
                 raise user_error(what, exit_code=Exit.CHECKPOINT)
-            engine.restore(saved.tensors, saved.state.engine | {"attempted": found.step})
-            log.go_back(found.step, saved.state.applied)
-            progress.go_back(saved, found)
+            log.go_back(found.step, state.applied)
+            progress.go_back(state, found)
             run.append_rollback(
                 RollbackRecord(
                     step=found.step,
                     attempt=run.attempt,
-                    checkpoint=saved.state.attempted,
+                    checkpoint=state.attempted,
                     reason=str(found),
                 )
             )
             return found.step
 
-        stack.push(finish_saving)
+        stack.enter_context(saver)
         stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
@@ -244,7 +243,47 @@ def train(
             weights, metrics = engine.state_dict(), progress.evaluation
             for problem in write_final(folder, recipe, data, model, weights, metrics):
                 progress.warn(problem)
-        note_saved(wait=True)
+        saver.finished(wait=True)
+
+
+def _go_on(
+    recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
+) -> bool:
+    """Take engine, progress and rows back to the newest checkpoint, or rows to the beginning.
+
+    Returns:
+        whether there was a checkpoint.
+    """
+    state, problems = restore_newest(run.checkpoints_path, engine)
+    for problem in problems:
+        progress.warn(problem)
+    if state is None:
+        run.cut(0, 0)
+        what = "the run has no checkpoint yet: it begins again"
+        progress.warn(Problem(what, severity="warning"))
+        return False
+    progress.restore(state)
+    last_row = run.cut(state.attempted, state.evaluated)
+    logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
+    if last_row < state.attempted:
+        what = f"steps.jsonl has no rows of the steps {last_row + 1} to {state.attempted}"
+        progress.warn(Problem(what, "they cannot be made again", severity="warning"))
+    if state.steps != plan.steps and state.attempted < plan.steps:
+        what = (
+            f"{plan.steps:,} steps instead of {state.steps:,}: from here on the learning rate "
+            f"follows the schedule of {plan.steps:,} steps"
+        )
+        length = "epochs" if recipe.train.epochs else "steps"
+        progress.warn(Problem(what, path=f"train.{length}", severity="warning"))
+    return True
+
+
+def _kept(recipe: Recipe, progress: Progress) -> set[int]:
+    """Steps whose checkpoints stay, old as they are."""
+    kept = {progress.best[0]} if progress.best else set()
+    if recipe.train.on_nonfinite == "rollback" and progress.scheduled is not None:
+        kept.add(progress.scheduled)
+    return kept
 
 
 def _close_board(board: TensorBoard, run: RunDirectory) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mpcli.rundir import RunDirectory
+    from tests.victims import Victims
 
 # The same examples on every run: a red build is a change, not a new random number.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -29,3 +35,20 @@ def shared_data(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip(f"needs the real data sets: MPTRAIN_DATA or {DATA}")
     monkeypatch.setenv("MPTRAIN_DATA", str(DATA))
     return DATA
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Victims]:
+    """A server of runs that may be killed."""
+    from tests.victims import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def whole(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The victims' run that nothing happens to."""
+    from tests.victims import recipe
+
+    return victims.finish(tmp_path_factory.mktemp("whole") / "run", *recipe())

@@ -73,10 +73,14 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
         time.sleep(0.01)
 
 
+def has_row(path: Path, step: int) -> bool:
+    """Whether a step's row is in a `steps.jsonl`, which may not exist yet."""
+    return path.exists() and f'{{"step": {step},' in path.read_text()
+
+
 def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the row of a step is in the file."""
-    wanted = f'{{"step": {step},'
-    wait_until(lambda: path.exists() and wanted in path.read_text(), process)
+    wait_until(lambda: has_row(path, step), process)
 
 
 def ended(

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,8 @@ class Bomb:
     """A pickle that leaves a trace when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (os.environ.get("MPTRAIN_TEST_TRACE", "/tmp/mptrain-test-trace"),)
+        trace = Path(tempfile.gettempdir(), "mptrain-test-trace")
+        return os.mkdir, (os.environ.get("MPTRAIN_TEST_TRACE", str(trace)),)
 
 
 def in_place_of(name: str, content: bytes, *, sealed: bool = True) -> Callable[[Path], None]:
@@ -436,3 +438,18 @@ def test_the_audit_would_see_a_pickle(tmp_path):
     )  # fmt: skip
     assert "forbidden: pickle.find_class" in done.stderr
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", [STATE, TENSORS])
+def test_terabytes_of_nothing_are_refused_at_once(checkpoint, name):
+    """Sparse files, whose size the manifest knows: nobody hashes them."""
+    path = checkpoint.path / name
+    os.truncate(path, 2**40)
+    value = json.loads((checkpoint.path / MANIFEST).read_text())
+    value["files"][name]["size"] = 2**40
+    (checkpoint.path / MANIFEST).write_bytes(encode(value))
+    began = time.process_time()
+    with pytest.raises(UserError) as caught:
+        verify(checkpoint)
+    assert caught.value.exit_code == Exit.CHECKPOINT
+    assert time.process_time() - began < 1

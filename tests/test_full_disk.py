@@ -32,14 +32,14 @@ def create(folder: Path, output: Path | None, **environment: str) -> RunDirector
 @pytest.mark.parametrize("name", ["recipe.source.yaml", "environment.json", "latest"])
 def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write = Path.write_text
+    write = RunDirectory._write
 
-    def full(path: Path, *arguments: object, **options: object) -> int:
-        if path.name == name:
+    def full(run: RunDirectory, file: str, text: str) -> None:
+        if Path(file).name == name:
             raise OSError(28, "No space left on device")
-        return write(path, *arguments, **options)  # type: ignore[arg-type]
+        write(run, file, text)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(RunDirectory, "_write", full)
     if name == "latest":
         Path("runs/small/latest").mkdir(parents=True)
     with pytest.raises(
@@ -54,7 +54,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(tmp_path, monkeypatch, na
 def test_after_a_full_disk_the_same_output_can_be_used(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "_write_record", lambda *_: Path("/dev/full").write_text("x"))
+        patch.setattr(RunDirectory, "_write_attempt", lambda *_: Path("/dev/full").write_text("x"))
         with pytest.raises(UserError, match="No space left on device"):
             create(tmp_path, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -160,6 +160,23 @@ def test_tensorboard_that_cannot_write_is_records_too(tmp_path, monkeypatch):
     assert len(result.problems) == 1
 
 
+@pytest.mark.slow
+def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path):
+    pytest.importorskip("tensorboard")
+    small_recipe(tmp_path)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mptrain"), "run", "small.yaml", "--output", "out",
+         "--set", "train.steps=1000", "--set", "output.tensorboard=true",
+         "--set", "output.checkpoint_every=null"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("warning: records were lost: File too large") == 1
+
+
 def test_an_error_of_the_training_itself_is_no_lost_record(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setattr(LocalEngine, "step", full)
@@ -211,6 +228,14 @@ def test_the_room_that_the_recipe_asks_for_is_checked_before_step_1(
     final = (run.path / "final/model.safetensors").stat().st_size
     assert all(size <= each for size in sizes)
     assert new * each <= needed <= new * each + final
+
+
+def test_a_rollback_needs_room_for_the_beginning_too(tmp_path, monkeypatch):
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=0))
+    output = "output={checkpoint_every: 4 steps, keep_last: 2}"
+    _, result = run_small(tmp_path, output, "train.on_nonfinite=rollback")
+    assert "not enough room: 2 checkpoints of" in result.problems[0]["message"]
 
 
 def test_checkpoints_that_are_there_need_no_more_room(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from tests.engines.test_local import (
     state_hash,
 )
 from tests.small import Silent, small_recipe
-from tests.test_resume import assert_same_run, kill_at, killed_run
+from tests.stopped import assert_same_run, kill_at, killed_run
 from tests.test_trainer import rows
 
 MODES = {**CPU_MODES, "tf32": "{mode: tf32}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mpcli.data.image_dataset import ImageDataset
 from mpcli.recipe.errors import UserError
 from mpcli.rundir import RunDirectory
 from tests.small import resume_small, run_small, small_recipe
+from tests.stopped import assert_same_run, kill_at, killed_run, signal_at
 
 FP16 = "{mode: fp16, loss_scale: {kind: dynamic, init_scale: %d}}"
 
@@ -208,3 +210,53 @@ def test_without_checkpoints_the_recipe_is_refused(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert "`rollback` goes back to a checkpoint, and none are made" in problem.what
     assert problem.path == "train.on_nonfinite"
+
+
+@pytest.mark.parametrize("precision", ["{mode: fp32}", FP16 % 2**17])
+def test_killed_at_any_step_it_goes_back_to_the_same(
+    tmp_path: Path, bad: dict[int, float], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    bad.update({5: float("nan"), 7: float("inf")})
+    overrides = rollback(precision=precision, train__max_rollbacks=9, train__ema=0.9)
+    whole, result = run_small(tmp_path, *overrides, name="whole")
+    assert result.status == "done"
+    taken = [{**row, "attempt": 1} for row in rows(whole, "rollbacks.jsonl")]
+    assert [row["step"] for row in taken] == [5, 7]
+    for call in range(1, 9):
+        with monkeypatch.context() as patch:
+            kill_at(patch, call)
+            run = killed_run(tmp_path, *overrides, name=f"{call}")
+        assert resume_small(run).status == "done"
+        assert_same_run(run, whole)
+        assert [{**row, "attempt": 1} for row in rows(run, "rollbacks.jsonl")] == taken
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_checkpoints_that_signals_asked_for_are_no_place_to_go_back_to(
+    tmp_path: Path, bad: dict[int, float], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Without the signal they would not be there, and the run would go back further."""
+    bad[6] = float("nan")
+    overrides = rollback(output__keep_last=1)
+    whole, _ = run_small(tmp_path, *overrides, name="whole")
+    for step in (1, 3, 4, 5):
+        with monkeypatch.context() as patch:
+            signal_at(patch, number, step)
+            run, result = run_small(tmp_path, *overrides, name=f"{number}-{step}")
+        if number == signal.SIGTERM:
+            assert result.exit_code == 75
+            result = resume_small(run)
+        assert result.status == "done"
+        assert [row["checkpoint"] for row in rows(run, "rollbacks.jsonl")] == [3]
+        assert_same_run(run, whole)
+
+
+def test_skips_in_a_row_are_counted_anew(tmp_path: Path, bad: dict[int, float]) -> None:
+    high = FP16 % 2**24
+    _, result = run_small(tmp_path, *rollback(precision=high))
+    skips = result.steps_skipped
+    assert 0 < skips < 7
+    bad[1] = float("nan")  # then as many steps are skipped as without it
+    limit = rollback(precision=high, train__max_consecutive_skips=skips + 1)
+    _, result = run_small(tmp_path, *limit, name="other")
+    assert (result.status, result.steps_skipped) == ("done", skips + 1)

@@ -18,7 +18,7 @@ from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit
 from mpcli.rundir import RunDirectory
 from tests.small import CPU, Silent, run_small, small_recipe
-from tests.test_resume import assert_same_run, rows
+from tests.stopped import assert_same_run, rows
 from tests.victims import (
     MODES,
     Victims,
@@ -28,25 +28,12 @@ from tests.victims import (
     random_flips,
     recipe,
     run_into_full_disk,
-    serving,
     small_disk,
     tiny_run,
     unfinished,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def whole(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """The run that nothing happens to."""
-    return victims.finish(tmp_path_factory.mktemp("whole") / "run", *recipe())
 
 
 @pytest.fixture
@@ -136,7 +123,8 @@ def test_records_that_have_no_room_cost_no_step(tmp_path: Path) -> None:
     assert problem["severity"] == "warning"
     assert "No space left on device" in problem["message"]
     assert run.log_path.read_text().count("WARNING") == 1
-    assert kept == list(range(1, len(kept) + 1))  # whole rows, as long as there was room
+    assert kept == sorted(set(kept))  # whole rows; a few may find room where more did not
+    assert kept[:50] == list(range(1, 51))
     assert 0 < len(kept) < 100
     assert loaded_steps(run) == [100, 80]
 

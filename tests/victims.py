@@ -34,11 +34,11 @@ from mpcli.recipe.errors import Exit, UserError
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification as task
 from tests.checkpoints import FILES
+from tests.processes import MPTRAIN, has_row
 from tests.small import RECIPE as SMALL
 from tests.small import resume_small, run_small
 
 ROOT = Path(__file__).parents[1]
-MPTRAIN = Path(sys.executable).with_name("mptrain")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 12
 MODES = {"synchronous": (), "asynchronous": ("output.async_checkpoint=true",)}
@@ -63,12 +63,6 @@ def recipe(
     )
 
 
-def has_row(run: RunDirectory, step: int) -> bool:
-    """Whether a step's row is in `steps.jsonl`."""
-    path = run.path / "steps.jsonl"
-    return path.exists() and f'{{"step": {step},' in path.read_text()
-
-
 class Victim:
     """A forked run. It is not reaped before `wait`, so signals cannot reach another process."""
 
@@ -88,7 +82,7 @@ class Victim:
 
     def shows(self, step: int) -> bool:
         """Whether a step's row is in `steps.jsonl`."""
-        return has_row(self.run, step)
+        return has_row(self.run.path / "steps.jsonl", step)
 
     def has_saved(self, step: int) -> bool:
         """Whether there is a checkpoint of that step."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,16 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return safetensors.torch.load_file(checkpoint.path / TENSORS), state
 
 
-def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[Problem]]:
-    """The newest checkpoint that verifies, and a warning for each newer one that does not.
+def newest_valid(
+    folder: Path, use: Callable[[Checkpoint], None] = verify, up_to: float = math.inf
+) -> tuple[Checkpoint | None, list[Problem]]:
+    """The newest checkpoint that can be used, and a warning for each newer one that cannot.
 
     Cleans up what a killed `save` left: only the run's one writer may call this.
+
+    Args:
+        use: what has to succeed with it; UserError (exit 4) where it does not.
+        up_to: the last step that counts.
 
     Returns:
         None where no checkpoint was ever completed.
@@ -81,8 +88,10 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[Problem]]:
         _recover(folder)
     damaged: list[str] = []
     for checkpoint in completed(folder):
+        if checkpoint.step > up_to:
+            continue
         try:
-            verify(checkpoint)
+            use(checkpoint)
         except UserError as error:
             damaged += [problem.what for problem in error.problems]
             continue
@@ -128,10 +137,12 @@ def _examine(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, entry in manifest.files.items():
         if entry.size != sizes[name]:
             raise _Damaged(f"{name} has {sizes[name]} bytes instead of {entry.size}")
+    if sizes[STATE] > MAX_JSON_BYTES:
+        raise _Damaged(f"{STATE} is larger than {MAX_JSON_BYTES} bytes")
+    _check_header(folder / TENSORS)  # and so the size: hashing terabytes of nothing takes hours
     for name, entry in manifest.files.items():
         if entry.sha256 != sha256(folder / name):
             raise _Damaged(f"{name} was changed: its SHA-256 is not the one in {MANIFEST}")
-    _check_header(folder / TENSORS)
     return _state(folder / STATE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import threading
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from mpcli.checkpoint.layout import Checkpoint, completed
 from mpcli.checkpoint.writer import make_folder, save
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.rundir import storage_errors
+
+logger = logging.getLogger(__name__)
 
 _TENSOR_BYTES = 512  # at most, of a header, for a tensor's name, shape and place
 _OTHER_BYTES = 2**15  # state, manifest, and what a file system needs for three files
@@ -50,8 +53,8 @@ def check_room(
         raise user_error(
             f"not enough room: {new} checkpoints of {each:,} bytes and the trained model need "
             f"{needed:,} bytes, and {free:,} are free",
-            "free some space, choose another place with `--output DIR`, or lower "
-            "`output.keep_last`",
+            "free some space; a new run may go elsewhere with `--output DIR`, or keep fewer "
+            "checkpoints with `output.keep_last`",
             path="output.keep_last",
             exit_code=Exit.STORAGE,
         )
@@ -61,7 +64,8 @@ class Saver:
     """Saves one checkpoint at a time, in a thread of its own with `background`.
 
     In the background, a save holds the training up for a copy of the tensors in host memory, and
-    for the end of the save before it. The memory of the copy is kept for the next one.
+    for the end of the save before it. The memory of the copy is kept for the next one. As a
+    context, it waits at the end for a save that is going on.
 
     Args:
         folder: `checkpoints` of a run.
@@ -96,8 +100,9 @@ class Saver:
         """
         self.finished(wait=True)
         if self._copies is None:
-            self._write(step, tensors, state, keep)
-            self._raise()
+            self._saved = save(
+                self.folder, step, tensors, state, keep_last=self.keep_last, keep=keep
+            )
             return
         copied = self._copy(self._copies, tensors)
         self._thread = threading.Thread(
@@ -117,13 +122,21 @@ class Saver:
         if self._thread and (wait or not self._thread.is_alive()):
             self._thread.join()
             self._thread = None
-            self._raise()
+            error, self._error = self._error, None
+            if error:
+                raise error
         return self._saved
 
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error:
-            raise error
+    def __enter__(self) -> None:
+        """Nothing is going on yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # a second Ctrl-C waits for nothing
+            return
+        try:
+            self.finished(wait=True)
+        except UserError as error:  # what ends the block is worse, and told
+            logger.warning("%s", error)
 
     @staticmethod
     def _copy(copies: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
@@ -148,8 +161,9 @@ class Saver:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         keep: Collection[int],
-        copied: torch.cuda.Event | None = None,
+        copied: torch.cuda.Event | None,
     ) -> None:
+        """What the thread does."""
         try:
             if copied:
                 copied.synchronize()

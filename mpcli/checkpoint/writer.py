@@ -36,7 +36,7 @@ from mpcli.checkpoint.layout import (
     encode,
     sha256,
 )
-from mpcli.rundir import storage_errors
+from mpcli.rundir import storage_errors, sync
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def make_folder(folder: Path) -> None:
         raise OSError(errno.ELOOP, f"`{folder.name}` is a link, which is not followed")
     if not folder.is_dir():
         folder.mkdir()
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: bytes) -> None:
@@ -111,7 +111,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: bytes)
     manifest = Manifest(version=VERSION, step=step, files=entries)
     (folder / MANIFEST).write_bytes(encode(manifest.model_dump()))
     for path in (folder / TENSORS, folder / STATE, folder / MANIFEST, folder):
-        _sync(path)
+        sync(path)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,16 +144,8 @@ def _publish(temporary: Path, final: Path) -> None:
         discard(old)
         final.replace(old)
     temporary.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
     discard(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unwanted(folder: Path, step: int, keep_last: int, keep: Collection[int]) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -37,11 +37,15 @@ def write(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _discard_rest(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise user_error(
                 f"cannot write to stdout: {error.strerror}", exit_code=Exit.STORAGE
             ) from error
+
+
+def _discard_rest(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -55,7 +59,9 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     from rich.table import Table
     from rich.text import Text
 
-    rows = list(rows)
+    from mpcli.recipe.render import visible
+
+    rows = [tuple(map(visible, row)) for row in rows]  # names may come from a stranger
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 10_000
     *columns, last = zip(header, *rows, strict=True)
@@ -205,13 +211,14 @@ class BarDisplay:
         columns = (BarColumn(self.BAR), text) if console.width >= 110 else (text,)
         self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._last_drawn = 0.0
+        self._gone = False
 
     def start(self, plan: Plan, recipe: Recipe) -> None:
         """Say what begins, and draw the empty bar."""
         self._facts = _Facts(plan, recipe)
         self.message(self._facts.heading)
         self._task = self._progress.add_task(f"step 0/{plan.steps}", total=plan.steps)
-        self._progress.start()
+        self._draw(self._progress.start)
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """New rows: draw them unless the bar was drawn just now."""
@@ -219,7 +226,7 @@ class BarDisplay:
         facts = self._facts.of(rows, room=width - self.BAR - 1 if width >= 110 else width)
         self._progress.update(self._task, completed=rows[-1].step, description=facts)
         if time.monotonic() - self._last_drawn >= self.SECONDS:
-            self._progress.refresh()
+            self._draw(self._progress.refresh)
             self._last_drawn = time.monotonic()
 
     def evaluated(self, row: EvalRecord) -> None:
@@ -228,9 +235,19 @@ class BarDisplay:
 
     def message(self, text: str) -> None:
         """One line above the bar."""
-        self._progress.console.print(text)
+        self._draw(self._progress.console.print, text)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        self._progress.refresh()
-        self._progress.stop()
+        self._draw(self._progress.refresh)
+        self._draw(self._progress.stop)
+
+    def _draw(self, draw: Callable[..., object], *arguments: str) -> None:
+        """A terminal that is closed during a run takes the display away, not the run."""
+        if self._gone:
+            return
+        try:
+            draw(*arguments)
+        except OSError:
+            self._gone = True
+            _discard_rest(sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,7 +18,7 @@ from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
-    from mpcli.records import Result
+    from mpcli.records import Result, ResultProblem
     from mpcli.rundir import RunDirectory
 
 
@@ -93,10 +93,16 @@ def _resume(
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
         recipe_path = str(directory.recipe_path)
         loaded, planned, warnings = make(recipe_path, overrides, plugin, strict=strict)
-        ended = directory.result()
-        if ended and ended.status == "done" and ended.steps_attempted >= planned.steps:
-            write(f"the run has its {ended.steps_attempted:,} steps: nothing to do", sys.stderr)
-            _show_result(ended, directory, loaded, as_json=as_json)
+        result = directory.result()
+        done = result and result.status == "done" and directory.final_path.exists()
+        if result and done and result.steps_attempted >= planned.steps:
+            write(f"the run has its {result.steps_attempted:,} steps: nothing to do", sys.stderr)
+            _show_result(result, directory, loaded, as_json=as_json)
+        if done and not directory.has_checkpoints():
+            raise user_error(
+                f"--resume {path}: the run is over and left no checkpoint to go on from",
+                "begin a new run; `output.checkpoint_every` lets it be made longer later",
+            )
 
         from mpcli.machine import environment
 
@@ -139,7 +145,7 @@ def _show_result(
     raise typer.Exit(result.exit_code)
 
 
-def _place(problem: dict[str, Any], loaded: LoadedRecipe) -> Place | None:
+def _place(problem: ResultProblem, loaded: LoadedRecipe) -> Place | None:
     """Where a recorded problem is: in the plug-in, or in the recipe."""
     if loaded.plugin and problem["line"]:
         return loaded.plugin.place(problem["line"], problem["column"] - 1)

@@ -261,7 +261,7 @@ class LocalEngine:
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError, TypeError) as error:
             raise _foreign("it lacks a state of random numbers") from error
-        if self.compile and self._observe:  # in step 1: eager kernels would round otherwise
+        if self.compile and self._observe and attempted:  # step 1 alone is not compiled
             self._observe = False
             self._compile()
 
@@ -325,7 +325,7 @@ def checkpoint_weights(tensors: Mapping[str, Tensor], decay: float | None) -> di
 
 def _foreign(what: str) -> UserError:
     return user_error(
-        f"the checkpoint is not of this run: {what}",
+        f"it is not of this run: {what}",
         "a checkpoint fits only the recipe that it was saved with",
         exit_code=Exit.CHECKPOINT,
     )

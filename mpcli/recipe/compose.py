@@ -36,7 +36,8 @@ class Composition:
         for key, why in _outdated(base, over, path):
             gone = entries.pop(key)
             here = _join(path, key)
-            self.dropped[here] = visible(f"{here} ({position(gone.key)}) is dropped: {why}")
+            if not (isinstance(gone.node, Scalar) and gone.node.value is None):
+                self.dropped[here] = visible(f"{here} ({position(gone.key)}) is dropped: {why}")
         for key, entry in over.entries.items():
             below = entries.get(key)
             if below and isinstance(below.node, Mapping) and isinstance(entry.node, Mapping):

@@ -107,7 +107,7 @@ def test_what_goes_wrong_in_training_is_shown_with_its_remedy(mptrain, recipe, m
     import mpcli.launch
     from mpcli.recipe.errors import Exit, user_error
 
-    def train(*arguments):
+    def train(*arguments, **options):
         raise user_error("disk full", "free some space", exit_code=Exit.STORAGE)
 
     monkeypatch.setattr(mpcli.launch, "train", train)
@@ -121,7 +121,7 @@ def test_what_goes_wrong_in_training_stands_at_its_place(mptrain, recipe, monkey
     import mpcli.launch
     from mpcli.recipe.errors import Exit, user_error
 
-    def train(*arguments):
+    def train(*arguments, **options):
         raise user_error("too much", path="train.global_batch_size", exit_code=Exit.ENVIRONMENT)
 
     monkeypatch.setattr(mpcli.launch, "train", train)

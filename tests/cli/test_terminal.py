@@ -76,3 +76,21 @@ def test_ctrl_c_at_any_moment_of_the_start_ends_it_with_130(recipe):
         assert "Traceback" not in err
         assert process.returncode == 130, err
         assert json.loads(out)["status"] == "interrupted"
+
+
+def test_a_terminal_that_is_closed_takes_the_display_and_not_the_run(recipe, tmp_path):
+    master, slave = pty.openpty()
+    code = "import sys; from mpcli.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(recipe), "--output", "out", "--json",
+         "--set", "train.steps=300"],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave, text=True,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(slave)
+    while b"300 steps" not in os.read(master, 65536):  # the display is there
+        assert process.poll() is None
+    os.close(master)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert json.loads(out)["steps_attempted"] == 300
