@@ -16,10 +16,11 @@ from typing import Protocol
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpcli import checkpoint
 from mpcli.data.batch import Batch
+from mpcli.data.text import TextInfo
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
 from mpcli.optim import learning_rate
@@ -33,7 +34,7 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, check, released, save_asked
-from mpcli.tasks import apply_activation_checkpointing, task_of
+from mpcli.tasks import apply_activation_checkpointing, task_of, transformers_folder
 from mpcli.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -243,7 +244,10 @@ def train(
         best_is_last = progress.best and progress.best[0] == step
         if recipe.output.checkpoint_every is not None or best_is_last:
             save(step)  # more steps may follow one day
-        _save_model(engine.state_dict(), recipe, plan, run)
+        if isinstance(data.info, TextInfo):
+            _save_for_transformers(model, engine.state_dict(), data.info, recipe, progress, run)
+        else:
+            _save_model(engine.state_dict(), recipe, plan, run)
         note_saved(wait=True)
 
 
@@ -333,12 +337,32 @@ def _save_model(state: Mapping[str, Tensor], recipe: Recipe, plan: Plan, run: Ru
         "sample": plan.sample,
         "weights": "average" if recipe.train.ema else "last",
     }
-    with storage_errors(run.path), run.replacing_final() as folder:
-        try:
-            safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        except SafetensorError as error:  # what its writer makes of an OSError
-            raise OSError(errno.EIO, str(error)) from error
+    with storage_errors(run.path), _safetensors_errors(), run.replacing_final() as folder:
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
         (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def _save_for_transformers(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    info: TextInfo,
+    recipe: Recipe,
+    progress: Progress,
+    run: RunDirectory,
+) -> None:
+    """`final/`: a folder that transformers loads without this program."""
+    card = transformers_folder.model_card(model, recipe, progress.metrics())
+    with storage_errors(run.path), _safetensors_errors(), run.replacing_final() as folder:
+        transformers_folder.save(folder, model, state, info, card)
+
+
+@contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """What the writer of safetensors makes of an OSError becomes one again."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, assert_never
 
 import torch
@@ -13,6 +14,8 @@ from mpcli.recipe.data import PretrainedTokenizer, TextData, Tokenizer, WordPiec
 from mpcli.recipe.errors import Exit, UserError, did_you_mean, user_error
 from mpcli.recipe.task import ModelConfig, PretrainedModel, TextTask
 from mpcli.signals import uninterrupted
+
+_log = logging.getLogger(__name__)
 
 
 def _bert(layers: int, width: int, heads: int) -> tuple[str, dict[str, int]]:
@@ -69,9 +72,7 @@ def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
         UserError: exit 2, there is no such model, or it does not fit the data; exit 3, its weights
             cannot be had.
     """
-    with uninterrupted():
-        import transformers
-
+    transformers = _quiet_transformers()
     config = _config(options, info)
     config.num_labels = info.num_labels or config.num_labels
     _check_fit(config, info)
@@ -83,17 +84,31 @@ def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
                 config, attn_implementation=options.attention, trust_remote_code=False
             )
         else:
-            model = build_class.from_pretrained(
+            model, loading = build_class.from_pretrained(
                 place,
+                output_loading_info=True,
                 config=config,
                 attn_implementation=options.attention,
                 dtype=torch.float32,
                 use_safetensors=True,  # the other format can execute code
                 trust_remote_code=False,
             )
+            _log.info(
+                "weights that %s lacks are fresh: %s", place, loading["missing_keys"] or "none"
+            )
     except Exception as error:  # whatever values of the config or damaged files lead to
         raise _no_model(options, place, error) from error
     return model.train()
+
+
+def _quiet_transformers() -> Any:
+    """The library, without progress bars and reports of its own."""
+    with uninterrupted():
+        import transformers
+    logging_of_its_own: Any = transformers.utils.logging
+    logging_of_its_own.set_verbosity_error()
+    logging_of_its_own.disable_progress_bar()
+    return transformers
 
 
 def _config(options: TextTask, info: TextInfo) -> Any:
