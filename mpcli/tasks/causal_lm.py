@@ -46,7 +46,9 @@ def build_model(options: Options, info: TextInfo) -> nn.Module:
 def loss(options: Options, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy, summed over the guessed tokens in fp32, and their number."""
     tokens = batch["input_ids"]
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    # Without a cache, transformers reads positions on the host to see whether sequences are packed
+    # as it does it. A cache that nobody fills before or reads after changes no number.
+    logits = model(input_ids=tokens, use_cache=True).logits[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     return losses, batch.weight
 
