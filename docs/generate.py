@@ -39,8 +39,10 @@ def schema() -> str:
 
 
 def readme() -> str:
-    """The README with the recipe reference between its markers."""
+    """The README with the plug-in's example and the recipe reference between their markers."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    plugin = (ROOT / "recipes" / "plugin" / "plugin.py").read_text(encoding="utf-8")
+    text = between(text, "plug-in", f"```python\n{plugin}```\n")
     return between(text, "recipe reference", recipe_reference())
 
 

@@ -94,7 +94,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             return finish("preempted", Exit.PREEMPTED, [Problem("stopped by SIGTERM", hint)])
         return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C", hint)])
     except Exception as error:
-        if told := _explained(error) or plugin_error(error, recipe.task):
+        if told := explained(error) or plugin_error(error, recipe.task):
             logger.exception("what was raised")
             return finish("failed", told.exit_code, told.problems)
         logger.exception("a bug")
@@ -160,7 +160,7 @@ class _WarningsTo(logging.Handler):
             self.display.message(record.getMessage())
 
 
-def _explained(error: Exception) -> UserError | None:
+def explained(error: Exception) -> UserError | None:
     """What torch raises through no fault of the program, with its remedy."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:

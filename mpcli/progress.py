@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcli import checkpoint
 from mpcli.precision.loss_scale import at_floor
-from mpcli.recipe.errors import Exit, Problem, user_error
+from mpcli.recipe.errors import Exit, Problem, one_of, user_error
 from mpcli.recipe.precision import DynamicScale, LossScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import StepRecord, TrainingState
@@ -80,9 +80,15 @@ class Progress:
     def add_evaluation(self, step: int, metrics: dict[str, float], best: str | None) -> None:
         """Note an evaluation, and whether its metric `best` is better than ever before."""
         self.evaluation, self.evaluated = metrics, step
-        if best is None or not math.isfinite(metrics[best]):
+        if best is None:
             return
-        better = min if best == "loss" else max
+        if best not in metrics:
+            known = one_of(metrics)
+            what = f"the evaluation of this task has no `{best}`"
+            raise user_error(what, f"it has {known}", path="output.keep_best")
+        if not math.isfinite(metrics[best]):
+            return
+        better = min if best in ("loss", "perplexity") else max
         if self.best is None or better(metrics[best], self.best[1]) != self.best[1]:
             self.best = step, metrics[best]
 

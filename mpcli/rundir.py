@@ -117,12 +117,24 @@ class RunDirectory:
             UserError: exit 2 for what is not a run, or is another process's; 7 where it cannot
                 be written.
         """
-        _check_is_run(path)
-        run = cls(path, max(_attempts(path), default=1))
+        run = cls.read(path, "--resume ")
         with storage_errors(path, f"the run directory {path}"):
             run._lock()
             run._write_process()
         return run
+
+    @classmethod
+    def read(cls, path: Path, option: str = "") -> RunDirectory:
+        """A run that is only looked at; its `attempt` is the newest there is.
+
+        Args:
+            option: of the command line, that named it.
+
+        Raises:
+            UserError: exit 2 for what is not a run.
+        """
+        _check_is_run(path, option)
+        return cls(path, max(_attempts(path), default=1))
 
     def begin_attempt(
         self, recipe: Recipe, plan: Plan, environment: Mapping[str, Any], changes: Sequence[str]
@@ -353,26 +365,40 @@ class RunDirectory:
         self._files["lock"].write(f"{os.getpid()}\n".encode())
 
 
-def _check_is_run(path: Path) -> None:
-    hint = "`--resume` takes a run directory, such as `runs/NAME/latest`"
+def newest_run() -> Path:
+    """The newest of all runs in `runs`.
+
+    Raises:
+        UserError: exit 2, there is none.
+    """
+    found = [latest.resolve() for latest in Path("runs").glob("*/latest") if latest.is_dir()]
+    if not found:
+        hint = "name a run directory; `mptrain run` makes one"
+        raise user_error("there are no runs in the folder `runs`", hint)
+    newest = max(found, key=lambda path: path.name)  # which begins with the time
+    return Path(os.path.relpath(newest))
+
+
+def _check_is_run(path: Path, option: str) -> None:
+    hint = "a run directory is named, such as `runs/NAME/latest`"
     if not path.is_dir():
         found = "is a file" if path.exists() else "no such folder"
-        raise user_error(f"--resume {path}: {found}", hint)
+        raise user_error(f"{option}{path}: {found}", hint)
     try:
         entries = sorted(path.iterdir())
         attempts = sorted((path / "attempts").glob("*"))
     except OSError as error:
-        raise user_error(f"--resume {path}: {error.strerror}", exit_code=Exit.STORAGE) from error
+        raise user_error(f"{option}{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
     if not (path / "recipe.yaml").exists():
         names = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
         if (path / "latest").is_dir():
-            hint = f"`--resume {path / 'latest'}` is its newest run"
-        raise user_error(f"--resume {path}: not a run: no recipe.yaml, but {names}{more}", hint)
+            hint = f"`{option}{path / 'latest'}` is its newest run"
+        raise user_error(f"{option}{path}: not a run: no recipe.yaml, but {names}{more}", hint)
     for entry in (*entries, *attempts):  # what is written to must lie in this folder
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
             name = entry.relative_to(path)
-            what = f"--resume {path}: `{name}` is neither a file nor a folder"
+            what = f"{option}{path}: `{name}` is neither a file nor a folder"
             raise user_error(what, "a run directory holds no links or devices")
 
 

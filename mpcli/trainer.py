@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from mpcli import checkpoint
 from mpcli.data.batch import Batch
-from mpcli.data.text import TextInfo
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
+from mpcli.final import write_final
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
@@ -34,7 +29,7 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, check, released, save_asked
-from mpcli.tasks import apply_activation_checkpointing, task_of, transformers_folder
+from mpcli.tasks import apply_activation_checkpointing, task_of
 from mpcli.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -68,7 +63,7 @@ def train(
             ended with is not a trained model.
         Stopped: by a signal, after a checkpoint if there was anything to save.
     """
-    with _settings(recipe, plan), contextlib.ExitStack() as stack:
+    with settings(recipe, plan), contextlib.ExitStack() as stack:
         device = torch.device(plan.device)
         task, options = task_of(recipe.task), recipe.task
         display.message(f"loading {plan.data_source}")
@@ -244,10 +239,10 @@ def train(
         best_is_last = progress.best and progress.best[0] == step
         if recipe.output.checkpoint_every is not None or best_is_last:
             save(step)  # more steps may follow one day
-        if isinstance(data.info, TextInfo):
-            _save_for_transformers(model, engine.state_dict(), data.info, recipe, progress, run)
-        else:
-            _save_model(engine.state_dict(), recipe, plan, run)
+        with storage_errors(run.path), run.replacing_final() as folder:
+            weights, metrics = engine.state_dict(), progress.evaluation
+            for problem in write_final(folder, recipe, data, model, weights, metrics):
+                progress.warn(problem)
         note_saved(wait=True)
 
 
@@ -329,44 +324,8 @@ def _write_remaining(
         run.append_steps(rows)
 
 
-def _save_model(state: Mapping[str, Tensor], recipe: Recipe, plan: Plan, run: RunDirectory) -> None:
-    """`final/`: safetensors weights, and what is needed to build the model elsewhere."""
-    tensors = {name: value.contiguous().cpu() for name, value in state.items()}
-    about = {
-        "task": recipe.task.model_dump(mode="json"),
-        "sample": plan.sample,
-        "weights": "average" if recipe.train.ema else "last",
-    }
-    with storage_errors(run.path), _safetensors_errors(), run.replacing_final() as folder:
-        safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-
-
-def _save_for_transformers(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    info: TextInfo,
-    recipe: Recipe,
-    progress: Progress,
-    run: RunDirectory,
-) -> None:
-    """`final/`: a folder that transformers loads without this program."""
-    card = transformers_folder.model_card(model, recipe, progress.metrics())
-    with storage_errors(run.path), _safetensors_errors(), run.replacing_final() as folder:
-        transformers_folder.save(folder, model, state, info, card)
-
-
 @contextlib.contextmanager
-def _safetensors_errors() -> Iterator[None]:
-    """What the writer of safetensors makes of an OSError becomes one again."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from error
-
-
-@contextlib.contextmanager
-def _settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
+def settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     """torch's global switches, put back afterwards."""
     benchmark = torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()

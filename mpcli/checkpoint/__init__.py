@@ -11,9 +11,18 @@ The hashes find damage. Somebody who rewrites the manifest too can give a run wr
 cannot make it execute anything, read outside the folder, or wait for a small file.
 """
 
-from mpcli.checkpoint.layout import Checkpoint
+from mpcli.checkpoint.layout import Checkpoint, completed
 from mpcli.checkpoint.reader import load, newest_valid, verify
 from mpcli.checkpoint.saver import Saver, check_room
 from mpcli.checkpoint.writer import save
 
-__all__ = ["Checkpoint", "Saver", "check_room", "load", "newest_valid", "save", "verify"]
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "check_room",
+    "completed",
+    "load",
+    "newest_valid",
+    "save",
+    "verify",
+]

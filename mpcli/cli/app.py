@@ -10,11 +10,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mpcli import __version__
-from mpcli.cli import check, env, init, plan, run, schema
+from mpcli.cli import check, env, eval, init, plan, run, schema
 from mpcli.cli.console import prepare_streams, write
 from mpcli.cli.errors import guarded, interruptible
 
-COMMANDS = (run.run, check.check, plan.plan, init.init, schema.schema, env.env)
+COMMANDS = (run.run, check.check, plan.plan, eval.eval, init.init, schema.schema, env.env)
 
 
 def _print_help(text: str) -> NoReturn:

@@ -16,6 +16,7 @@ INFO = ImageInfo(
     input_shape=(1, 8, 8),
     num_classes=10,
     source="scikit-learn's digits (embedded)",
+    classes=tuple("0123456789"),
 )
 
 

@@ -22,7 +22,14 @@ class ImageDataset:
         read: both splits, on the CPU, and the numbers as they then are.
         augment: any of `flip`, `crop`, `cutout`; always applied in that order.
         channels_last: make inputs in NHWC memory format.
+
+    Attributes:
+        mean: of each channel of the training images, fp32 [C] on the CPU; `std` likewise. Known
+            after `prepare`.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -64,9 +71,9 @@ class ImageDataset:
             UserError: exit 3, when the data is missing or damaged.
         """
         splits, self.info = self._read()
-        mean, std = mean_and_std(splits.train.images)
-        self._mean = mean.view(1, -1, 1, 1).to(device)
-        self._scale = (1 / std).view(1, -1, 1, 1).to(device)
+        self.mean, self.std = mean_and_std(splits.train.images)
+        self._mean = self.mean.view(1, -1, 1, 1).to(device)
+        self._scale = (1 / self.std).view(1, -1, 1, 1).to(device)
         self._train = Split(*(tensor.to(device) for tensor in splits.train))
         self._eval = Split(*(tensor.to(device) for tensor in splits.eval))
         augment, size = self._augment, self.info.input_shape[1:]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from mpcli.data import cifar, digits
+from mpcli.data import cifar, digits, imagefolder
 from mpcli.data.images import ImageInfo, Splits
-from mpcli.recipe.data import Cifar10, Cifar100, Digits, ImageData
+from mpcli.recipe.data import Cifar10, Cifar100, Digits, ImageData, ImageFolder
 
 
 def describe(data: ImageData) -> ImageInfo:
@@ -20,6 +20,8 @@ def describe(data: ImageData) -> ImageInfo:
             return digits.INFO
         case Cifar10() | Cifar100():
             return cifar.describe(data)
+        case ImageFolder():
+            return imagefolder.describe(data)
         case _:
             assert_never(data)
 
@@ -35,5 +37,7 @@ def load(data: ImageData) -> tuple[Splits, ImageInfo]:
             return digits.load(), digits.INFO
         case Cifar10() | Cifar100():
             return cifar.load(data)
+        case ImageFolder():
+            return imagefolder.load(data)
         case _:
             assert_never(data)

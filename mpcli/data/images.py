@@ -17,6 +17,7 @@ class ImageInfo:
     input_shape: tuple[int, int, int]  # C, H, W
     num_classes: int
     source: str  # where the images come from, in words
+    classes: tuple[str, ...] = ()  # their names, where they are known
 
 
 class Split(NamedTuple):

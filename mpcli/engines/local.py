@@ -62,6 +62,7 @@ class LocalEngine:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters: list[Tensor] = [model.get_parameter(name) for name in self.names]
         exact = [p.data for p in self.parameters]
+        frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
         convert(model, meaning, device, fp32_modules)
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 or not meaning.masters else master
@@ -72,6 +73,12 @@ class LocalEngine:
             for p, master in zip(self.parameters, self.masters, strict=True)
             if p is not master
         ]
+        # What does not learn is rounded for the products only: it is saved as it came.
+        self.frozen = {
+            name: value
+            for name, value in frozen.items()
+            if meaning.masters and model.get_parameter(name).dtype != value.dtype
+        }
         self.clip = recipe.train.clip
         self.unclipped: set[Tensor] = set()
         if isinstance(self.clip, ClipAgc):  # Brock et al. 2021 leave the last layer alone
@@ -269,6 +276,7 @@ class LocalEngine:
                 state[f"master.{name}"] = master
             for key, value in self.optimizer.state.get(master, {}).items():
                 state[f"optimizer.{key}.{name}"] = value
+        state |= {f"master.{name}": value for name, value in self.frozen.items()}
         if self.ema:
             averages = zip(self.names, self.average, strict=True)
             state |= {f"average.{name}": value for name, value in averages}
@@ -280,6 +288,7 @@ class LocalEngine:
         """The model's weights and buffers: averages or masters in fp32 where there are any."""
         weights = self._averages() or self.masters
         exact = dict(zip(self.parameters, weights, strict=True))
+        exact |= {self.model.get_parameter(name): value for name, value in self.frozen.items()}
         state = self.model.state_dict(keep_vars=True)
         return {name: exact.get(value, value).detach() for name, value in state.items()}
 
@@ -295,6 +304,23 @@ class LocalEngine:
         statm = _statm(os.getpid())
         resident = int(os.pread(statm, 64, 0).split()[1]) * PAGE if statm is not None else peak
         return resident, max(resident, peak)  # the kernel notes peaks late
+
+
+def checkpoint_weights(tensors: Mapping[str, Tensor], decay: float | None) -> dict[str, Tensor]:
+    """The weights to evaluate and the buffers, by their names in the model.
+
+    Args:
+        tensors: of a checkpoint.
+        decay: `train.ema`.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    applied = int(tensors["applied"])
+    averages = parts.get("average", {}) if decay and applied else {}
+    means = {name: value / (1.0 - (decay or 0.0) ** applied) for name, value in averages.items()}
+    return parts["model"] | parts.get("buffer", {}) | parts.get("master", {}) | means
 
 
 def _foreign(what: str) -> UserError:

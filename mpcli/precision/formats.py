@@ -7,7 +7,10 @@ import torch
 HALF = (torch.float16, torch.bfloat16)
 
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a floating-point type: `fp32`, `fp16`, `bf16`."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names = {known: name for name, known in DTYPES.items()}
     return names.get(dtype, str(dtype).removeprefix("torch."))

@@ -71,7 +71,7 @@ _HUB_NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*"
 
 def _check_hub_name(name: str) -> str:
     if len(name) > 200 or not re.fullmatch(_HUB_NAME, name):
-        raise mistake("expected a name on the Hugging Face hub", "such as `owner/name`; `path` is for folders")
+        raise mistake("expected a name on the Hugging Face hub", "such as `owner/name`")
     return name
 
 

@@ -40,7 +40,21 @@ class Cifar100(_Cifar):
     kind: Literal["cifar100"]
 
 
-ImageData = Digits | Cifar10 | Cifar100
+class ImageFolder(Section):
+    """PNG and JPEG files in folders `train/<class>` and `val/<class>` (or `validation`, `test`)."""
+
+    kind: Literal["imagefolder"]
+    path: FolderPath = Field(description="folder that holds `train` and `val`")
+    size: Annotated[int, Field(ge=1, le=1024)] = Field(
+        description="pixels per side: the shorter side is scaled to it, the longer one cut"
+    )
+    augment: Augment = Field(default=(), description="augmentations of training images")
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="what a file does that is no image; `skip` counts it"
+    )
+
+
+ImageData = Digits | Cifar10 | Cifar100 | ImageFolder
 """What has labelled images."""
 
 

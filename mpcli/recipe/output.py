@@ -18,13 +18,16 @@ class Output(Section):
         "signal stops the run",
     )
     keep_last: Count = Field(default=2, description="newest checkpoints that are kept")
-    keep_best: Literal["loss", "accuracy"] | None = Field(
+    keep_best: Literal["loss", "accuracy", "perplexity", "masked_accuracy", "f1"] | None = Field(
         default=None,
         description="evaluation metric whose best value is saved at once, and kept besides",
     )
     async_checkpoint: bool = Field(
         default=False,
         description="train on while a copy of the state, in host memory, is written",
+    )
+    final_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="type of the weights in `final/`"
     )
     tensorboard: bool = Field(
         default=False, description="write TensorBoard events (extra `tensorboard`)"

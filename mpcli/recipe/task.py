@@ -38,13 +38,39 @@ class TorchvisionModel(Section):
     )
 
 
-ImageModel = Annotated[SmallNet | ResNet9 | TorchvisionModel, Field(discriminator="kind")]
+class Vit(Section):
+    """A vision transformer (Dosovitskiy et al. 2021), torchvision's, of any size."""
+
+    kind: Literal["vit"]
+    patch_size: Width = Field(default=4, description="pixels per side of a patch, a token")
+    layers: Annotated[int, Field(ge=1, le=256)] = Field(default=6, description="encoder blocks")
+    heads: Width = Field(default=4, description="of attention; they share the width")
+    width: Width = Field(default=256, description="features of a token")
+    mlp_width: Annotated[int, Field(ge=1, le=65536)] = Field(
+        default=512, description="features inside a block's two layers"
+    )
+    dropout: Fraction = Field(default=0.0, description="share of activations set to zero")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Vit:
+        if self.width % self.heads:
+            what = f"{self.heads} heads cannot share a width of {self.width}"
+            raise mistake(what, "the width is a multiple of the heads", "heads")
+        return self
+
+
+ImageModel = Annotated[SmallNet | ResNet9 | Vit | TorchvisionModel, Field(discriminator="kind")]
 
 
 class ImageClassification(Section):
     """One label per image, cross-entropy loss."""
 
-    DATA: ClassVar = ("digits", "cifar10", "cifar100")  # the kinds that have what it learns from
+    DATA: ClassVar = (
+        "digits",
+        "cifar10",
+        "cifar100",
+        "imagefolder",
+    )  # the kinds that have what it learns from
 
     kind: Literal["image-classification"]
     model: ImageModel

@@ -15,7 +15,7 @@ from mpcli.data.image_dataset import ImageDataset
 from mpcli.data.image_sources import describe, load
 from mpcli.data.images import ImageInfo
 from mpcli.recipe.data import ImageData
-from mpcli.recipe.task import ImageClassification, ResNet9, SmallNet, TorchvisionModel
+from mpcli.recipe.task import ImageClassification, ResNet9, SmallNet, TorchvisionModel, Vit
 from mpcli.tasks import torchvision_models, vision
 
 Options = ImageClassification
@@ -49,6 +49,8 @@ def build_model(options: Options, info: ImageInfo) -> nn.Module:
             model = vision.SmallNet(channels, size, info.num_classes, width=options.model.width)
         case ResNet9():
             model = vision.ResNet9(channels, info.num_classes, width=options.model.width)
+        case Vit():
+            model = torchvision_models.build_vit(options.model, info)
         case TorchvisionModel():
             model = torchvision_models.build(options.model, info)
         case _:

@@ -59,7 +59,7 @@ def test_version(mptrain):
         ("run", "missing argument `RECIPE`", "`mptrain run --help` shows the usage"),
         ("run x.yaml --resume x", "`--resume` and a recipe are both given", "a run has its own"),
         ("run --output y --resume x", "`--resume` and `--output` are both given", "a run has its"),
-        ("run --resume missing", "--resume missing: no such folder", "`--resume` takes a run"),
+        ("run --resume missing", "--resume missing: no such folder", "a run directory is named"),
         ("schema --json", "unknown option `--json`", "`mptrain schema` prints JSON as it is"),
         ("--json check x", "unknown option `--json`", "it belongs after the command"),
         ("check a b", "got unexpected extra argument", "`mptrain check --help` shows"),

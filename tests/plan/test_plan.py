@@ -15,6 +15,8 @@ from torchvision import models
 from mpcli.machine import Machine
 from mpcli.plan import MAX_STEPS, make_plan
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.recipe.load import load_recipe
+from mpcli.recipe.packaged import packaged_dir
 from tests.small import CPU, small_recipe
 from tests.tiny_cifar import write_tiny_cifar
 
@@ -220,3 +222,22 @@ def test_planning_makes_no_weights(tmp_path: Path) -> None:
     plan = make_plan(small_recipe(tmp_path, "task.model.width=4096").recipe, CPU)
     assert plan.parameters > 10**9
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+RECIPES = sorted(packaged_dir("recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    write_tiny_cifar(tmp_path / "cifar10", num_train=1024)
+    monkeypatch.setenv("MPTRAIN_DATA", str(tmp_path))
+    plan = make_plan(load_recipe(file).recipe, CPU)
+    assert plan.steps > 0
+    assert plan.warnings == ()
+
+
+def test_patches_have_to_tile_the_images(tmp_path: Path) -> None:
+    found = problems(tmp_path, "task.model={kind: vit, patch_size: 3}")
+    assert "3x3 do not tile 8x8" in found["task.model.patch_size"][0]

@@ -96,7 +96,12 @@ def test_digits_are_learnt():
     assert metrics["accuracy"] > 0.9
 
 
-MODELS = [{"kind": "smallnet"}, {"kind": "resnet9"}, {"kind": "torchvision", "name": "resnet18"}]
+MODELS = [
+    {"kind": "smallnet"},
+    {"kind": "resnet9"},
+    {"kind": "vit", "heads": 1},
+    {"kind": "torchvision", "name": "resnet18"},
+]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model["kind"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.data.text import IGNORED
+from mpcli.evaluation import evaluate, load_weights
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.recipe.load import load_recipe
@@ -218,9 +219,29 @@ def test_the_final_folder_gives_the_same_logits_without_this_program(
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-6)
     card = (run.final_path / "README.md").read_text()
-    assert f"`{mode}`" in card
-    assert "| eval | perplexity | " in card
+    assert f"precision of the training: {mode}\n" in card
+    assert "- perplexity on the evaluation data: " in card
     assert "kind: masked-lm" in card
+
+
+def test_tied_weights_are_written_once_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    run, result = run_small(tmp_path, "output.final_dtype=bf16", text=MLM)
+    finished(result)
+    saved = load_file(run.final_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert [name for name in saved if saved[name].shape == (200, 16)] == [
+        "bert.embeddings.word_embeddings.weight"
+    ]
+    assert json.loads((run.final_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("text", [MLM, GPT], ids=["masked", "causal"])
+def test_the_final_model_is_evaluated_to_the_same_numbers(tmp_path: Path, text: str) -> None:
+    run, result = run_small(tmp_path, text=text)
+    recipe = small_recipe(tmp_path, text=text).recipe
+    weights = load_weights(run, recipe)
+    assert weights.name == "final"
+    assert evaluate(recipe, make_plan(recipe, CPU), weights) == finished(result)
 
 
 def masters(run: RunDirectory, mode: str) -> dict[str, Tensor]:

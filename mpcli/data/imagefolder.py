@@ -1,0 +1,170 @@
+"""Images in folders named after their classes: `train/<class>/*` and `val/<class>/*`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from mpcli.data.cache import cached, content_key
+from mpcli.data.images import ImageInfo, Split, Splits
+from mpcli.recipe.data import ImageFolder
+from mpcli.recipe.errors import Exit, UserError, one_of, user_error
+
+EVAL_FOLDERS = ("val", "validation", "test")  # the first that is there
+_FORMATS = ("PNG", "JPEG")  # some of the others run external programs
+_SHOWN = 5  # files named of those that are skipped
+
+_log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """The files of both splits by class, whatever is in them."""
+
+    classes: tuple[str, ...]
+    train: tuple[tuple[Path, int], ...]  # file and number of its class
+    eval: tuple[tuple[Path, int], ...]
+    eval_folder: str
+
+
+def describe(data: ImageFolder) -> ImageInfo:
+    """Counts of files; of images, where files may be skipped: then all are read."""
+    if data.on_error == "skip":
+        return load(data)[1]
+    found = _found(data)
+    return _info(data, found, len(found.train), len(found.eval))
+
+
+def load(data: ImageFolder) -> tuple[Splits, ImageInfo]:
+    """Both splits, from the cache of decoded images where they are in it.
+
+    Raises:
+        UserError: exit 3, there is no such folder, or a file is no image, which is named.
+    """
+    found = _found(data)
+    with _readable(data):
+        labels = [[label for _, label in split] for split in (found.train, found.eval)]
+        files = [path for path, _ in (*found.train, *found.eval)]
+        key = content_key(f"imagefolder {data.size} {labels} {data.on_error}", files)
+        splits = cached(key, lambda: Splits(*(_read(data, s) for s in (found.train, found.eval))))
+    num_train, num_eval = (len(split.labels) for split in splits)
+    for name, number in (("train", num_train), (found.eval_folder, num_eval)):
+        if not number:
+            raise _missing(data, f"`{name}` holds no image")
+    return splits, _info(data, found, num_train, num_eval)
+
+
+def _info(data: ImageFolder, found: Found, num_train: int, num_eval: int) -> ImageInfo:
+    skipped = len(found.train) + len(found.eval) - num_train - num_eval
+    about = f"train and {found.eval_folder}, {len(found.classes)} classes"
+    return ImageInfo(
+        num_train=num_train,
+        num_eval=num_eval,
+        input_shape=(3, data.size, data.size),
+        num_classes=len(found.classes),
+        source=f"{data.path} ({about}{f', {skipped:,} files skipped' if skipped else ''})",
+        classes=found.classes,
+    )
+
+
+@contextmanager
+def _readable(data: ImageFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise user_error(what, path="data.path", exit_code=Exit.ENVIRONMENT) from error
+
+
+def _found(data: ImageFolder) -> Found:
+    folder = Path(data.path)
+    if not folder.is_dir():
+        raise _missing(data, "no such folder")
+    eval_folder = next((name for name in EVAL_FOLDERS if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or eval_folder is None:
+        raise _missing(data, f"no folder `train`, or none of {one_of(EVAL_FOLDERS)}")
+    with _readable(data):
+        classes = tuple(_names(folder / "train"))
+        if unknown := sorted(set(_names(folder / eval_folder)) - set(classes)):
+            raise _missing(data, f"`{eval_folder}` has the class `{unknown[0]}`, and `train` not")
+        splits = [
+            tuple(
+                (path, number)
+                for number, name in enumerate(classes)
+                for path in sorted((folder / split / name).glob("*"))
+                if path.is_file() and not path.name.startswith(".")
+            )
+            for split in ("train", eval_folder)
+        ]
+    for name, split in zip(("train", eval_folder), splits, strict=True):
+        if not split:
+            raise _missing(data, f"`{name}` holds no folders with files")
+    train, evaluation = splits
+    return Found(classes, train, evaluation, eval_folder)
+
+
+def _names(folder: Path) -> list[str]:
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _missing(data: ImageFolder, what: str) -> UserError:
+    return user_error(
+        f"{data.path}: {what}",
+        f"it should hold `train/CLASS/*` and {one_of(f'{name}/CLASS/*' for name in EVAL_FOLDERS)}",
+        path="data.path",
+        exit_code=Exit.ENVIRONMENT,
+    )
+
+
+def _read(data: ImageFolder, files: tuple[tuple[Path, int], ...]) -> Split:
+    """Decode all images of a split, in threads."""
+
+    def decode(path: Path) -> Tensor | str:
+        try:
+            return _decoded(path, data.size)
+        except Exception as error:  # decoders raise whatever damaged bytes lead them to
+            return str(error) or type(error).__name__
+
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(decode, (path for path, _ in files)))
+    results = list(zip(files, decoded, strict=True))
+    bad = [(path, why) for (path, _), why in results if isinstance(why, str)]
+    if bad and data.on_error == "stop":
+        path, why = bad[0]
+        raise user_error(
+            f"{path} is not a readable PNG or JPEG image: {why}",
+            "remove it, or use `on_error: skip`",
+            path="data.path",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    for path, why in bad[:_SHOWN]:
+        _log.warning("skipped: %s is not a readable PNG or JPEG image: %s", path, why)
+    if len(bad) > _SHOWN:
+        _log.warning("skipped: %d more files", len(bad) - _SHOWN)
+    kept = [(image, label) for (_, label), image in results if isinstance(image, Tensor)]
+    images = torch.empty(len(kept), 3, data.size, data.size, dtype=torch.uint8)
+    for index, (image, _) in enumerate(kept):
+        images[index] = image
+    return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
+
+
+def _decoded(path: Path, size: int) -> Tensor:
+    """The middle square of an image whose shorter side is made `size` long: [3, size, size]."""
+    with Image.open(path, formats=_FORMATS) as image:
+        picture = image.convert("RGB")
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels: Tensor = pil_to_tensor(picture.crop((left, top, left + size, top + size)))
+    return pixels
