@@ -65,7 +65,7 @@ class WordPiece(Section):
     vocab_size: Annotated[int, Field(ge=16, le=2**20)] = Field(
         default=8192, description="most entries of the vocabulary"
     )
-    lowercase: bool = Field(default=True, description="make the text lower-case, without accents")
+    lowercase: bool = Field(default=True, description="lower-case the text, without accents")
 
 
 class PretrainedTokenizer(LocalOrHub):
