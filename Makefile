@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -36,6 +36,12 @@ docs: $(INSTALLED)
 
 bench-overhead: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
+
+bench-checkpoint: $(INSTALLED)
+	$(BIN)/python benchmarks/checkpoint.py
+
+bench-input: $(INSTALLED)
+	$(BIN)/python benchmarks/input.py
 
 clean:
 	rm -rf .venv build dist

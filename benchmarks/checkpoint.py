@@ -1,26 +1,35 @@
-"""How long a save holds training up, beside `torch.save` of the same state.
+"""How long a save holds training up, beside `torch.save` and torch's own checkpoint writer.
 
-The state is that of Adam on an MLP: weights and two moments, all fp32. Both sides end with the
+The state is that of Adam on an MLP: weights and two moments, all fp32. Everybody ends with the
 data on the disk: `torch.save` gets the fsync that it does not make itself. What ours does besides
-is to hash every byte, write the manifest and sync the folders.
+is to hash every byte, write the manifest and sync the folders. In the background
+(`output.async_checkpoint`) only a copy in memory holds the training up; its time is that until
+the training goes on, the writing is waited for outside it. DCP is
+`torch.distributed.checkpoint.save` with its HuggingFaceStorageWriter, the writer for many
+processes, whose layout ours has.
 
+    make bench-checkpoint
     python benchmarks/checkpoint.py --folder DIR_ON_THE_DISK_TO_MEASURE
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from mpcli.checkpoint import Checkpoint, load, save
+from mpcli.checkpoint import Checkpoint, Saver, load, save
 
 
 def adam_state(megabytes: int) -> dict[str, Tensor]:
@@ -33,20 +42,22 @@ def adam_state(megabytes: int) -> dict[str, Tensor]:
     }
 
 
-def by_torch(folder: Path, step: int, state: dict[str, Tensor], *, sync: bool) -> None:
-    """`torch.save`, replacing the file before."""
+def by_torch(folder: Path, step: int, state: dict[str, Tensor]) -> None:
+    """`torch.save` to the disk, replacing the file before."""
     path = folder / "checkpoint.pt"
     with path.with_suffix(".tmp").open("wb") as file:
         torch.save({"state": state, "step": step}, file)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     path.with_suffix(".tmp").replace(path)
 
 
-def ours(folder: Path, step: int, state: dict[str, Tensor]) -> None:
-    """A checkpoint of ours, of which one stays."""
-    save(folder, step, state, {"step": step}, keep_last=1)
+def by_dcp(folder: Path, step: int, state: dict[str, Tensor]) -> None:
+    """torch's distributed writer of safetensors, in one process."""
+    shutil.rmtree(folder / "dcp", ignore_errors=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder / "dcp"), save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    settle(folder / "dcp")
 
 
 def settle(folder: Path) -> None:
@@ -60,11 +71,14 @@ def settle(folder: Path) -> None:
 def measure(megabytes: int, repeats: int, root: Path) -> list[list[float]]:
     """Milliseconds of each save of each kind, and of each load."""
     state = adam_state(megabytes)
+    ours, beside = root / "ours", root / "beside"
+    saver = Saver(beside, 1, state, background=True)
     sides: list[Callable[[int], object]] = [
-        lambda step: by_torch(root, step, state, sync=False),
-        lambda step: by_torch(root, step, state, sync=True),
-        lambda step: ours(root / "checkpoints", step, state),
-        lambda step: load(Checkpoint(root / "checkpoints" / f"step-{step}", step)),
+        lambda step: by_torch(root, step, state),
+        lambda step: by_dcp(root, step, state),
+        lambda step: save(ours, step, state, {"step": step}, keep_last=1),
+        lambda step: saver.save(step, state, {"step": step}),
+        lambda step: load(Checkpoint(ours / f"step-{step}", step)),
     ]
     times: list[list[float]] = [[] for _ in sides]
     for step in range(repeats + 1):
@@ -72,6 +86,7 @@ def measure(megabytes: int, repeats: int, root: Path) -> list[list[float]]:
             started = time.perf_counter()
             side(step)
             taken.append((time.perf_counter() - started) * 1e3)
+            saver.finished(wait=True)
             settle(root)  # nobody pays for what another left to be written
     return [taken[1:] for taken in times]  # the first one warms up
 
@@ -83,16 +98,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="saves of each kind, interleaved")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    columns = ("torch.save", "DCP", "ours", "ours, async", "share", "load")
     print("milliseconds; median of interleaved saves (fastest to slowest)")
-    print(f"{'state':>8} {'torch.save':>24} {'torch.save, fsync':>24} {'ours':>24} {'load':>24}")
+    print("| state | " + " | ".join(columns) + " |")
+    print("| --- " * (len(columns) + 1) + "|")
     for megabytes in arguments.megabytes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             times = measure(megabytes, arguments.repeats, Path(folder))
-        columns = [
-            f"{statistics.median(taken):.1f} ({min(taken):.1f} to {max(taken):.1f})"
-            for taken in times
+        medians = [statistics.median(taken) for taken in times]
+        cells = [
+            f"{median:.1f} ({min(taken):.1f} to {max(taken):.1f})"
+            for median, taken in zip(medians, times, strict=True)
         ]
-        print(f"{megabytes:5} MB {' '.join(f'{column:>24}' for column in columns)}", flush=True)
+        cells.insert(4, f"{medians[3] / medians[2]:.1%}")
+        print(f"| {megabytes} MB | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             steps_skipped=progress.attempted - progress.applied,
             metrics=progress.metrics(),
             wall_seconds=progress.seconds,
+            input_share=progress.input_share,
             peak_memory_bytes=progress.peak_memory_bytes,
             checkpoint="final" if status == "done" else run.checkpoint_name(progress.checkpoint),
             best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),

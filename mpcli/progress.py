@@ -58,6 +58,7 @@ class Progress:
     evaluated: int = 0  # the step after which `evaluation` was made
     best: tuple[int, float] | None = None  # step and value of `output.keep_best`
     seconds_before: float = 0.0  # of the attempts before this one, up to its checkpoint
+    input_seconds: float = 0.0  # of this attempt, in which the training waited for batches
     started: float = field(default_factory=lambda: time.monotonic())
     checkpoint: int | None = None  # step of the newest one
     warnings: list[Problem] = field(default_factory=list)
@@ -66,6 +67,11 @@ class Progress:
     def seconds(self) -> float:
         """That the run took so far."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def input_share(self) -> float:
+        """Share of this attempt's time in which the training waited for batches."""
+        return self.input_seconds / max(self.seconds - self.seconds_before, 1e-9)
 
     def add(self, row: StepRecord, loss_scale: LossScale) -> None:
         """Count one attempted step."""

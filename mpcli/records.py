@@ -206,6 +206,9 @@ class Result(Record):
     steps_skipped: int
     metrics: dict[str, dict[str, float]]
     wall_seconds: float
+    input_share: float = Field(
+        default=0.0, description="of the last attempt's time, in which training waited for batches"
+    )
     peak_memory_bytes: int
     checkpoint: str | None
     best_checkpoint: str | None = None

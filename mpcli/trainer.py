@@ -93,8 +93,7 @@ def train(
         board = None
         if recipe.output.tensorboard:
             board = TensorBoard(run.tensorboard_path, progress.attempted)
-            stack.enter_context(run.recording())
-            stack.callback(board.close)
+            stack.callback(_close_board, board, run)
 
         def record(*, wait: bool = False) -> None:
             rows = log.collect(wait=wait)
@@ -212,7 +211,9 @@ def train(
         step = progress.attempted
         while step < plan.steps:
             step += 1
+            asked = time.perf_counter()
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
+            progress.input_seconds += time.perf_counter() - asked
             losses = [
                 engine.accumulate(
                     loss_function, micro_batch, batch.weight, last=index == plan.accumulation
@@ -244,6 +245,11 @@ def train(
             for problem in write_final(folder, recipe, data, model, weights, metrics):
                 progress.warn(problem)
         note_saved(wait=True)
+
+
+def _close_board(board: TensorBoard, run: RunDirectory) -> None:
+    with run.recording():
+        board.close()
 
 
 def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:

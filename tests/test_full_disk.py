@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from mpcli.engines.local import LocalEngine
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.records import EvalRecord
@@ -159,6 +160,14 @@ def test_tensorboard_that_cannot_write_is_records_too(tmp_path, monkeypatch):
     assert len(result.problems) == 1
 
 
+def test_an_error_of_the_training_itself_is_no_lost_record(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(LocalEngine, "step", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_small(tmp_path, "output.tensorboard=true")
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("output", "new"),
     [
@@ -244,7 +253,8 @@ def test_a_process_that_may_write_no_more_exits_7(tmp_path, limit, begun):
     assert (output / "recipe.yaml").exists() == begun
     if begun:
         result = json.loads((output / "result.json").read_text())
-        assert result["problems"][0]["message"] == (
-            "cannot write to the run directory: File too large"
-        )
+        assert [problem["message"] for problem in result["problems"]] == [
+            "cannot write to checkpoint step-89: File too large",  # an epoch's end
+            "records were lost: File too large",
+        ]
         assert "out-dir" not in (output / "attempts/1/log.rank0.txt").read_text()

@@ -11,6 +11,7 @@ from mpcli.launch import launch
 from mpcli.machine import detect_machine
 from mpcli.plan import make_plan
 from mpcli.rundir import RunDirectory
+from tests import small
 from tests.engines.test_local import MODES as CPU_MODES
 from tests.engines.test_local import (
     OPTIMIZERS,
@@ -20,6 +21,7 @@ from tests.engines.test_local import (
     state_hash,
 )
 from tests.small import Silent, small_recipe
+from tests.test_resume import assert_same_run, kill_at, killed_run
 from tests.test_trainer import rows
 
 MODES = {**CPU_MODES, "tf32": "{mode: tf32}"}
@@ -77,3 +79,22 @@ def test_a_skipped_first_step_changes_nothing(tmp_path: Path, optimizer: str, mo
     engine.accumulate(make_loss(float("inf")), batch, 8, last=True)
     assert engine.step().found_inf == 1
     assert state_hash(engine) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_killed_run_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, background: str
+) -> None:
+    monkeypatch.setattr(small, "CPU", detect_machine())
+    overrides = [
+        *("engine.device=cuda", "train.deterministic=true", "train.steps=7"),
+        f"precision={MODES[mode]}",
+        f"output={{checkpoint_every: 2 steps, async_checkpoint: {background}}}",
+    ]
+    whole, _ = small.run_small(tmp_path, *overrides, name="whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        run = killed_run(tmp_path, *overrides)
+    assert small.resume_small(run).status == "done"
+    assert_same_run(run, whole)

@@ -56,6 +56,28 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
+def test_any_layout_is_copied(tmp_path: Path) -> None:
+    """Images' weights in channels_last, views with gaps, numbers, nothing at all."""
+    state = {
+        "channels_last": torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        "every_other": torch.randn(10)[::2],
+        "transposed": torch.randn(3, 4).t(),
+        "offset": torch.randn(10)[3:],
+        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "number": torch.tensor(3),
+        "half": torch.randn(5).bfloat16(),
+        "truth": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+    }
+    found = saver.Saver(tmp_path / "checkpoints", 2, state, background=True)
+    found.save(1, state, {})
+    saved = found.finished(wait=True)
+    assert saved is not None
+    loaded, _ = checkpoint.load(saved)
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
 def test_a_save_waits_for_the_one_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

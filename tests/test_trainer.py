@@ -138,7 +138,7 @@ def test_final_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
         metrics = task.evaluate(recipe.task, model.eval(), data.eval_batches(16))
     assert metrics == pytest.approx(result.metrics["eval"], rel=1e-5)
     about = json.loads((run.final_path / "model.json").read_text())
-    assert about["sample"] == {"inputs": "fp32 1x8x8", "targets": "int64"}
+    assert about["task"]["model"] == {"kind": "smallnet", "width": 4}
     assert about["weights"] == "average"
 
 

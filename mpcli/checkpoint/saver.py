@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpcli.checkpoint.layout import Checkpoint, completed
@@ -127,7 +129,13 @@ class Saver:
     def _copy(copies: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
         """Copy without waiting for a GPU; the event tells when its copies are there."""
         for name, tensor in tensors.items():
-            copies[name].copy_(tensor, non_blocking=True)
+            copy = copies[name]
+            if tensor.is_cpu and tensor.stride() == copy.stride():
+                # torch would divide it among threads and wait for all of them: on a busy
+                # machine that takes longer than copying.
+                np.copyto(_bytes(copy), _bytes(tensor))
+            else:
+                copy.copy_(tensor, non_blocking=True)
         if not any(tensor.is_cuda for tensor in tensors.values()):
             return None
         copied = torch.cuda.Event()
@@ -153,4 +161,13 @@ class Saver:
 
 
 def _host_zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    """In the tensor's own memory format if it is dense, or contiguous."""
+    zeros = torch.zeros_like(tensor, device="cpu")
+    return zeros.pin_memory() if tensor.is_cuda else zeros
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The memory of a dense tensor on the CPU."""
+    elements = tensor.detach().as_strided((tensor.numel(),), (1,))
+    array: NDArray[np.uint8] = elements.view(torch.uint8).numpy()
+    return array

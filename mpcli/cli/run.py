@@ -157,7 +157,7 @@ def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
         *([("reason", result.reason)] if result.reason and not result.problems else []),
         ("steps", f"{result.steps_applied:,} applied, {result.steps_skipped:,} skipped"),
         *metrics.items(),
-        ("time", f"{result.wall_seconds:.1f} s"),
+        ("time", f"{result.wall_seconds:.1f} s, {result.input_share:.1%} of it for input"),
         ("peak memory", memory_text(result.peak_memory_bytes or None)),
         ("run directory", str(path)),
     ]

@@ -9,7 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from mpcli.data.batch import Batch
 from mpcli.machine import Machine
@@ -31,6 +35,11 @@ from mpcli.recipe.task import ImageClassification, TorchvisionModel
 from mpcli.records import ModulePrecision, ModuleTypes
 from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
 from mpcli.tasks.torchvision_models import has_cifar_stem
+
+_READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_NO_VALUES = (
+    "`plan` runs `loss` on tensors without values: neither values nor shapes may hang on them"
+)
 
 MAX_DIFFERENCES = 5
 """Modules named when a run's types differ from the plan's."""
@@ -126,7 +135,8 @@ def _traced(
         with observer, autocast(meaning, device), torch.no_grad():
             task_of(recipe.task).loss(recipe.task, model, batch)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if told := plugin_error(error, recipe.task):
+        reads_values = isinstance(error, _READS_VALUES)
+        if told := plugin_error(error, recipe.task, _NO_VALUES if reads_values else None):
             raise told from error
         raise _cannot_learn(recipe, batch, str(error).strip().splitlines()[0]) from error
     finally:

@@ -101,9 +101,9 @@ def load_plugin(path: str, sha256: str | None = None) -> PluginFile:
     return plugin
 
 
-def plugin_error(error: BaseException, task: Section) -> UserError | None:
+def plugin_error(error: BaseException, task: Section, hint: str | None = None) -> UserError | None:
     """What an exception that passed through the code of a plug-in is: a mistake in it."""
-    return _blamed(error, task.plugin) if isinstance(task, Plugin) else None
+    return _blamed(error, task.plugin, hint) if isinstance(task, Plugin) else None
 
 
 def _execute(plugin: PluginFile) -> None:
@@ -146,13 +146,13 @@ def _check_names(plugin: PluginFile) -> None:
         raise UserError(*problems)
 
 
-def _blamed(error: BaseException, plugin: PluginFile) -> UserError | None:
+def _blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) -> UserError | None:
     place = _last_place(error.__traceback__, plugin)
     if place is None:
         return None
     lines = str(error).strip().splitlines()
     what = ": ".join((type(error).__name__, *lines[:1]))
-    return UserError(Problem(what, place=place))
+    return UserError(Problem(what, hint, place=place))
 
 
 def _last_place(traceback: TracebackType | None, plugin: PluginFile) -> Place | None:

@@ -183,6 +183,11 @@ MISTAKES = {
     ),
     "build_model": ("    return nn.Seq", f"    {CRASH}\n    return nn.Seq", r"\d+:5: RuntimeError"),
     "shapes": ("nn.Linear(30,", "nn.Linear(31,", r"\d+:14: RuntimeError: .*\[32, 30\]"),
+    "a value is read": (
+        "    return cross_entropy(",
+        "    print(logits.sum().item())\n    return cross_entropy(",
+        r"\d+:11: DataDependentOutputException(.|\n)* help: `plan` runs `loss` on tensors without",
+    ),
     "loss alone": (', reduction="sum"), batch.weight', ")", r"\d+:1: `loss` returned a float32 "),
     "a mean": (', reduction="sum"), batch.weight', "), 1", r"\d+:1: `loss` returned 1 as the w"),
     "half": (

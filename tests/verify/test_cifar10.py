@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.verify.test_precision import docs
+
 pytestmark = pytest.mark.verify
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "verification.md"
@@ -28,17 +30,13 @@ def table() -> Iterator[list[tuple[str, str]]]:
     """Rows (what, measured), written to the committed table at the end."""
     rows: list[tuple[str, str]] = []
     yield rows
-    lines = [
-        "# What `make verify` measured",
-        "",
+    about = (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}. Written by `make verify`.",
-        "",
-        "| what | measured |",
-        "| --- | --- |",
-        *(f"| {what} | {measured} |" for what, measured in rows),
-    ]
-    TABLE.write_text("\n".join(lines) + "\n", "utf-8")
+        f"{platform.python_version()}, torch {torch.__version__}."
+    )
+    text = f"{about}\n\n{docs().table(('what', 'measured'), rows)}"
+    before = TABLE.read_text("utf-8")
+    TABLE.write_text(docs().between(before, "cifar10", text, "make verify"), "utf-8")
 
 
 def run(folder: Path, recipe: str, *overrides: str) -> tuple[dict[str, Any], list[float]]:

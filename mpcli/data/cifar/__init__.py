@@ -71,6 +71,7 @@ def _info(cifar: Cifar, found: Found | None) -> ImageInfo:
         input_shape=(CHANNELS, SIZE, SIZE),
         num_classes=cifar.num_classes,
         source=source,
+        classes=cifar.classes,
     )
 
 

@@ -32,6 +32,7 @@ class Cifar:
     python_files: tuple[tuple[str, ...], tuple[str, ...]]
     binary_folder: str
     binary_files: tuple[tuple[str, ...], tuple[str, ...]]
+    classes: tuple[str, ...] = ()  # their names
 
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -48,6 +49,10 @@ CIFAR10 = Cifar(
     python_files=(_BATCHES, ("test_batch",)),
     binary_folder="cifar-10-batches-bin",
     binary_files=(tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",)),
+    classes=(
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
 )
 CIFAR100 = Cifar(
     kind="cifar100",

@@ -1,0 +1,213 @@
+"""Runs in real processes, and signals to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MPTRAIN = Path(sys.executable).with_name("mptrain")
+ENDLESS = ("--set", "train.steps=100000", "--set", "output.checkpoint_every=40 steps")
+
+_BEGIN = """
+import sys
+from mpcli.cli import main
+{patch}
+sys.exit(main())
+"""
+
+# Ways to be found in the middle of something: the file `there` says so, and it takes a while.
+_SLOW = """
+import time
+from pathlib import Path
+def slowly(take_time):
+    def call(*arguments, **options):
+        Path("there").touch()
+        return take_time(*arguments, **options)
+    return call
+"""
+SLOW_EVALUATION = f"""{_SLOW}
+from mpcli.tasks import image_classification as task
+def take_long(options, model, batches):
+    return {{"loss": sum(time.sleep(0.3) or 1.0 for _ in batches)}}
+task.evaluate = slowly(take_long)
+"""
+STUCK_EVALUATION = f"""{_SLOW}
+from mpcli.tasks import image_classification as task
+task.evaluate = slowly(lambda *_: time.sleep(600))
+"""
+SLOW_SAVING = f"""{_SLOW}
+from mpcli.checkpoint import saver
+save = saver.save
+saver.save = slowly(lambda *a, **o: time.sleep(1) or save(*a, **o))
+"""
+
+
+def started(*arguments: str | Path, patch: str = "") -> subprocess.Popen[str]:
+    """`mptrain run ... --json` in a process of its own, as soon as it handles signals."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BEGIN.format(patch=patch), "run", *arguments, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    status = Path(f"/proc/{process.pid}/status")
+    wanted = 1 << (signal.SIGUSR1 - 1)
+    wait_until(lambda: _caught(status.read_text()) & wanted != 0, process)
+    return process
+
+
+def _caught(status: str) -> int:
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return int(mask, 16)
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that the process does."""
+    while not happened():
+        if process.poll() is not None:
+            raise AssertionError(process.communicate())
+        time.sleep(0.01)
+
+
+def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the row of a step is in the file."""
+    wanted = f'{{"step": {step},'
+    wait_until(lambda: path.exists() and wanted in path.read_text(), process)
+
+
+def ended(
+    process: subprocess.Popen[str], number: int, seconds: float = 10
+) -> tuple[int, dict[str, object], str]:
+    """Exit code, the JSON and stderr of a process that gets a signal now."""
+    began = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < seconds
+    assert "Traceback" not in err
+    return process.returncode, json.loads(out) if out else {}, err
+
+
+CODES = {signal.SIGTERM: (75, "preempted"), signal.SIGINT: (130, "interrupted")}
+
+
+def in_training(recipe: Path, number: int) -> None:
+    """A signal in training leaves a checkpoint of the last step, and the run can go on."""
+    process = started(recipe, *ENDLESS, "--output", "out")
+    wait_for_step(Path("out/steps.jsonl"), 50, process)
+    returned, told, _ = ended(process, number)
+    assert (returned, told["status"]) == CODES[number]
+    assert told == json.loads(Path("out/result.json").read_text())
+    steps = told["steps_attempted"]
+    assert isinstance(steps, int)
+    assert told["checkpoint"] == f"checkpoints/step-{steps}"
+    assert len(Path("out/steps.jsonl").read_text().splitlines()) == steps
+    resumed = subprocess.run(
+        [MPTRAIN, "run", "--resume", "out", "--set", f"train.steps={steps + 3}", "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(resumed.stdout)["steps_attempted"] == steps + 3, resumed.stderr
+
+
+def in_evaluation(recipe: Path, number: int) -> None:
+    """An evaluation, which would go on for hours, ends; the checkpoint is of the step before it."""
+    slow = ("--set", "eval.every=3 steps", "--set", "train.micro_batch_size=1")
+    process = started(recipe, *ENDLESS, *slow, "--output", "out", patch=SLOW_EVALUATION)
+    wait_until(Path("there").exists, process)
+    returned, told, _ = ended(process, number)
+    assert (returned, told["status"]) == CODES[number]
+    assert told["checkpoint"] == "checkpoints/step-3"
+
+
+def in_saving(recipe: Path, number: int, *, background: bool = False) -> None:
+    """A save that has begun is finished, and one of the last step is there."""
+    how = ("--set", f"output.async_checkpoint={str(background).lower()}")
+    process = started(recipe, *ENDLESS, *how, "--output", "out", patch=SLOW_SAVING)
+    wait_until(Path("there").exists, process)
+    returned, told, _ = ended(process, number)
+    assert (returned, told["status"]) == CODES[number]
+    assert told["checkpoint"] == f"checkpoints/step-{told['steps_attempted']}"
+    assert Path("out", str(told["checkpoint"]), "manifest.json").exists()
+    assert not list(Path("out").glob("checkpoints/*.tmp"))
+
+
+def in_saving_in_the_background(recipe: Path, number: int) -> None:
+    """The same with `output.async_checkpoint`."""
+    in_saving(recipe, number, background=True)
+
+
+def second_ctrl_c(recipe: Path, number: int) -> None:
+    """The first Ctrl-C (or SIGTERM) waits for an evaluation that is stuck, the second does not."""
+    stuck = ("--set", "eval.every=3 steps")
+    process = started(recipe, *ENDLESS, *stuck, "--output", "out", patch=STUCK_EVALUATION)
+    wait_until(Path("there").exists, process)
+    process.send_signal(number)
+    time.sleep(1)
+    assert process.poll() is None
+    returned, told, _ = ended(process, signal.SIGINT, seconds=5)
+    assert (returned, told["status"]) == (130, "interrupted")
+
+
+def sigusr1(recipe: Path, number: int) -> None:
+    """SIGUSR1 saves, also when it came during the start, and the run goes on."""
+    never = (
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "output={checkpoint_every: null, keep_last: 9}",
+    )
+    process = started(recipe, *never, "--output", "out")
+    process.send_signal(signal.SIGUSR1)
+    wait_until(Path("out/checkpoints/step-1").exists, process)
+    wait_for_step(Path("out/steps.jsonl"), 50, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: len(list(Path("out").glob("checkpoints/step-*[0-9]"))) > 1, process)
+    (saved,) = {int(path.name[5:]) for path in Path("out").glob("checkpoints/step-*[0-9]")} - {1}
+    wait_for_step(Path("out/steps.jsonl"), saved + 50, process)
+    assert ended(process, number)[0] == CODES[number][0]
+
+
+def in_the_start(recipe: Path, number: int, moments: tuple[float, ...] = (0.05, 1, 2.5)) -> None:
+    """At any moment of the start, before and after there is a run directory."""
+    for seconds in moments:
+        process = started(recipe, *ENDLESS)
+        time.sleep(seconds)
+        code, told, err = ended(process, number)
+        assert (code, told["status"]) == CODES[number], (seconds, err)
+
+
+def in_the_whole_start(recipe: Path, number: int) -> None:
+    """The same at more moments."""
+    in_the_start(recipe, number, (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6))
+
+
+def killed(recipe: Path, number: int) -> None:
+    """SIGKILL, and another process that is refused before it; the end is that of a whole run."""
+    length = ("--set", "train.steps=60", "--set", "output.checkpoint_every=20 steps")
+    assert subprocess.run([MPTRAIN, "run", recipe, *length, "--output", "whole"]).returncode == 0
+    process = started(recipe, *length, "--output", "out")
+    wait_for_step(Path("out/steps.jsonl"), 30, process)
+    os.kill(process.pid, signal.SIGSTOP)  # alive, and holding the lock
+    second = subprocess.run([MPTRAIN, "run", "--resume", "out"], capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"another process ({process.pid}) writes to this run" in second.stderr
+    process.send_signal(number)
+    process.communicate()
+    resumed = subprocess.run([MPTRAIN, "run", "--resume", "out"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    final = "final/model.safetensors"
+    assert Path("out", final).read_bytes() == Path("whole", final).read_bytes()
+
+
+BOTH = (signal.SIGTERM, signal.SIGINT)
+CASES = [
+    *((case, number) for case in (in_training, in_evaluation, in_saving) for number in BOTH),
+    (in_saving_in_the_background, signal.SIGTERM),
+    *((second_ctrl_c, number) for number in BOTH),
+    (sigusr1, signal.SIGTERM),
+    *((in_the_start, number) for number in BOTH),
+    (killed, signal.SIGKILL),
+]
