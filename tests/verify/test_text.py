@@ -90,14 +90,17 @@ def test_bert_tiny_learns_the_embedded_text_in_five_minutes(tmp_path: Path, tabl
 
 
 def test_bert_tiny_learns_wikitext(tmp_path: Path, shared_data: Path, table: Table) -> None:
-    """The train split is not here: it learns from `valid.txt` and is measured on `test.txt`."""
+    """The train split is not here: it learns from `valid.txt` and is measured on `test.txt`.
+
+    Its words are more varied than those of the embedded text: 500 steps end 0.45 below the unigram.
+    """
     folder = shared_data / "wikitext2"
     paths = (f"data.path={folder / 'valid.txt'}", f"data.eval_path={folder / 'test.txt'}")
-    metrics, _ = run(tmp_path / "run", "bert-tiny-mlm.yaml", *paths)
+    metrics, _ = run(tmp_path / "run", "bert-tiny-mlm.yaml", *paths, "train.steps=1000")
     unigram = unigram_loss(tmp_path / "run")
     table.append(
         (
-            "`bert-tiny-mlm`, 500 steps on WikiText-2's valid.txt: loss on test.txt",
+            "`bert-tiny-mlm`, 1000 steps on WikiText-2's valid.txt: loss on test.txt",
             f"{metrics['loss']:.2f} nats against {unigram:.2f} of the unigram",
         )
     )
