@@ -20,8 +20,6 @@ from mpcli.data.text import IGNORED
 from mpcli.evaluation import evaluate, load_weights
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
-from mpcli.recipe.load import load_recipe
-from mpcli.recipe.packaged import packaged_dir
 from mpcli.records import Result
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import causal_lm, masked_lm, sequence_classification
@@ -96,26 +94,6 @@ def finished(result: Result) -> dict[str, float]:
     """Its metrics."""
     assert (result.status, result.problems) == ("done", ())
     return result.metrics["eval"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("bert-tiny-mlm", "bert-base-mlm", "bert-large-mlm", "gpt-small"),
-        pytest.param("sst2", marks=pytest.mark.slow),  # 67,349 sentences are tokenised
-    ],
-)
-def test_the_recipes_of_text_are_planned(name: str, request: pytest.FixtureRequest) -> None:
-    if name == "sst2":
-        request.getfixturevalue("shared_data")
-    recipe = load_recipe(packaged_dir("recipes") / f"{name}.yaml").recipe
-    plan = make_plan(recipe, CPU)
-    assert plan.num_eval > 90
-    assert [warning for warning in plan.warnings if warning.finding] == []
-    parameters = {"bert-base-mlm": 85e6, "bert-large-mlm": 300e6}
-    assert plan.parameters > parameters.get(name, 5e5)
-    attention = {row.type for row in plan.modules if "Attention" in row.type}
-    assert attention & {"BertSelfAttention", "GPT2Attention"}
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16", "fp16-master", "bf16-pure"])
