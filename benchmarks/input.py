@@ -66,6 +66,7 @@ def measure(name: str, overrides: list[str]) -> tuple[int, float, float]:
         def step(_: int) -> None:
             engine.accumulate(loss, batch, batch.weight, last=True)
             engine.step()
+            engine.applied.zero_()  # however many steps: at the first learning rate
 
         made = calls_per_second(lambda number: data.train_batch(0, number, size), device)
         trained = calls_per_second(step, device)

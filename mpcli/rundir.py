@@ -9,7 +9,7 @@ steps.jsonl            one row per attempted step
 evals.jsonl            one row per evaluation
 rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: rollback`)
 checkpoints/           step-<N>, to go on from
-final/                 model.safetensors, model.json
+final/                 model.safetensors, model.json, README.md, and what loads it elsewhere
 lock                   held while a process writes here
 result.json            last, and atomically
 """

@@ -211,9 +211,9 @@ def train(
         step = progress.attempted
         while step < plan.steps:
             step += 1
-            asked = time.perf_counter()
+            asked = time.monotonic()
             batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
-            progress.input_seconds += time.perf_counter() - asked
+            progress.input_seconds += time.monotonic() - asked
             losses = [
                 engine.accumulate(
                     loss_function, micro_batch, batch.weight, last=index == plan.accumulation

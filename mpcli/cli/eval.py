@@ -35,7 +35,7 @@ def eval(
     plugin: PluginPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate what a run has learnt: `--set` names other data, or another precision."""
+    """Evaluate what a run has learnt, also in another precision."""
     from mpcli.recipe.load import load_recipe
     from mpcli.rundir import RunDirectory, newest_run
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -276,18 +277,23 @@ def test_what_was_raised_in_the_file_stands_in_the_log(mptrain: Any) -> None:
     assert "in evaluate" in log
 
 
+class Killed(BaseException):
+    """Nothing of the program sees this coming."""
+
+
 def killed(mptrain: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Run until the process dies in the middle of a step."""
     take_step, calls = LocalEngine.step, itertools.count(1)
 
     def watched(self: LocalEngine) -> Any:
         if next(calls) == step:
-            raise SystemError  # caught below: nothing of the program sees it as its own
+            raise Killed
         return take_step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "step", watched)
-        assert mptrain(*short("--set", "output.checkpoint_every=2 steps")).code == 1
+        with pytest.raises(Killed):
+            mptrain(*short("--set", "output.checkpoint_every=2 steps"))
 
 
 @pytest.mark.parametrize("step", [1, 4, 6])
@@ -304,6 +310,28 @@ def test_killed_it_goes_on_with_the_same_file_to_the_same_bits(
     final, whole = (load_file(f"{run}/final/model.safetensors") for run in ("out", "whole"))
     assert final.keys() == whole.keys()
     assert all(torch.equal(final[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_it_goes_on_too(mptrain: Any, mptrain_process: Any) -> None:
+    own_data()
+    change(
+        "        generator = torch.Gen",
+        "        import os\n"
+        "        if step == 4 and not os.path.exists('killed'):\n"
+        "            open('killed', 'w').close()\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "        generator = torch.Gen",
+    )
+    command = " ".join(map(shlex.quote, short("--set", "output.checkpoint_every=2 steps")))
+    assert mptrain_process(f"mptrain {command}").code == -9
+    resumed = mptrain_process("mptrain run --resume out --plugin plugin.py --json")
+    assert resumed.json["steps_attempted"] == 6
+    assert "going on from step 4" in resumed.err
+    Path("out").rename("parts")
+    assert mptrain(*short()).code == 0
+    final, whole = (Path(run, "final/model.safetensors").read_bytes() for run in ("parts", "out"))
+    assert final == whole
 
 
 def test_another_file_or_none_does_not_go_on_with_the_run(
