@@ -24,7 +24,10 @@ from mpcli.recipe.packaged import templates
 from mpcli.tasks import task_of
 from mpcli.trainer import settings
 
-RECIPES = ("digits-fp32", "cifar10-fp32", "cifar10-resnet18", "cifar10-vit")
+RECIPES = (
+    *("digits-fp32", "cifar10-fp32", "cifar10-resnet18", "cifar10-vit"),
+    *("bert-tiny-mlm", "gpt-small", "sst2"),
+)
 SECONDS = 3.0
 
 

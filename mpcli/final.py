@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import Problem
 from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.recipe import Recipe
-from mpcli.recipe.task import ImageClassification
+from mpcli.recipe.task import ImageClassification, TextTask
 from mpcli.records import strict_json
+from mpcli.tasks import transformers_folder
 from mpcli.tasks.base import Dataset
 from mpcli.tasks.image_loader import loader_text
 
@@ -53,6 +55,9 @@ def write_final(
             _save(tensors, folder)
             text = loader_text(recipe.task, data, model)
             (folder / "load.py").write_text(text, "utf-8")
+        case TextTask():
+            with _safetensors_errors():
+                transformers_folder.save(tensors, data.info, model, folder)
         case Plugin():
             _save(tensors, folder)
         case _:
@@ -96,9 +101,16 @@ def _converted(
 
 
 def _save(tensors: dict[str, Tensor], folder: Path) -> None:
-    try:
+    with _safetensors_errors():
         safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # what its writer makes of an OSError
+
+
+@contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """What its writer makes of an OSError becomes one again."""
+    try:
+        yield
+    except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
 
 

@@ -53,18 +53,22 @@ class Silent:
         self.closed = True
 
 
-def small_recipe(folder: Path, *overrides: str) -> LoadedRecipe:
+def small_recipe(folder: Path, *overrides: str, text: str = RECIPE) -> LoadedRecipe:
     """The small recipe with `--set` values."""
     path = folder / "small.yaml"
-    path.write_text(RECIPE)
+    path.write_text(text)
     return load_recipe(path, overrides)
 
 
 def run_small(
-    folder: Path, *overrides: str, name: str = "run", environment: dict[str, Any] | None = None
+    folder: Path,
+    *overrides: str,
+    name: str = "run",
+    environment: dict[str, Any] | None = None,
+    text: str = RECIPE,
 ) -> tuple[RunDirectory, Result]:
     """Train the small recipe in this process."""
-    loaded = small_recipe(folder, *overrides)
+    loaded = small_recipe(folder, *overrides, text=text)
     plan = make_plan(loaded.recipe, CPU)
     run = RunDirectory.create(loaded, plan, environment or {}, folder / name)
     return run, launch(run, Silent())

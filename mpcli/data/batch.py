@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,14 @@ class Batch:
     def weight(self) -> int:
         """How many things the loss of the batch sums."""
         return len(self) if self.weights is None else sum(self.weights)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; nobody waits for a copy to a GPU."""
+        tensors = {
+            name: (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+            for name, t in self.tensors.items()
+        }
+        return Batch(tensors, self.weights)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most `size` samples, in order."""

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -49,12 +56,44 @@ Duration = Annotated[
 
 def _absolute(text: str) -> str:
     if not text or "\0" in text:
-        raise mistake("expected the path of a folder")
+        raise mistake("expected a path")
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 - `..` goes too
 
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
 """A folder, made absolute against the launch directory; `~` is the home directory."""
+
+FilePath = Annotated[str, AfterValidator(_absolute)]
+"""A file or a folder of files, made absolute as a `FolderPath` is."""
+
+_HUB_NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def _check_hub_name(name: str) -> str:
+    if len(name) > 200 or not re.fullmatch(_HUB_NAME, name):
+        raise mistake("expected a name on the Hugging Face hub", "such as `owner/name`")
+    return name
+
+
+HubName = Annotated[
+    str, AfterValidator(_check_hub_name), Field(json_schema_extra={"pattern": f"^{_HUB_NAME}$"})
+]
+"""`owner/name` or `name` on the Hugging Face hub."""
+
+
+class LocalOrHub(Section):
+    """Something that lies in a local folder, or on the Hugging Face hub."""
+
+    path: FolderPath | None = Field(default=None, description="the local folder")
+    hub: HubName | None = Field(default=None, description="or its name on the Hugging Face hub")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if self.path is None and self.hub is None:
+            raise mistake("neither `path` nor `hub` is set", "add `path: FOLDER` or `hub: NAME`")
+        if self.path is not None and self.hub is not None:
+            raise mistake("`path` and `hub` are both set", "remove one of them", "hub")
+        return self
 
 
 def parse_duration(text: str) -> tuple[int, Literal["step", "epoch", "minute"]]:

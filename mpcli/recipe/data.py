@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from mpcli.recipe.base import FolderPath, Section
+from mpcli.recipe.base import FilePath, FolderPath, LocalOrHub, Section, mistake
 
 Augment = Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Field(strict=False)]
 
@@ -58,10 +58,92 @@ ImageData = Digits | Cifar10 | Cifar100 | ImageFolder
 """What has labelled images."""
 
 
+class WordPiece(Section):
+    """A WordPiece vocabulary learnt from the training text, as BERT's (Devlin et al. 2019)."""
+
+    kind: Literal["wordpiece"]
+    vocab_size: Annotated[int, Field(ge=16, le=2**20)] = Field(
+        default=8192, description="most entries of the vocabulary"
+    )
+    lowercase: bool = Field(default=True, description="lower-case the text, without accents")
+
+
+class PretrainedTokenizer(LocalOrHub):
+    """A tokenizer of transformers."""
+
+    kind: Literal["pretrained"]
+
+
+Tokenizer = Annotated[WordPiece | PretrainedTokenizer, Field(discriminator="kind")]
+
+
+class _Text(Section):
+    tokenizer: Tokenizer | None = Field(
+        default=None,
+        description="text to tokens; null: the tokenizer of the model that is loaded, or "
+        "`wordpiece` for a model with fresh weights",
+    )
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)] = Field(
+        default=128, description="tokens of a sequence; at most so many of a classified text"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="what a record that cannot be decoded does; `skip` counts them"
+    )
+
+
+class Text(_Text):
+    """Plain UTF-8 text, for language models."""
+
+    kind: Literal["text"]
+    path: FilePath | None = Field(
+        default=None,
+        description="a file, or a folder of `.txt` files; null: the help topics of Python's "
+        "standard library, 0.5 MB of English",
+    )
+    eval_path: FilePath | None = Field(
+        default=None,
+        description="held-out text; null: every tenth stretch of about 4,000 characters",
+    )
+
+
+def _check_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not 1 <= len(names) <= 2 or not all(names):
+        raise mistake("expected the names of one or two columns", "such as `[sentence]`")
+    return names
+
+
+def _check_split(name: str) -> str:
+    if not name or "/" in name or "\0" in name or name.startswith("."):
+        raise mistake("expected the name of a split", "such as `train` for `train.parquet`")
+    return name
+
+
+Split = Annotated[str, AfterValidator(_check_split)]
+
+
+class Datasets(_Text, LocalOrHub):
+    """A table with columns of text: parquet, JSON lines or CSV files, or a set of the hub."""
+
+    kind: Literal["datasets"]
+    subset: str | None = Field(default=None, description="configuration of a set of the hub")
+    train_split: Split = Field(default="train", description="such as `train` for `train.parquet`")
+    eval_split: Split = Field(default="validation", description="the split to evaluate on")
+    text_columns: Annotated[
+        tuple[str, ...], AfterValidator(_check_columns), Field(strict=False)
+    ] = Field(default=("text",), description="one column of text, or two that are compared")
+    label_column: str = Field(
+        default="label", description="whole numbers from 0; unused by language models"
+    )
+
+
+TextData = Text | Datasets
+"""What has text."""
+
+
 class PluginData(Section):
     """None of these: the plug-in brings its own, by options of its task."""
 
     kind: Literal["plugin"]
 
 
-Data = Annotated[ImageData | PluginData, Field(discriminator="kind")]
+Data = Annotated[ImageData | TextData | PluginData, Field(discriminator="kind")]

@@ -21,11 +21,11 @@ def resolved_yaml(recipe: Recipe) -> str:
 def _lines(section: dict[str, Any], indent: str) -> Iterator[str]:
     for key in sorted(section, key=lambda key: key != "kind"):  # the kind first
         value = section[key]
-        if isinstance(value, dict):
-            yield f"{indent}{key}:"
+        if isinstance(value, dict) and value:
+            yield f"{indent}{written(key)}:"
             yield from _lines(value, f"{indent}  ")
         else:
-            yield f"{indent}{key}: {written(value)}"
+            yield f"{indent}{written(key)}: {written(value)}"
 
 
 def written(value: Any) -> str:

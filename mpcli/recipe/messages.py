@@ -321,6 +321,8 @@ def _phrase(details: ErrorDetails) -> str | None:
             return "text"
         case "tuple_type":
             return "a list"
+        case "dict_type":
+            return "a section"
         case "literal_error":
             return one_of(_literals(details))
         case "greater_than":

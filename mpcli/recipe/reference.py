@@ -72,9 +72,10 @@ def _by_path(section: type[Section], path: str) -> dict[str, dict[str, type[Sect
     for name, field in section.model_fields.items():
         here = f"{path}.{name}" if path else name
         if known := kinds(field):
-            found[here] = known
+            found.setdefault(here, {}).update(known)
         for inner in known.values():
-            found |= _by_path(inner, here)
+            for below, sections in _by_path(inner, here).items():
+                found.setdefault(below, {}).update(sections)
     return found
 
 
@@ -122,7 +123,12 @@ def _type(schema: dict[str, Any]) -> str:
         return f"list of {len(items)}: {', '.join(dict.fromkeys(items))}"
     if "items" in schema:
         return f"list of {_type(schema['items'])}"
-    names = {"integer": "whole number", "boolean": "`true`, `false`", "string": "text"}
+    names = {
+        "integer": "whole number",
+        "boolean": "`true`, `false`",
+        "string": "text",
+        "object": "section",
+    }
     name: str = schema["type"]
     return names.get(name, name) + _range(schema)
 

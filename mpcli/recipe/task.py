@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpcli.recipe.base import Fraction, Section, mistake
+from mpcli.recipe.base import FolderPath, Fraction, LocalOrHub, Section, mistake
 from mpcli.recipe.plugin import Plugin
 
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -80,4 +80,81 @@ class ImageClassification(Section):
     )
 
 
-Task = Annotated[ImageClassification | Plugin, Field(discriminator="kind")]
+class ModelConfig(Section):
+    """A model of transformers with fresh weights."""
+
+    kind: Literal["config"]
+    name: str = Field(
+        description="`bert-tiny`, `bert-mini`, `bert-small`, `bert-medium`, `bert-base`, "
+        "`bert-large`, `gpt2-small`, `gpt2`, or any model type of transformers, such as `roberta`"
+    )
+    values: dict[str, bool | int | float | str | None] = Field(
+        default={}, description="values of its config, such as `hidden_size: 256`"
+    )
+
+
+class PretrainedModel(LocalOrHub):
+    """A model of transformers, with its weights."""
+
+    kind: Literal["pretrained"]
+
+
+TextModel = Annotated[ModelConfig | PretrainedModel, Field(discriminator="kind")]
+
+
+class TextTask(Section):
+    """What tasks on text have in common."""
+
+    DATA: ClassVar[tuple[str, ...]] = ("text", "datasets")
+
+    model: TextModel | None = Field(default=None, description="what is trained")
+    init_from: FolderPath | None = Field(
+        default=None,
+        description="instead of `model`: a finished run of text (or its `final`), with its "
+        "weights and its tokenizer",
+    )
+    attention: Literal["sdpa", "eager"] = Field(
+        default="sdpa", description="fused attention, or one whose softmax is an operation"
+    )
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if self.model is None and self.init_from is None:
+            raise mistake(
+                "neither `model` nor `init_from` is set",
+                "add `model: {kind: config, name: bert-tiny}` or `init_from: RUN_DIR`",
+            )
+        if self.model is not None and self.init_from is not None:
+            raise mistake("`model` and `init_from` are both set", "remove one of them", "init_from")
+        return self
+
+
+class MaskedLm(TextTask):
+    """Masked language modelling (BERT, Devlin et al. 2019): guess hidden tokens of packed text."""
+
+    kind: Literal["masked-lm"]
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15,
+        description="share of the tokens to guess: 80% of them hidden, 10% replaced, 10% kept",
+    )
+    whole_word: bool = Field(default=False, description="all tokens of a word, or none")
+
+
+class CausalLm(TextTask):
+    """Causal language modelling (GPT): guess the next token of packed text."""
+
+    kind: Literal["causal-lm"]
+
+
+class SequenceClassification(TextTask):
+    """One label for a text, or for two texts that are compared."""
+
+    DATA: ClassVar[tuple[str, ...]] = ("datasets",)
+
+    kind: Literal["sequence-classification"]
+
+
+Task = Annotated[
+    ImageClassification | MaskedLm | CausalLm | SequenceClassification | Plugin,
+    Field(discriminator="kind"),
+]

@@ -232,6 +232,10 @@ def test_every_shipped_recipe_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
 ) -> None:
     write_tiny_cifar(tmp_path / "cifar10", num_train=1024)
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        rows = [f"sentence number {n},{n % 2}" for n in range(100)]
+        (tmp_path / "sst2" / f"{split}.csv").write_text("\n".join(["sentence,label", *rows]))
     monkeypatch.setenv("MPTRAIN_DATA", str(tmp_path))
     plan = make_plan(load_recipe(file).recipe, CPU)
     assert plan.steps > 0

@@ -1,0 +1,191 @@
+"""Text as tokens: tokenised once, and memory-mapped from the cache from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from typing import Any, assert_never
+
+import numpy as np
+
+from mpcli.data.cache import content_key
+from mpcli.data.text import plain, tables, tokenizer
+from mpcli.data.text.records import Damage, Record, Source, Split, no_data
+from mpcli.data.text.store import Arrays, Writer, stored
+from mpcli.recipe.data import Datasets, PretrainedTokenizer, Text, TextData, Tokenizer, WordPiece
+from mpcli.recipe.errors import user_error
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1  # of the cache: another number when the same records give other arrays
+_SPLITS: tuple[Split, ...] = ("train", "eval")
+_CHUNK = 512  # records that are tokenised together, in threads
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What a model and its readers have to know of the text that it learns from.
+
+    Attributes:
+        tokenizer: of transformers.
+        sequence_length: tokens of a sequence, at most.
+        num_labels: 0 where records have none.
+    """
+
+    tokenizer: Any
+    sequence_length: int
+    num_labels: int = 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Both splits as tokens.
+
+    Attributes:
+        arrays: `<split>.tokens` one after another. With labels, for each record `<split>.lengths`
+            and `<split>.labels`, and for each token `<split>.types`: 0, or 1 in the second text.
+        source: where they come from, in words.
+    """
+
+    arrays: Arrays
+    info: TextInfo
+    source: str
+
+
+def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> Tokens:
+    """The tokens of a data set, from the cache where they are in it.
+
+    Without labels there are no special tokens, except one that separates documents where the
+    tokenizer has any such. With labels every record is a sequence of its own, with its special
+    tokens, cut to `data.sequence_length`.
+
+    Raises:
+        UserError: exit 3, the data or the tokenizer cannot be had, or a record cannot be decoded;
+            exit 7, the cache cannot be written.
+    """
+    source = _find(data, labels)
+    loaded: Any = tokenizer.load(options) if isinstance(options, PretrainedTokenizer) else None
+
+    def make(writer: Writer) -> dict[str, Any]:
+        made = loaded
+        if isinstance(options, WordPiece):
+            made = tokenizer.learnt(options, lambda: _train_texts(source, data))
+        damage = Damage(data.on_error)
+        num_labels = 0
+        for split in _SPLITS:
+            records = _readable(source.read(split, damage))
+            if labels:
+                num_labels = max(num_labels, _write_labelled(writer, split, records, made, data))
+            else:
+                _write_stream(writer, split, records, made)
+        return {
+            "tokenizer": None if loaded else made.backend_tokenizer.to_str(),
+            "num_labels": num_labels,
+            "skipped": damage.skipped,
+            "first": damage.first,
+        }
+
+    arrays, facts = stored(_key(data, options, loaded, source, labels), make)
+    about = source.about
+    if facts["skipped"]:
+        about += f", without {facts['skipped']} records that cannot be decoded"
+        _log.warning("%d records are skipped; %s", facts["skipped"], facts["first"])
+    info = TextInfo(
+        loaded or tokenizer.restored(facts["tokenizer"]), data.sequence_length, facts["num_labels"]
+    )
+    return Tokens(arrays, info, about)
+
+
+def _find(data: TextData, labels: bool) -> Source:
+    match data:
+        case Text():
+            return plain.find(data)
+        case Datasets():
+            if len(data.text_columns) > 1 and not labels:
+                raise user_error(
+                    "a language model learns from one column of text",
+                    f"use `[{data.text_columns[0]}]`",
+                    path="data.text_columns",
+                )
+            return tables.find(data, labels=labels)
+        case _:
+            assert_never(data)
+
+
+def _key(data: TextData, options: Tokenizer, loaded: Any, source: Source, labels: bool) -> str:
+    """Changes with everything that the arrays follow from, except the names of files."""
+    how = {
+        "format": (_FORMAT, version("tokenizers")),
+        "data": data.model_dump(exclude={"path", "eval_path", "hub", "tokenizer"}),
+        "files": [len(source.files[split]) for split in _SPLITS],
+        "tokenizer": loaded.backend_tokenizer.to_str() if loaded else options.model_dump(),
+        "labels": labels,
+    }
+    with _reading():
+        return content_key(json.dumps(how), (*source.files["train"], *source.files["eval"]))
+
+
+def _train_texts(source: Source, data: TextData) -> Iterator[str]:
+    for record in _readable(source.read("train", Damage(data.on_error))):
+        yield from record.texts
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise no_data(f"{error.filename}: {error.strerror}") from error
+
+
+def _readable(records: Iterator[Record]) -> Iterator[Record]:
+    """The records; a file that cannot be read is missing data, not a bug."""
+    with _reading():
+        yield from records
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    while chunk := list(islice(records, _CHUNK)):
+        yield chunk
+
+
+def _write_stream(writer: Writer, split: Split, records: Iterator[Record], made: Any) -> None:
+    separator = made.sep_token_id if made.sep_token_id is not None else made.eos_token_id
+    end = [] if separator is None else [separator]
+    writer.append(f"{split}.tokens", np.zeros(0, np.int32))  # there, though it may stay empty
+    for chunk in _chunks(records):
+        encoded = made.backend_tokenizer.encode_batch(
+            [record.texts[0] for record in chunk], add_special_tokens=False
+        )
+        for record, encoding in zip(chunk, encoded, strict=True):
+            tokens = encoding.ids + (end if record.ends else [])
+            writer.append(f"{split}.tokens", np.asarray(tokens, np.int32))
+
+
+def _write_labelled(
+    writer: Writer, split: Split, records: Iterator[Record], made: Any, data: TextData
+) -> int:
+    """The number of labels, from 0 to the largest."""
+    backend = made.backend_tokenizer.from_str(made.backend_tokenizer.to_str())  # a copy
+    backend.enable_truncation(data.sequence_length)
+    backend.no_padding()
+    num_labels = 0
+    for chunk in _chunks(records):
+        texts = [record.texts if len(record.texts) > 1 else record.texts[0] for record in chunk]
+        encoded = backend.encode_batch(texts)
+        columns = {
+            "tokens": [token for encoding in encoded for token in encoding.ids],
+            "types": [kind for encoding in encoded for kind in encoding.type_ids],
+            "lengths": [len(encoding.ids) for encoding in encoded],
+            "labels": [record.label for record in chunk],
+        }
+        for name, values in columns.items():
+            writer.append(f"{split}.{name}", np.asarray(values, np.int32))
+        num_labels = max(num_labels, *(record.label + 1 for record in chunk))
+    if not num_labels:
+        raise no_data(f"the split for {split} of the data holds no records")
+    return num_labels
