@@ -147,8 +147,9 @@ def _show_result(
 
 def _place(problem: ResultProblem, loaded: LoadedRecipe) -> Place | None:
     """Where a recorded problem is: in the plug-in, or in the recipe."""
-    if loaded.plugin and problem["line"]:
-        return loaded.plugin.place(problem["line"], problem["column"] - 1)
+    line, column = problem["line"], problem["column"]
+    if loaded.plugin and line and column:
+        return loaded.plugin.place(line, column - 1)
     return loaded.place(problem["path"] or "")
 
 

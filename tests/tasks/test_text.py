@@ -24,7 +24,7 @@ from mpcli.records import Result
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import causal_lm, masked_lm, sequence_classification
 from tests.small import CPU, resume_small, run_small, small_recipe
-from tests.test_resume import Killed, assert_same_run, kill_at
+from tests.stopped import Killed, assert_same_run, kill_at
 
 MLM = """\
 name: mlm
