@@ -51,6 +51,16 @@ def ignore() -> None:
 
 
 @contextmanager
+def blocked() -> Iterator[None]:
+    """Keep the signals from processes that are forked in this block, for their whole life."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def handled() -> Iterator[None]:
     """`install` for a block, where nobody did, in the main thread of some other program."""
     before = {number: signal.getsignal(number) for number in _NUMBERS}

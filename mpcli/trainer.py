@@ -15,6 +15,7 @@ import torch
 
 from mpcli import checkpoint
 from mpcli.data.batch import Batch
+from mpcli.data.workers import BatchQueue
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
 from mpcli.final import write_final
@@ -71,7 +72,7 @@ def train(
         display.message(f"loading {plan.data_source}")
         with released():
             data = task.load_data(options, recipe.data)
-            data.prepare(device)
+            data.prepare(torch.device("cpu") if recipe.engine.data_workers else device)
             torch.manual_seed(recipe.train.seed)
             model = task.build_model(options, data.info).to(device)
             if recipe.engine.activation_checkpointing:
@@ -120,7 +121,7 @@ def train(
             record(wait=True)
             started = time.monotonic()
             with engine.evaluating() as weights:
-                batches = _until_stopped(data.eval_batches(plan.micro_batch_size))
+                batches = _until_stopped(data.eval_batches(plan.micro_batch_size), device)
                 metrics = task.evaluate(options, weights, batches)
             progress.add_evaluation(step, metrics, recipe.output.keep_best)
             row = EvalRecord(
@@ -194,6 +195,16 @@ def train(
             )
             return found.step
 
+        queue = stack.enter_context(
+            BatchQueue(
+                data,
+                recipe.train.seed,
+                recipe.train.global_batch_size,
+                plan.steps,
+                device,
+                recipe.engine.data_workers,
+            )
+        )
         stack.enter_context(saver)
         stack.callback(_write_remaining, log, recipe, run, progress)
         display.start(plan, recipe)
@@ -211,7 +222,7 @@ def train(
         while step < plan.steps:
             step += 1
             asked = time.monotonic()
-            batch = data.train_batch(recipe.train.seed, step - 1, recipe.train.global_batch_size)
+            batch = queue.batch(step - 1)
             progress.input_seconds += time.monotonic() - asked
             losses = [
                 engine.accumulate(
@@ -291,11 +302,11 @@ def _close_board(board: TensorBoard, run: RunDirectory) -> None:
         board.close()
 
 
-def _until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; a signal ends them between two."""
+def _until_stopped(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a device; a signal ends them between two."""
     for batch in batches:
         check()
-        yield batch
+        yield batch.to(device)
 
 
 def _saver(

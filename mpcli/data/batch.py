@@ -39,7 +39,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; nobody waits for a copy to a GPU."""
         tensors = {
-            name: (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+            name: _pinned(t, device).to(device, non_blocking=True)
             for name, t in self.tensors.items()
         }
         return Batch(tensors, self.weights)
@@ -59,3 +59,8 @@ class Batch:
             Batch(part, self.weights[start : start + size])
             for part, start in zip(parts, starts, strict=True)
         ]
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory from which a GPU copies while the host goes on."""
+    return tensor.pin_memory() if (tensor.device.type, device.type) == ("cpu", "cuda") else tensor

@@ -1,4 +1,4 @@
-"""A whole data set in the training device's memory, and the batches made from it there."""
+"""Labelled images, and the batches made of them: on the training device where they fit there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from mpcli.data.seeds import derive_seed
 
 
 class ImageDataset:
-    """Images as uint8 on the device; normalised and augmented in whole batches there.
+    """Images as uint8; normalised and augmented in whole batches where they are.
+
+    That is the memory of the training device, or the disk, through a memory map, where the device
+    has no room for them. The batches are the same.
 
     Args:
         info: the data set in numbers, from names and metadata.
@@ -65,13 +68,15 @@ class ImageDataset:
         return _batch(inputs, torch.zeros(num_samples, dtype=torch.int64))
 
     def prepare(self, device: torch.device) -> None:
-        """Read all images into the memory of `device`.
+        """Read all images; batches are on `device` from now on.
 
         Raises:
             UserError: exit 3, when the data is missing or damaged.
         """
         splits, self.info = self._read()
         self.mean, self.std = mean_and_std(splits.train.images)
+        self._device = device
+        device = device if _fit(splits, device) else torch.device("cpu")
         self._mean = self.mean.view(1, -1, 1, 1).to(device)
         self._scale = (1 / self.std).view(1, -1, 1, 1).to(device)
         self._train = Split(*(tensor.to(device) for tensor in splits.train))
@@ -97,18 +102,27 @@ class ImageDataset:
         inputs = self._normalise(images)
         if self._cutout:
             inputs = self._cutout(inputs, self._generator)
-        return _batch(inputs, targets)
+        return _batch(inputs, targets).to(self._device)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The evaluation split in its own order, without augmentation; the last may be smaller."""
         for start in range(0, self.num_eval, batch_size):
             part = slice(start, start + batch_size)
-            yield _batch(self._normalise(self._eval.images[part]), self._eval.labels[part])
+            inputs = self._normalise(self._eval.images[part])
+            yield _batch(inputs, self._eval.labels[part]).to(self._device)
 
     def _normalise(self, images: Tensor) -> Tensor:
         # Two roundings, not a fused multiply-add: the same bits on every device.
         inputs = images.to(torch.float32, memory_format=self._format)
         return inputs.sub_(self._mean).mul_(self._scale)
+
+
+def _fit(splits: Splits, device: torch.device) -> bool:
+    """Whether the images take at most half of the memory that a GPU has left."""
+    if device.type != "cuda":
+        return True
+    size = sum(split.images.nbytes for split in splits)
+    return size <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def _batch(inputs: Tensor, targets: Tensor) -> Batch:
@@ -125,9 +139,10 @@ def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two float32 tensors [C]. A constant channel gets the standard deviation 1.
     """
-    counts = torch.stack(
-        [torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)]
-    ).double()
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+    for some in images.split(4096):  # the images may be more than memory holds
+        for channel, count in zip(some.unbind(1), counts, strict=True):
+            count += torch.bincount(channel.reshape(-1), minlength=256)
     values = torch.arange(256, dtype=torch.float64)
     pixels = images.numel() // images.shape[1]
     mean = counts @ values / pixels

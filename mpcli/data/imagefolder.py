@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from mpcli.data.cache import cached, content_key
-from mpcli.data.images import ImageInfo, Split, Splits
+from mpcli.data.cache import content_key
+from mpcli.data.images import ImageInfo, Split, Splits, stored_splits, write_split
+from mpcli.data.store import Writer, stored
 from mpcli.recipe.data import ImageFolder
 from mpcli.recipe.errors import Exit, UserError, one_of, user_error
 
 EVAL_FOLDERS = ("val", "validation", "test")  # the first that is there
 _FORMATS = ("PNG", "JPEG")  # some of the others run external programs
+_CHUNK = 512  # images that are decoded together, in threads
 _SHOWN = 5  # files named of those that are skipped
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def describe(data: ImageFolder) -> ImageInfo:
 
 
 def load(data: ImageFolder) -> tuple[Splits, ImageInfo]:
-    """Both splits, from the cache of decoded images where they are in it.
+    """Both splits, decoded once and memory-mapped from then on.
 
     Raises:
         UserError: exit 3, there is no such folder, or a file is no image, which is named.
@@ -54,7 +56,20 @@ def load(data: ImageFolder) -> tuple[Splits, ImageInfo]:
         labels = [[label for _, label in split] for split in (found.train, found.eval)]
         files = [path for path, _ in (*found.train, *found.eval)]
         key = content_key(f"imagefolder {data.size} {labels} {data.on_error}", files)
-        splits = cached(key, lambda: Splits(*(_read(data, s) for s in (found.train, found.eval))))
+
+        def decode(writer: Writer) -> dict[str, Any]:
+            bad = [
+                *_write(writer, "train", data, found.train),
+                *_write(writer, "eval", data, found.eval),
+            ]
+            return {"skipped": len(bad), "first": bad[:_SHOWN]}
+
+        arrays, facts = stored(key, decode)
+    for first in facts["first"]:
+        _log.warning("skipped: %s", first)
+    if facts["skipped"] > _SHOWN:
+        _log.warning("skipped: %d more files", facts["skipped"] - _SHOWN)
+    splits = stored_splits(arrays)
     num_train, num_eval = (len(split.labels) for split in splits)
     for name, number in (("train", num_train), (found.eval_folder, num_eval)):
         if not number:
@@ -125,36 +140,42 @@ def _missing(data: ImageFolder, what: str) -> UserError:
     )
 
 
-def _read(data: ImageFolder, files: tuple[tuple[Path, int], ...]) -> Split:
-    """Decode all images of a split, in threads."""
+def _write(
+    writer: Writer, name: str, data: ImageFolder, files: Sequence[tuple[Path, int]]
+) -> list[str]:
+    """Decode a split into the store; returns what is said of each file that is skipped."""
 
     def decode(path: Path) -> Tensor | str:
         try:
             return _decoded(path, data.size)
         except Exception as error:  # decoders raise whatever damaged bytes lead them to
-            return str(error) or type(error).__name__
+            why = str(error) or type(error).__name__
+            return f"{path} is not a readable PNG or JPEG image: {why}"
 
+    skipped: list[str] = []
     with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(decode, (path for path, _ in files)))
-    results = list(zip(files, decoded, strict=True))
-    bad = [(path, why) for (path, _), why in results if isinstance(why, str)]
-    if bad and data.on_error == "stop":
-        path, why = bad[0]
-        raise user_error(
-            f"{path} is not a readable PNG or JPEG image: {why}",
-            "remove it, or use `on_error: skip`",
-            path="data.path",
-            exit_code=Exit.ENVIRONMENT,
-        )
-    for path, why in bad[:_SHOWN]:
-        _log.warning("skipped: %s is not a readable PNG or JPEG image: %s", path, why)
-    if len(bad) > _SHOWN:
-        _log.warning("skipped: %d more files", len(bad) - _SHOWN)
-    kept = [(image, label) for (_, label), image in results if isinstance(image, Tensor)]
-    images = torch.empty(len(kept), 3, data.size, data.size, dtype=torch.uint8)
-    for index, (image, _) in enumerate(kept):
-        images[index] = image
-    return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
+        for start in range(0, len(files), _CHUNK):
+            chunk = files[start : start + _CHUNK]
+            decoded = list(pool.map(decode, (path for path, _ in chunk)))
+            skipped += [why for why in decoded if isinstance(why, str)]
+            if skipped and data.on_error == "stop":
+                raise user_error(
+                    skipped[0],
+                    "remove it, or use `on_error: skip`",
+                    path="data.path",
+                    exit_code=Exit.ENVIRONMENT,
+                )
+            kept = [
+                (image, label)
+                for image, (_, label) in zip(decoded, chunk, strict=True)
+                if isinstance(image, Tensor)
+            ]
+            images = torch.empty(len(kept), 3, data.size, data.size, dtype=torch.uint8)
+            for index, (image, _) in enumerate(kept):
+                images[index] = image
+            labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
+            write_split(writer, name, Split(images, labels))
+    return skipped
 
 
 def _decoded(path: Path, size: int) -> Tensor:

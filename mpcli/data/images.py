@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from mpcli.data.store import Arrays, Writer
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,19 @@ class Splits(NamedTuple):
 
     train: Split
     eval: Split
+
+
+def write_split(writer: Writer, name: str, split: Split) -> None:
+    """Add images and labels to those of a split of the store."""
+    writer.append(f"{name}.images", split.images.numpy())
+    writer.append(f"{name}.labels", split.labels.numpy())
+
+
+def stored_splits(arrays: Arrays) -> Splits:
+    """What `write_split` wrote of `train` and `eval`; still on the disk."""
+    return Splits(
+        *(
+            Split(*(torch.from_numpy(arrays[f"{name}.{field}"]) for field in Split._fields))
+            for name in Splits._fields
+        )
+    )

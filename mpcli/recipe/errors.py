@@ -74,6 +74,10 @@ class UserError(Exception):
         # A recipe mistake is the first thing to mend: it outranks what the machine lacks.
         self.exit_code = Exit.USAGE if Exit.USAGE in errors else errors[0]
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[Problem, ...]]:
+        """What another process makes it again from."""
+        return type(self), self.problems
+
 
 def user_error(
     what: str, hint: str | None = None, *, path: str = "", exit_code: Exit = Exit.USAGE

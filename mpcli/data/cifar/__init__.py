@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mpcli.data.cache import cached, content_key, expand
+from mpcli.data.cache import content_key, expand
 from mpcli.data.cifar import binary, parquet, python_batches
 from mpcli.data.cifar.archive import download, download_dir
 from mpcli.data.cifar.spec import CHANNELS, CIFAR10, CIFAR100, SIZE, Cifar, Files, Layout
-from mpcli.data.images import ImageInfo, Splits
+from mpcli.data.images import ImageInfo, Splits, stored_splits, write_split
+from mpcli.data.store import Writer, stored
 from mpcli.recipe.data import Cifar10, Cifar100
 from mpcli.recipe.errors import Exit, UserError, user_error
 
@@ -44,17 +45,21 @@ def describe(data: Cifar10 | Cifar100) -> ImageInfo:
 
 
 def load(data: Cifar10 | Cifar100) -> tuple[Splits, ImageInfo]:
-    """Both splits, from the cache of decoded images where they are in it."""
+    """Both splits, decoded once and memory-mapped from then on."""
     cifar = SPECS[data.kind]
     with _readable():
         found = locate(data) or _download(cifar)
         info = _info(cifar, found)
         layout, files = found.layout, found.files
         key = content_key(f"{cifar.kind} {len(files.train)}", (*files.train, *files.eval))
-        splits = cached(
-            key, lambda: Splits(layout.read(files.train, cifar), layout.read(files.eval, cifar))
-        )
-    return splits, info
+
+        def decode(writer: Writer) -> dict[str, Any]:
+            write_split(writer, "train", layout.read(files.train, cifar))
+            write_split(writer, "eval", layout.read(files.eval, cifar))
+            return {}
+
+        arrays, _ = stored(key, decode)
+    return stored_splits(arrays), info
 
 
 def _info(cifar: Cifar, found: Found | None) -> ImageInfo:

@@ -14,9 +14,9 @@ from typing import Any, assert_never
 import numpy as np
 
 from mpcli.data.cache import content_key
+from mpcli.data.store import Arrays, Writer, stored
 from mpcli.data.text import plain, tables, tokenizer
 from mpcli.data.text.records import Damage, Record, Source, Split, no_data
-from mpcli.data.text.store import Arrays, Writer, stored
 from mpcli.recipe.data import Datasets, PretrainedTokenizer, Text, TextData, Tokenizer, WordPiece
 from mpcli.recipe.errors import user_error
 

@@ -1,0 +1,164 @@
+"""The batches of the training steps, in their order, from worker processes where there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NoReturn, Protocol
+
+import torch
+
+from mpcli.data.batch import Batch
+from mpcli.recipe.errors import Exit, user_error
+from mpcli.signals import blocked
+
+_log = logging.getLogger(__name__)
+_AHEAD = 2  # batches that each worker is asked for before they are due
+
+
+class TrainBatches(Protocol):
+    """The part of a data set that workers need."""
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """A function of the arguments alone: whichever process computes it."""
+
+
+class BatchQueue:
+    """Training batches, made when they are due or ahead of that by worker processes.
+
+    Workers are forked, so nothing of the data set is copied. They never see the signals that end
+    a run, which are for the process that trains; they end with it, however it ends. When one is
+    killed all are begun again with the batch that is due.
+
+    Args:
+        data: with workers, on the CPU.
+        seed: of the run.
+        batch_size: samples of a global batch.
+        num_steps: of the run: no batch is made for later ones.
+        device: where the batches are wanted.
+        workers: processes; 0: the caller's.
+    """
+
+    def __init__(
+        self,
+        data: TrainBatches,
+        seed: int,
+        batch_size: int,
+        num_steps: int,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self._data = data
+        self._seed, self._batch_size = seed, batch_size
+        self._num_steps = num_steps
+        self._device = device
+        self._num_workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        self._asked: deque[tuple[int, Future[Batch]]] = deque()
+        self._given = 0  # since the workers began
+
+    def __enter__(self) -> BatchQueue:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of an attempted step, from 0; best asked for in order.
+
+        Raises:
+            UserError: exit 3, workers are killed before they have made anything. Besides what
+                `train_batch` raises.
+        """
+        if not self._num_workers:
+            return self._data.train_batch(self._seed, step, self._batch_size)
+        if not self._asked or self._asked[0][0] != step:
+            self._begin(step)
+        while True:
+            try:
+                batch = self._asked[0][1].result()
+            except BrokenProcessPool as error:
+                if not self._given:
+                    raise _killed() from error
+                _log.warning("a data worker was killed: others begin with step %d", step + 1)
+                self._begin(step)
+            else:
+                self._asked.popleft()
+                self._given += 1
+                self._ask()
+                return batch.to(self._device)
+
+    def _begin(self, step: int) -> None:
+        """Workers that make the batches from this step on."""
+        self._end()
+        others = multiprocessing.active_children()
+        self._pool = ProcessPoolExecutor(
+            self._num_workers,
+            multiprocessing.get_context("fork"),
+            _begin_work,
+            (self._data, self._seed, self._batch_size),
+        )
+        with blocked():
+            self._asked.append((step, self._pool.submit(_make, step)))  # which forks them all
+        self._workers = [p for p in multiprocessing.active_children() if p not in others]
+        self._given = 0
+        self._ask()
+
+    def _ask(self) -> None:
+        pool = self._pool
+        assert pool is not None
+        next_step = self._asked[-1][0] + 1 if self._asked else self._num_steps
+        with contextlib.suppress(BrokenProcessPool):  # which waiting for a batch finds out
+            while len(self._asked) < _AHEAD * self._num_workers and next_step < self._num_steps:
+                self._asked.append((next_step, pool.submit(_make, next_step)))
+                next_step += 1
+
+    def _end(self) -> None:
+        # Killed, for there is nothing to save in them, and a read from a dead disk ends no sooner.
+        for worker in self._workers:
+            worker.kill()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool, self._workers = None, []
+        self._asked.clear()
+
+
+def _killed() -> Exception:
+    return user_error(
+        "a data worker was killed before it had made a batch",
+        "the machine may be short of memory, or of room in /dev/shm: use fewer "
+        "`engine.data_workers`, or 0",
+        path="engine.data_workers",
+        exit_code=Exit.ENVIRONMENT,
+    )
+
+
+_work: tuple[TrainBatches, int, int]
+
+
+def _begin_work(data: TrainBatches, seed: int, batch_size: int) -> None:
+    """The first thing that a worker does."""
+    global _work
+    _work = data, seed, batch_size
+    torch.set_num_threads(1)
+    logging.disable()  # a thread that was not forked may hold the terminal
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> NoReturn:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(Exit.BUG)
+
+
+def _make(step: int) -> Batch:
+    data, seed, batch_size = _work
+    return data.train_batch(seed, step, batch_size)
