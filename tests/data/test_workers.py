@@ -1,0 +1,166 @@
+"""Batches from worker processes: the same, in the same order, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpcli.data.batch import Batch
+from mpcli.data.workers import BatchQueue
+from mpcli.recipe.errors import Exit, Problem, UserError
+
+CPU = torch.device("cpu")
+
+
+class Numbers:
+    """Batches that tell which they are, and who made them."""
+
+    def __init__(self, act: Callable[[int], None] = lambda step: None) -> None:
+        self._act = act
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        self._act(step)
+        numbers = torch.full((batch_size,), 1000 * seed + step)
+        maker = torch.full((batch_size,), os.getpid())
+        return Batch({"numbers": numbers, "maker": maker}, (step,) * batch_size)
+
+
+@contextmanager
+def queue(data: Any, workers: int, num_steps: int = 100) -> Iterator[BatchQueue]:
+    with BatchQueue(data, 7, 3, num_steps, CPU, workers) as made:
+        yield made
+
+
+def number(batch: Batch, step: int) -> int:
+    """Who made the batch, which is that of the step."""
+    assert batch["numbers"].tolist() == [7000 + step] * 3
+    assert batch.weights == (step,) * 3
+    return int(batch["maker"][0])
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_batches_come_in_the_order_of_the_steps(workers: int) -> None:
+    with queue(Numbers(), workers, num_steps=20) as batches:
+        makers = {number(batches.batch(step), step) for step in range(5, 20)}
+    if workers:
+        assert os.getpid() not in makers
+        assert len(makers) <= workers
+    else:
+        assert makers == {os.getpid()}
+    assert not any(alive(maker) for maker in makers - {os.getpid()})
+
+
+def test_steps_may_be_gone_back_to() -> None:
+    with queue(Numbers(), 2) as batches:
+        for step in (0, 1, 2, 1, 2, 3, 50, 51, 99, 0):
+            number(batches.batch(step), step)
+
+
+def test_batches_are_made_before_they_are_due(tmp_path: Path) -> None:
+    with queue(Numbers(lambda step: (tmp_path / str(step)).touch()), 2) as batches:
+        batches.batch(0)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "4").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not (tmp_path / "5").exists()  # and no more of them than there is use for
+
+
+@pytest.mark.parametrize("killed_at", [0, 3, 9])
+def test_a_killed_worker_is_replaced(killed_at: int, caplog: pytest.LogCaptureFixture) -> None:
+    with queue(Numbers(), 2, num_steps=10) as batches:
+        for step in range(10):
+            maker = number(batches.batch(step), step)
+            if step == killed_at:
+                os.kill(maker, signal.SIGKILL)
+    assert caplog.text.count("a data worker was killed") == (1 if killed_at < 9 else 0)
+
+
+def test_a_worker_killed_while_it_works_is_replaced(tmp_path: Path) -> None:
+    def die_once(step: int) -> None:
+        if step == 3 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with queue(Numbers(die_once), 2) as batches:
+        for step in range(10):
+            number(batches.batch(step), step)
+    assert (tmp_path / "died").exists()
+
+
+def test_workers_that_are_always_killed_end_the_run() -> None:
+    def die(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with queue(Numbers(die), 2) as batches:
+        for step in range(3):
+            number(batches.batch(step), step)
+        with pytest.raises(UserError, match="killed before it had made a batch") as caught:
+            batches.batch(3)
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
+def test_signals_that_end_a_run_are_not_for_workers() -> None:
+    with queue(Numbers(), 2) as batches:
+        for step in range(30):
+            number(batches.batch(step), step)
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                    os.kill(worker.pid or 0, name)
+        assert len(workers) == 2
+        assert multiprocessing.active_children() == workers
+
+
+def test_what_a_worker_raises_is_raised_here() -> None:
+    def fail(step: int) -> None:
+        if step == 2:
+            raise UserError(Problem("no such record", "remove it", exit_code=Exit.ENVIRONMENT))
+
+    with queue(Numbers(fail), 2) as batches:
+        number(batches.batch(0), 0)
+        number(batches.batch(1), 1)
+        with pytest.raises(UserError, match="no such record") as caught:
+            batches.batch(2)
+    assert caught.value.problems[0].hint == "remove it"
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    found = tmp_path / "workers"
+    pid = os.fork()
+    if not pid:
+        batches = BatchQueue(Numbers(), 7, 3, 100, CPU, 2)
+        makers = {number(batches.batch(step), step) for step in range(20)}
+        found.write_text(" ".join(map(str, makers)))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + 60
+    while any(alive(int(worker)) for worker in found.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_that_reads_for_ever_is_not_waited_for() -> None:
+    started = time.monotonic()
+    with queue(Numbers(lambda step: time.sleep(3600 if step else 0)), 2) as batches:
+        batches.batch(0)
+    assert time.monotonic() - started < 60
