@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -62,7 +61,8 @@ class BatchQueue:
         self._pool: ProcessPoolExecutor | None = None
         self._workers: list[multiprocessing.process.BaseProcess] = []
         self._asked: deque[tuple[int, Future[Batch]]] = deque()
-        self._given = 0  # since the workers began
+        self._given = 0  # batches, since the workers began
+        self._next = 0  # step whose batch is asked for next
 
     def __enter__(self) -> BatchQueue:
         return self
@@ -81,22 +81,22 @@ class BatchQueue:
             return self._data.train_batch(self._seed, step, self._batch_size)
         if not self._asked or self._asked[0][0] != step:
             self._begin(step)
-        while True:
-            try:
-                batch = self._asked[0][1].result()
-            except BrokenProcessPool as error:
-                if not self._given:
-                    raise _killed() from error
-                _log.warning("a data worker was killed: others begin with step %d", step + 1)
-                self._begin(step)
-            else:
-                self._asked.popleft()
-                self._given += 1
-                self._ask()
-                return batch.to(self._device)
+        try:
+            batch = self._asked[0][1].result()
+        except BrokenProcessPool as error:
+            if not self._given:
+                raise _killed() from error
+            _log.warning("a data worker was killed: others begin with step %d", step + 1)
+            self._begin(step)
+            return self.batch(step)
+        self._asked.popleft()
+        self._given += 1
+        while len(self._asked) < _AHEAD * self._num_workers and self._next < self._num_steps:
+            self._ask()
+        return batch.to(self._device)
 
     def _begin(self, step: int) -> None:
-        """Workers that make the batches from this step on."""
+        """Workers that make this batch, and none ahead before they have shown that they can."""
         self._end()
         others = multiprocessing.active_children()
         self._pool = ProcessPoolExecutor(
@@ -105,20 +105,21 @@ class BatchQueue:
             _begin_work,
             (self._data, self._seed, self._batch_size),
         )
+        self._given, self._next = 0, step
         with blocked():
-            self._asked.append((step, self._pool.submit(_make, step)))  # which forks them all
+            self._ask()  # which forks them all
         self._workers = [p for p in multiprocessing.active_children() if p not in others]
-        self._given = 0
-        self._ask()
 
     def _ask(self) -> None:
-        pool = self._pool
-        assert pool is not None
-        next_step = self._asked[-1][0] + 1 if self._asked else self._num_steps
-        with contextlib.suppress(BrokenProcessPool):  # which waiting for a batch finds out
-            while len(self._asked) < _AHEAD * self._num_workers and next_step < self._num_steps:
-                self._asked.append((next_step, pool.submit(_make, next_step)))
-                next_step += 1
+        """For the next batch."""
+        assert self._pool is not None
+        try:
+            made = self._pool.submit(_make, self._next)
+        except BrokenProcessPool as error:  # to be told when the batch is due
+            made = Future()
+            made.set_exception(error)
+        self._asked.append((self._next, made))
+        self._next += 1
 
     def _end(self) -> None:
         # Killed, for there is nothing to save in them, and a read from a dead disk ends no sooner.
