@@ -85,6 +85,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             "diverged", Exit.NUMERICS, [Problem(str(diverged), hint, finding=diverged.finding)]
         )
     except UserError as error:
+        logger.info("what was raised", exc_info=True)
         return finish("failed", error.exit_code, error.problems)
     except KeyboardInterrupt as stopped:
         hint = "`mptrain run --resume` with the run directory goes on"

@@ -52,7 +52,7 @@ def started(*arguments: str | Path, patch: str = "") -> subprocess.Popen[str]:
     """`mptrain run ... --json` in a process of its own, as soon as it handles signals."""
     process = subprocess.Popen(
         [sys.executable, "-c", _BEGIN.format(patch=patch), "run", *arguments, "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
     )  # fmt: skip
     status = Path(f"/proc/{process.pid}/status")
     wanted = 1 << (signal.SIGUSR1 - 1)
@@ -114,6 +114,22 @@ def in_training(recipe: Path, number: int) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert json.loads(resumed.stdout)["steps_attempted"] == steps + 3, resumed.stderr
+
+
+def to_the_whole_group(recipe: Path, number: int) -> None:
+    """Batch systems, terminals: data workers go on until the run has ended, and no longer."""
+    workers = ("--set", "engine.data_workers=2")
+    process = started(recipe, *ENDLESS, *workers, "--output", "out")
+    wait_for_step(Path("out/steps.jsonl"), 50, process)
+    (children,) = Path(f"/proc/{process.pid}/task").glob(f"{process.pid}/children")
+    made = children.read_text().split()
+    assert len(made) == 2
+    os.killpg(process.pid, number)
+    returned, told, _ = ended(process, number=0)
+    assert (returned, told["status"]) == CODES[number]
+    assert isinstance(told["problems"], list)
+    assert len(told["problems"]) == 1  # which says that it was stopped
+    assert not any(Path("/proc", worker).exists() for worker in made)
 
 
 def in_evaluation(recipe: Path, number: int) -> None:
@@ -210,6 +226,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 CASES = [
     *((case, number) for case in (in_training, in_evaluation, in_saving) for number in BOTH),
     (in_saving_in_the_background, signal.SIGTERM),
+    *((to_the_whole_group, number) for number in BOTH),
     *((second_ctrl_c, number) for number in BOTH),
     (sigusr1, signal.SIGTERM),
     *((in_the_start, number) for number in BOTH),

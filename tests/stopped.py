@@ -43,6 +43,7 @@ MODES = {
     ],
     "accumulation": ["precision.mode=fp16", "train.micro_batch_size=7"],
     "async": ["precision.mode=fp16", "output.async_checkpoint=true"],
+    "workers": ["engine.data_workers=2", "data.augment=[flip, crop, cutout]"],
     "rollback": [
         "precision={mode: fp16, loss_scale: {kind: static, scale: 1024}}",
         "train.on_nonfinite=rollback",

@@ -45,6 +45,17 @@ def test_killed_at_any_step_it_ends_the_same(
         assert_same_run(run, whole)
 
 
+def test_who_makes_the_batches_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run_small(tmp_path, *LENGTH, "data.augment=[flip, crop, cutout]", name="whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        run = killed_run(tmp_path, *LENGTH, *MODES["workers"], EVERY_OTHER)
+    assert resume_small(run, "engine.data_workers=0").status == "done"
+    assert_same_run(run, whole)
+
+
 def test_three_resumes_in_the_middle_of_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ def load_plugin(path: str, sha256: str | None = None) -> PluginFile:
 
 def plugin_error(error: BaseException, task: Section, hint: str | None = None) -> UserError | None:
     """What an exception that passed through the code of a plug-in is: a mistake in it."""
-    return _blamed(error, task.plugin, hint) if isinstance(task, Plugin) else None
+    return blamed(error, task.plugin, hint) if isinstance(task, Plugin) else None
 
 
 def _execute(plugin: PluginFile) -> None:
@@ -113,14 +113,14 @@ def _execute(plugin: PluginFile) -> None:
         exec(compile(plugin.content, plugin.file, "exec"), plugin.module.__dict__)
     except SyntaxError as error:
         if error.filename != plugin.file:  # of a module that it imports
-            raise _blamed(error, plugin) or error from error
+            raise blamed(error, plugin) or error from error
         column = (error.offset or 1) - 1
         place = Place(plugin.file, error.lineno or 1, column + 1, 1, (error.text or "").rstrip())
         raise UserError(Problem(f"not Python: {error.msg}", place=place)) from error
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        told = _blamed(error, plugin) or user_error(f"{plugin.file}: not Python: {error}")
+        told = blamed(error, plugin) or user_error(f"{plugin.file}: not Python: {error}")
         raise told from error
 
 
@@ -146,7 +146,8 @@ def _check_names(plugin: PluginFile) -> None:
         raise UserError(*problems)
 
 
-def _blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) -> UserError | None:
+def blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) -> UserError | None:
+    """What an exception that passed through the code of a plug-in is: a mistake there."""
     place = _last_place(error.__traceback__, plugin)
     if place is None:
         return None

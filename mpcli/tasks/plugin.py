@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.recipe.base import Section
-from mpcli.recipe.plugin import PluginFile
+from mpcli.recipe.plugin import PluginFile, blamed
 from mpcli.records import EvalRecord
 from mpcli.tasks.base import Dataset
 
@@ -112,7 +112,10 @@ class _PluginDataset:
         return self._checked("example", self._dataset.example(num_samples), num_samples)
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        batch = self._dataset.train_batch(seed, step, batch_size)
+        try:
+            batch = self._dataset.train_batch(seed, step, batch_size)
+        except Exception as error:  # blamed here, for a traceback does not leave a worker process
+            raise blamed(error, self._plugin) or error from error
         return self._checked("train_batch", batch, batch_size)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:

@@ -230,6 +230,11 @@ LATE = {
         f"        {CRASH}",
         r"\d+:9: RuntimeError: no luck",
     ),
+    "in a batch": (
+        "        generator = torch.Generator()",
+        "        assert step < 2, 'enough'\n        generator = torch.Generator()",
+        r"\d+:\d+: AssertionError: enough",
+    ),
     "a batch": (
         '        return Batch({"inputs": inputs,',
         "        return 3\n        ({1: inputs,",
@@ -255,26 +260,35 @@ LATE = {
 }
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("mistake", LATE)
 def test_a_mistake_that_shows_in_training_ends_the_run_with_its_place(
-    mptrain: Any, mistake: str
+    mptrain: Any, mistake: str, workers: str
 ) -> None:
     own_data()
     old, new, said = LATE[mistake]
     change(old, new)
-    outcome = mptrain(*short())
+    outcome = mptrain(*short("--set", f"engine.data_workers={workers}"))
     assert outcome.code == 2, outcome.err
     assert re.search(f"^plugin.py:{said}", outcome.err, re.MULTILINE), outcome.err
     assert "Traceback" not in outcome.err
     assert json.loads(Path("out/result.json").read_text())["status"] == "failed"
 
 
-def test_what_was_raised_in_the_file_stands_in_the_log(mptrain: Any) -> None:
-    change("    total = correct", f"    {CRASH}\n    total = correct")
-    assert mptrain(*short()).code == 2
+@pytest.mark.parametrize(
+    ("mistake", "function"), [("evaluate", "evaluate"), ("in a batch", "train_batch")]
+)
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_was_raised_in_the_file_stands_in_the_log(
+    mptrain: Any, mistake: str, function: str, workers: str
+) -> None:
+    own_data()
+    old, new, _ = LATE[mistake]
+    change(old, new)
+    assert mptrain(*short("--set", f"engine.data_workers={workers}")).code == 2
     log = Path("out/attempts/1/log.rank0.txt").read_text()
     assert "Traceback" in log
-    assert "in evaluate" in log
+    assert f"in {function}" in log
 
 
 class Killed(BaseException):
