@@ -1,6 +1,6 @@
-"""Samples per second of the input pipeline alone, beside those that the training step takes.
+"""Images or tokens per second of the input pipeline alone, beside those that training takes.
 
-Per recipe: batches are made (order, augmentation, normalisation) and thrown away; then the same
+Per recipe: batches are made (order, augmentation, masking) and thrown away; then the same
 process trains on one batch again and again. Both on this machine's device, with batches of at most
 64 samples. Where the first number is far above the second, training never waits for data.
 
@@ -48,8 +48,8 @@ def calls_per_second(function: Callable[[int], object], device: torch.device) ->
     return calls / (time.perf_counter() - start)
 
 
-def measure(name: str, overrides: list[str]) -> tuple[int, float, float]:
-    """(batch size, samples per second of the input, of training)."""
+def measure(name: str, overrides: list[str]) -> tuple[str, int, float, float]:
+    """(what is counted, how many in a batch, batches per second of the input, of training)."""
     size = min(64, load_recipe(templates()[name], overrides).recipe.train.global_batch_size)
     size_too = [*overrides, f"train.global_batch_size={size}"]
     recipe = load_recipe(templates()[name], size_too).recipe
@@ -70,7 +70,9 @@ def measure(name: str, overrides: list[str]) -> tuple[int, float, float]:
 
         made = calls_per_second(lambda number: data.train_batch(0, number, size), device)
         trained = calls_per_second(step, device)
-    return size, made * size, trained * size
+    if "input_ids" in batch.tensors:
+        return "tokens", batch["input_ids"].numel(), made, trained
+    return "images", size, made, trained
 
 
 def main() -> None:
@@ -79,12 +81,13 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=RECIPES, help="names of templates")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
-    print("| recipe | batch | input (samples/s) | training (samples/s) | input's share of a step |")
+    print("| recipe | batch | input, per second | training, per second | input's share of a step |")
     print("| --- | --- | --- | --- | --- |")
     for name in arguments.recipes:
-        size, made, trained = measure(name, arguments.overrides)
+        counted, size, made, trained = measure(name, arguments.overrides)
         share = trained / (made + trained)
-        print(f"| {name} | {size} | {made:,.0f} | {trained:,.0f} | {share:.1%} |", flush=True)
+        rates = f"{made * size:,.0f} | {trained * size:,.0f}"
+        print(f"| {name} | {size:,} {counted} | {rates} | {share:.1%} |", flush=True)
 
 
 if __name__ == "__main__":
