@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mpcli.data import image_dataset
 from mpcli.data.augment import Cutout, FlipAndCrop
 from mpcli.data.image_dataset import ImageDataset, mean_and_std
 from mpcli.data.images import ImageInfo, Split, Splits
@@ -24,12 +25,15 @@ def numbered(num_train: int = 50, num_eval: int = 10) -> Splits:
 
 
 def dataset(
-    splits: Splits | None = None, *augment: str, channels_last: bool = False
+    splits: Splits | None = None,
+    *augment: str,
+    channels_last: bool = False,
+    device: torch.device = CPU,
 ) -> ImageDataset:
     splits = splits or numbered()
     info = ImageInfo(len(splits.train.labels), len(splits.eval.labels), (3, 8, 8), 2000, "test")
     data = ImageDataset(info, lambda: (splits, info), augment=augment, channels_last=channels_last)
-    data.prepare(CPU)
+    data.prepare(device)
     return data
 
 
@@ -200,13 +204,26 @@ def test_derived_seeds_differ_by_seed_stream_and_index():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_on_a_gpu_are_the_cpus():
+@pytest.mark.parametrize("free", [2**40, 0], ids=["images on the GPU", "images on the host"])
+def test_batches_on_a_gpu_are_the_cpus(monkeypatch: pytest.MonkeyPatch, free: int):
     splits = numbered()
-    info = ImageInfo(50, 10, (3, 8, 8), 2000, "test")
     augment = ("flip", "crop", "cutout")
-    cuda = ImageDataset(splits, info, augment=augment, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    cuda = dataset(splits, *augment, device=torch.device("cuda"))
     cpu = dataset(splits, *augment)
     for step in range(5):
         one, other = cuda.train_batch(3, step, 16), cpu.train_batch(3, step, 16)
         assert torch.equal(one["inputs"].cpu(), other["inputs"])
         assert torch.equal(one["targets"].cpu(), other["targets"])
+        assert one["inputs"].device.type == "cuda"
+
+
+@pytest.mark.parametrize(("share", "fit"), [(1.9, False), (2.0, True), (2.1, True)])
+def test_images_are_kept_on_a_gpu_that_has_twice_the_room(
+    monkeypatch: pytest.MonkeyPatch, share: float, fit: bool
+):
+    splits = numbered()
+    size = splits.train.images.nbytes + splits.eval.images.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (share * size, 2**40))
+    assert image_dataset._fit(splits, torch.device("cuda")) == fit
+    assert image_dataset._fit(splits, CPU)
