@@ -46,9 +46,8 @@ def on_other_data(run: RunDirectory, loaded: LoadedRecipe) -> tuple[LoadedRecipe
             path="data",
         )
     for name in _TAKEN:
-        if getattr(recipe.data, name, None) is not None and _overridden(loaded, name):
-            what = "the model was trained with the run's own"
-            raise _error(loaded, what, "leave it out", f"data.{name}")
+        if getattr(recipe.data, name, None) is not None and (path := _overridden(loaded, name)):
+            raise _error(loaded, "the model was trained with the run's own", "leave it out", path)
     trained_on = run.trained_on()
     data = _data(loaded, recipe.data, trained_on, str(run.final_path.absolute()))
     return replace(loaded, recipe=recipe.model_copy(update={"data": data})), trained_on
@@ -68,9 +67,10 @@ def _data(loaded: LoadedRecipe, data: Data, trained_on: TrainedOn, final: str) -
             normalise = Normalise(mean=trained_on.mean, std=trained_on.std)
             return data.model_copy(update={"normalise": normalise})
         case Text():
-            if data.eval_path and _overridden(loaded, "path") > _overridden(loaded, "eval_path"):
+            path = _overridden(loaded, "path")
+            if path and data.eval_path and not _overridden(loaded, "eval_path"):
                 what = "the run is evaluated on the text of `eval_path`"
-                raise _error(loaded, what, f"use `--set data.eval_path={data.path}`", "data.path")
+                raise _error(loaded, what, f"use `--set data.eval_path={data.path}`", path)
             # The text to evaluate on stands in for the one to train on, which need not be there.
             update: dict[str, Any] = {"path": data.eval_path or data.path}
         case Datasets():
@@ -83,13 +83,13 @@ def _data(loaded: LoadedRecipe, data: Data, trained_on: TrainedOn, final: str) -
     return data.model_copy(update={"tokenizer": tokenizer, **update})
 
 
-def _overridden(loaded: LoadedRecipe, name: str) -> bool:
-    """Whether the command line sets a field of `data`, or one within it."""
+def _overridden(loaded: LoadedRecipe, name: str) -> str | None:
+    """The path of a field of `data`, or within it, that the command line sets."""
     path = f"data.{name}"
-    return any(
-        origin == OVERRIDE and (leaf == path or leaf.startswith(f"{path}."))
-        for leaf, origin in loaded.origins.items()
-    )
+    for leaf, origin in loaded.origins.items():
+        if origin == OVERRIDE and (leaf == path or leaf.startswith(f"{path}.")):
+            return leaf
+    return None
 
 
 def _error(loaded: LoadedRecipe, what: str, hint: str, path: str) -> UserError:
