@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpcli.cli.console import metric_text, show_table
+from mpcli.cli.console import metric_text, show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath
 from mpcli.cli.plan import planned_for
@@ -54,6 +55,8 @@ def eval(
 
     warnings = [warning for warning in warnings if not warning.finding]  # others: of training
     show_problems(warnings)
+    for message in loaded.dropped:
+        write(message, sys.stderr)
     weights = load_weights(run, own, checkpoint)
     metrics = evaluate(loaded.recipe, planned, weights, trained_on)
     if as_json:
