@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mpcli import checkpoint
+from mpcli.data.image_dataset import ImageDataset
+from mpcli.data.images import ImageInfo
 from mpcli.engines.local import checkpoint_weights
 from mpcli.final import WEIGHTS
 from mpcli.launch import explained
@@ -18,7 +20,7 @@ from mpcli.precision.numerics import autocast, numerics
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import Plan, TrainingState
+from mpcli.records import Plan, TrainedOn, TrainingState
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import task_of
 from mpcli.trainer import settings
@@ -74,15 +76,20 @@ def _step(wanted: str, newest: checkpoint.Checkpoint) -> int:
     return int(wanted)
 
 
-def evaluate(recipe: Recipe, plan: Plan, weights: Weights) -> dict[str, float]:
+def evaluate(
+    recipe: Recipe, plan: Plan, weights: Weights, trained_on: TrainedOn | None = None
+) -> dict[str, float]:
     """The metrics of the evaluation data, computed as a run of `recipe` evaluates.
 
+    Args:
+        trained_on: what the model took from other data than these; None: these are its own.
+
     Raises:
-        UserError: the weights are of another model, the data cannot be had, or the machine is too
-            small.
+        UserError: the weights are of another model, the data cannot be had or have other classes,
+            or the machine is too small.
     """
     try:
-        return _evaluated(recipe, plan, weights)
+        return _evaluated(recipe, plan, weights, trained_on)
     except UserError:
         raise
     except Exception as error:
@@ -91,11 +98,15 @@ def evaluate(recipe: Recipe, plan: Plan, weights: Weights) -> dict[str, float]:
         raise
 
 
-def _evaluated(recipe: Recipe, plan: Plan, weights: Weights) -> dict[str, float]:
+def _evaluated(
+    recipe: Recipe, plan: Plan, weights: Weights, trained_on: TrainedOn | None
+) -> dict[str, float]:
     device, meaning = torch.device(plan.device), numerics(recipe.precision.mode)
     task, options = task_of(recipe.task), recipe.task
     with settings(recipe, plan):
         data = task.load_data(options, recipe.data)
+        if trained_on and isinstance(data, ImageDataset):
+            _check_classes(data.info, trained_on)
         data.prepare(device)
         model = task.build_model(options, data.info)
         _fill(model, weights)
@@ -105,6 +116,32 @@ def _evaluated(recipe: Recipe, plan: Plan, weights: Weights) -> dict[str, float]
             model.compile(dynamic=False)
         with torch.no_grad(), autocast(meaning, device):
             return task.evaluate(options, model, data.eval_batches(plan.micro_batch_size))
+
+
+def _check_classes(info: ImageInfo, trained_on: TrainedOn) -> None:
+    """The same labels have to mean the same."""
+    found, known = info.classes, trained_on.classes
+    if (info.num_classes, found) == (trained_on.num_classes, known):
+        return
+    unknown, missing = (
+        [n for n in one if n not in other] for one, other in ((found, known), (known, found))
+    )
+    if unknown:
+        what = f"the model does not know the class `{unknown[0]}`"
+    elif missing:
+        what = f"the class `{missing[0]}` of the model is missing"
+    else:
+        what = "the classes are in another order than the model's"
+    raise user_error(
+        f"{what}: {info.num_classes} here, and {trained_on.num_classes} in the model",
+        f"the classes have to be the run's: {_listed(known)}",
+        path="data",
+        exit_code=Exit.ENVIRONMENT,
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from mpcli.recipe.errors import Problem
 from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.task import ImageClassification, TextTask
-from mpcli.records import strict_json
+from mpcli.records import TrainedOn, strict_json
 from mpcli.tasks import transformers_folder
 from mpcli.tasks.base import Dataset
 from mpcli.tasks.image_loader import loader_text
@@ -50,14 +50,22 @@ def write_final(
         OSError: the folder cannot be written.
     """
     tensors, problems = _converted(state, DTYPES[recipe.output.final_dtype])
+    taken = TrainedOn()
     match recipe.task:
         case ImageClassification():
             _save(tensors, folder)
+            taken = TrainedOn(
+                mean=data.mean.tolist(),
+                std=data.std.tolist(),
+                num_classes=data.info.num_classes,
+                classes=data.info.classes,
+            )
             text = loader_text(recipe.task, data, model)
             (folder / "load.py").write_text(text, "utf-8")
         case TextTask():
             with _safetensors_errors():
                 transformers_folder.save(tensors, data.info, model, folder)
+            taken = TrainedOn(num_classes=data.info.num_labels or None)
         case Plugin():
             _save(tensors, folder)
         case _:
@@ -68,6 +76,7 @@ def write_final(
         "weights": "average" if recipe.train.ema else "last",
         "dtype": recipe.output.final_dtype,
         "precision": recipe.precision.mode,
+        "data": taken.model_dump(),
         "metrics": dict(metrics),
     }
     (folder / "model.json").write_text(strict_json(about, indent=2) + "\n", "utf-8")

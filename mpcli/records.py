@@ -113,6 +113,19 @@ class PluginRecord(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class TrainedOn(Record):
+    """What a model took from its training data: `data` of `final/model.json`.
+
+    `mean` and `std` of the images' channels; `classes` by the numbers of their labels, where they
+    have names.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    num_classes: int | None = None
+    classes: tuple[str, ...] = ()
+
+
 class StepRecord(Record):
     """One row of `steps.jsonl`: one attempted optimizer step."""
 

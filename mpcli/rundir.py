@@ -43,6 +43,7 @@ from mpcli.records import (
     Result,
     RollbackRecord,
     StepRecord,
+    TrainedOn,
     strict_json,
 )
 
@@ -234,6 +235,29 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise user_error(
                 f"{path}: says nothing about a plug-in", "restore it from a copy of the run"
+            ) from error
+
+    def trained_on(self) -> TrainedOn:
+        """What the trained model took from its training data.
+
+        Raises:
+            UserError: exit 2, there is no trained model yet; 4, nothing can be read.
+        """
+        path = self.final_path / "model.json"
+        if not self.final_path.is_dir():
+            raise user_error(
+                f"{self.path}: what the model took from its training data is in `final`, and there "
+                "is none yet",
+                f"finish the run with `mptrain run --resume {self.path}`, or leave out the other "
+                "data",
+            )
+        try:
+            return TrainedOn.model_validate(json.loads(path.read_bytes())["data"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise user_error(
+                f"{path}: says nothing about what the model took from the training data",
+                "restore it from a copy of the run",
+                exit_code=Exit.CHECKPOINT,
             ) from error
 
     def result(self) -> Result | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpcli.cli.console import metric_text, show_table
+from mpcli.cli.console import metric_text, show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath
-from mpcli.cli.plan import make
+from mpcli.cli.plan import planned_for
 from mpcli.cli.plugin import plugin_of_run
 from mpcli.recipe.errors import Exit
 from mpcli.signals import uninterrupted
@@ -35,22 +36,29 @@ def eval(
     plugin: PluginPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate what a run has learnt, also in another precision."""
+    """Evaluate what a run has learnt, also in another precision or on other data."""
+    from mpcli.other_data import on_other_data
     from mpcli.recipe.load import load_recipe
     from mpcli.rundir import RunDirectory, newest_run
 
     run = RunDirectory.read(newest_run() if run_dir is None else Path(run_dir))
     file = plugin_of_run(run, plugin)
     own = load_recipe(run.recipe_path, plugin=file).recipe
-    loaded, planned, warnings = make(str(run.recipe_path), overrides, file, strict=False)
+    loaded = load_recipe(run.recipe_path, overrides, file)
+    trained_on = None
+    if loaded.recipe.data != own.data:
+        loaded, trained_on = on_other_data(run, loaded)
+    planned, warnings = planned_for(loaded, training=False)
 
     with uninterrupted():
         from mpcli.evaluation import evaluate, load_weights
 
     warnings = [warning for warning in warnings if not warning.finding]  # others: of training
     show_problems(warnings)
+    for message in loaded.dropped:
+        write(message, sys.stderr)
     weights = load_weights(run, own, checkpoint)
-    metrics = evaluate(loaded.recipe, planned, weights)
+    metrics = evaluate(loaded.recipe, planned, weights, trained_on)
     if as_json:
         found = {"checkpoint": weights.name, "metrics": {"eval": metrics}}
         problems = as_records(warnings)

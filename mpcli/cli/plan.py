@@ -60,7 +60,20 @@ def make(
     from mpcli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides, plugin)
+    return loaded, *planned_for(loaded, strict=strict)
 
+
+def planned_for(
+    loaded: LoadedRecipe, *, strict: bool = False, training: bool = True
+) -> tuple[Plan, list[Problem]]:
+    """Plan a recipe; the problems are the plan's warnings, with their places.
+
+    Args:
+        training: whether it is to be trained, not only evaluated.
+
+    Raises:
+        UserError: every error of the plan, or with `strict` every warning.
+    """
     from mpcli.machine import detect_machine
 
     machine = detect_machine()  # reports a broken torch, before the next lines import it
@@ -68,7 +81,7 @@ def make(
         with uninterrupted():
             from mpcli.plan import make_plan
 
-            planned = make_plan(loaded.recipe, machine)
+            planned = make_plan(loaded.recipe, machine, training=training)
     except UserError as error:
         raise UserError(*(p.at(loaded.place(p.path)) for p in error.problems)) from error
     warnings = [
@@ -79,7 +92,7 @@ def make(
     ]
     if strict and warnings:
         raise UserError(*(replace(warning, severity="error") for warning in warnings))
-    return loaded, planned, warnings
+    return planned, warnings
 
 
 def _show(loaded: LoadedRecipe, planned: Plan) -> None:

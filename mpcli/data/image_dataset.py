@@ -12,6 +12,7 @@ from mpcli.data.batch import Batch
 from mpcli.data.images import ImageInfo, Split, Splits
 from mpcli.data.order import EpochOrder
 from mpcli.data.seeds import derive_seed
+from mpcli.recipe.data import Normalise
 
 
 class ImageDataset:
@@ -25,10 +26,11 @@ class ImageDataset:
         read: both splits, on the CPU, and the numbers as they then are.
         augment: any of `flip`, `crop`, `cutout`; always applied in that order.
         channels_last: make inputs in NHWC memory format.
+        normalise: mean and deviation of each channel; None: those of the training images.
 
     Attributes:
-        mean: of each channel of the training images, fp32 [C] on the CPU; `std` likewise. Known
-            after `prepare`.
+        mean: that is taken from each channel, fp32 [C] on the CPU; `std` likewise. Known after
+            `prepare`.
     """
 
     mean: Tensor
@@ -41,10 +43,12 @@ class ImageDataset:
         *,
         augment: Collection[str],
         channels_last: bool = False,
+        normalise: Normalise | None = None,
     ) -> None:
         self.info = info
         self._read = read
         self._augment = augment
+        self._given = normalise
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
@@ -74,7 +78,10 @@ class ImageDataset:
             UserError: exit 3, when the data is missing or damaged.
         """
         splits, self.info = self._read()
-        self.mean, self.std = mean_and_std(splits.train.images)
+        if self._given is None:
+            self.mean, self.std = mean_and_std(splits.train.images)
+        else:
+            self.mean, self.std = torch.tensor(self._given.mean), torch.tensor(self._given.std)
         self._device = device
         device = device if _fit(splits, device) else torch.device("cpu")
         self._mean = self.mean.view(1, -1, 1, 1).to(device)

@@ -71,15 +71,19 @@ def load(data: ImageFolder) -> tuple[Splits, ImageInfo]:
         _log.warning("skipped: %d more files", facts["skipped"] - _SHOWN)
     splits = stored_splits(arrays)
     num_train, num_eval = (len(split.labels) for split in splits)
-    for name, number in (("train", num_train), (found.eval_folder, num_eval)):
-        if not number:
+    for name, there, number in (
+        ("train", found.train, num_train),
+        (found.eval_folder, found.eval, num_eval),
+    ):
+        if there and not number:
             raise _missing(data, f"`{name}` holds no image")
     return splits, _info(data, found, num_train, num_eval)
 
 
 def _info(data: ImageFolder, found: Found, num_train: int, num_eval: int) -> ImageInfo:
     skipped = len(found.train) + len(found.eval) - num_train - num_eval
-    about = f"train and {found.eval_folder}, {len(found.classes)} classes"
+    splits = f"train and {found.eval_folder}" if found.train else found.eval_folder
+    about = f"{splits}, {len(found.classes)} classes"
     return ImageInfo(
         num_train=num_train,
         num_eval=num_eval,
@@ -104,10 +108,12 @@ def _found(data: ImageFolder) -> Found:
     if not folder.is_dir():
         raise _missing(data, "no such folder")
     eval_folder = next((name for name in EVAL_FOLDERS if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir() or eval_folder is None:
+    has_train = (folder / "train").is_dir()
+    # Nothing is taken from training images where it is given: they are needed to train only.
+    if eval_folder is None or not (has_train or data.normalise):
         raise _missing(data, f"no folder `train`, or none of {one_of(EVAL_FOLDERS)}")
     with _readable(data):
-        classes = tuple(_names(folder / "train"))
+        classes = tuple(_names(folder / ("train" if has_train else eval_folder)))
         if unknown := sorted(set(_names(folder / eval_folder)) - set(classes)):
             raise _missing(data, f"`{eval_folder}` has the class `{unknown[0]}`, and `train` not")
         splits = [
@@ -120,7 +126,7 @@ def _found(data: ImageFolder) -> Found:
             for split in ("train", eval_folder)
         ]
     for name, split in zip(("train", eval_folder), splits, strict=True):
-        if not split:
+        if not split and (has_train or name == eval_folder):
             raise _missing(data, f"`{name}` holds no folders with files")
     train, evaluation = splits
     return Found(classes, train, evaluation, eval_folder)

@@ -22,7 +22,7 @@ from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, PlanWarning
-from mpcli.tasks import task_of
+from mpcli.tasks import Dataset, task_of
 
 MAX_STEPS = 10_000_000
 """The learning rates of a run stand in one table on the device: 40 MB at this length."""
@@ -32,14 +32,17 @@ FP16_SAFE_EPS = 1e-4
 """About the root of 2^-25, below which a second moment is zero in fp16."""
 
 
-def make_plan(recipe: Recipe, machine: Machine) -> Plan:
+def make_plan(recipe: Recipe, machine: Machine, *, training: bool = True) -> Plan:
     """Derive everything that a run does from its recipe and machine.
+
+    Args:
+        training: whether it is to be trained: to evaluate, no training data are needed.
 
     Raises:
         UserError: with every problem found; each carries the path of the recipe value.
     """
     try:
-        return _planned(recipe, machine)
+        return _planned(recipe, machine, training=training)
     except UserError:
         raise
     except Exception as error:
@@ -48,7 +51,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         raise
 
 
-def _planned(recipe: Recipe, machine: Machine) -> Plan:
+def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
     problems = list(_machine_problems(recipe, machine))
     device = _device(recipe, machine)
     task = task_of(recipe.task)
@@ -60,19 +63,8 @@ def _planned(recipe: Recipe, machine: Machine) -> Plan:
     batch = recipe.train.global_batch_size
     steps_per_epoch = data.num_train // batch
     steps = recipe.train.steps or steps_per_epoch * (recipe.train.epochs or 0)
-    if not steps_per_epoch:
-        problems.append(
-            Problem(
-                f"a batch of {batch:,} is larger than the training set ({data.num_train:,})",
-                f"use at most {data.num_train}",
-                path="train.global_batch_size",
-            )
-        )
-    elif steps > MAX_STEPS:
-        length = "steps" if recipe.train.steps else "epochs"
-        problems.append(
-            Problem(f"{steps:,} steps; a run has at most {MAX_STEPS:,}", path=f"train.{length}")
-        )
+    if training:
+        problems += _length_problems(recipe, data, steps)
 
     precision: PrecisionPlan | None = None
     micro_batch = min(recipe.train.micro_batch_size or batch, batch)
@@ -105,6 +97,23 @@ def _planned(recipe: Recipe, machine: Machine) -> Plan:
             for w in warnings
         ),
     )
+
+
+def _length_problems(recipe: Recipe, data: Dataset, steps: int) -> Iterator[Problem]:
+    batch = recipe.train.global_batch_size
+    if not data.num_train:
+        yield Problem(
+            f"nothing to train on: {data.source}", path="data", exit_code=Exit.ENVIRONMENT
+        )
+    elif batch > data.num_train:
+        yield Problem(
+            f"a batch of {batch:,} is larger than the training set ({data.num_train:,})",
+            f"use at most {data.num_train}",
+            path="train.global_batch_size",
+        )
+    elif steps > MAX_STEPS:
+        length = "steps" if recipe.train.steps else "epochs"
+        yield Problem(f"{steps:,} steps; a run has at most {MAX_STEPS:,}", path=f"train.{length}")
 
 
 def _sample(batch: Batch) -> dict[str, str]:

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mpcli.recipe.base import FilePath, FolderPath, LocalOrHub, Section, mistake
 
 Augment = Annotated[tuple[Literal["flip", "crop", "cutout"], ...], Field(strict=False)]
 
 
-class Digits(Section):
+class Normalise(Section):
+    """Mean and standard deviation of each channel, in pixel values: 0..255, of `digits` 0..16."""
+
+    mean: Annotated[tuple[Annotated[float, Field(ge=0, le=255)], ...], Field(strict=False)] = Field(
+        description="one value for each channel"
+    )
+    std: Annotated[tuple[Annotated[float, Field(ge=1e-6, le=255)], ...], Field(strict=False)] = (
+        Field(description="one value for each channel")
+    )
+
+
+class _Images(Section):
+    CHANNELS: ClassVar[int] = 3
+
+    normalise: Normalise | None = Field(
+        default=None, description="mean and deviation of the pixels; null: the training images'"
+    )
+
+    @model_validator(mode="after")
+    def _one_value_for_each_channel(self) -> Self:
+        for name, values in self.normalise or ():
+            if len(values) != self.CHANNELS:
+                channels = "one channel" if self.CHANNELS == 1 else f"{self.CHANNELS} channels"
+                what = f"the images have {channels}, found {len(values)} values"
+                raise mistake(what, "give one value for each channel", f"normalise.{name}")
+        return self
+
+
+class Digits(_Images):
     """scikit-learn's 1,797 real 8x8 digits; embedded, nothing to download."""
+
+    CHANNELS = 1
 
     kind: Literal["digits"]
     augment: Augment = Field(default=(), description="augmentations of training images")
 
 
-class _Cifar(Section):
+class _Cifar(_Images):
     path: FolderPath | None = Field(
         default=None,
         description="folder with the data; null: `$MPTRAIN_DATA/<kind>`, then download",
@@ -40,7 +70,7 @@ class Cifar100(_Cifar):
     kind: Literal["cifar100"]
 
 
-class ImageFolder(Section):
+class ImageFolder(_Images):
     """PNG and JPEG files in folders `train/<class>` and `val/<class>` (or `validation`, `test`)."""
 
     kind: Literal["imagefolder"]
@@ -133,6 +163,9 @@ class Datasets(_Text, LocalOrHub):
     ] = Field(default=("text",), description="one column of text, or two that are compared")
     label_column: str = Field(
         default="label", description="whole numbers from 0; unused by language models"
+    )
+    num_labels: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
+        default=None, description="labels are below it; null: as many as the data have"
     )
 
 

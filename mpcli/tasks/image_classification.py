@@ -32,6 +32,7 @@ def load_data(options: Options, data: ImageData) -> ImageDataset:
         partial(load, data),
         augment=data.augment,
         channels_last=options.channels_last,
+        normalise=data.normalise,
     )
 
 

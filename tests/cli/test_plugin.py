@@ -387,3 +387,10 @@ def test_a_file_that_cannot_be_read(mptrain: Any, file: str) -> None:
     outcome = mptrain("plan", "plugin.yaml", "--plugin", file)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
+
+
+def test_it_is_not_evaluated_on_other_data_whose_preparation_nobody_knows(mptrain: Any) -> None:
+    mptrain(*short())
+    outcome = mptrain("eval", "out", "--plugin", "plugin.py", "--set", "data={kind: digits}")
+    assert outcome.code == 2
+    assert "what a plug-in took from its training data is not known" in outcome.err

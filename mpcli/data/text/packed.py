@@ -13,7 +13,7 @@ from mpcli.data.batch import Batch
 from mpcli.data.order import EpochOrder
 from mpcli.data.seeds import derive_seed
 from mpcli.data.text.tokens import TextInfo, Tokens
-from mpcli.recipe.errors import user_error
+from mpcli.recipe.errors import Problem, UserError
 
 _EVAL_CHUNK = 64  # sequences whose evaluation batch is made with one generator
 
@@ -50,13 +50,17 @@ class PackedText:
         self._own = tokens.info.sequence_length - len(prefix) - len(suffix)
         self._train, self._eval = tokens.arrays["train.tokens"], tokens.arrays["eval.tokens"]
         self.num_train, self.num_eval = len(self._train) // self._own, len(self._eval) // self._own
-        for name, stream in (("training", self._train), ("held-out", self._eval)):
-            if len(stream) < self._own:
-                raise user_error(
-                    f"the {name} text has {len(stream)} tokens, and a sequence {self._own}",
-                    "use shorter sequences or more text; `data.eval_path` names held-out text",
-                    path="data.sequence_length",
-                )
+        problems = [
+            Problem(
+                f"the {name} text has {len(stream)} tokens, and a sequence {self._own}",
+                "use shorter sequences or more text; `data.eval_path` names held-out text",
+                path="data.sequence_length",
+            )
+            for name, stream in (("training", self._train), ("held-out", self._eval))
+            if len(stream) < self._own
+        ]
+        if problems:
+            raise UserError(*problems)
         self._generator = torch.Generator()
         self._order = EpochOrder(self.num_train, torch.device("cpu"))
         self._device = torch.device("cpu")

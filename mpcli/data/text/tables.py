@@ -178,7 +178,7 @@ def _record(values: dict[str, Any] | ValueError, data: Datasets, labels: bool) -
     if isinstance(values, ValueError):
         raise values
     texts = tuple(_text(values.get(name), name) for name in data.text_columns)
-    return Record(texts, _label(values.get(data.label_column)) if labels else -1)
+    return Record(texts, _label(values.get(data.label_column), data) if labels else -1)
 
 
 def _text(value: Any, name: str) -> str:
@@ -191,10 +191,12 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _label(value: Any) -> int:
+def _label(value: Any, data: Datasets) -> int:
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
     if type(number) is not int or not 0 <= number < 2**20:
         raise ValueError(f"the label {value!r} is not a whole number from 0")
+    if data.num_labels is not None and number >= data.num_labels:
+        raise ValueError(f"the label {number} is not one of the {data.num_labels} from 0")
     return number
 
 

@@ -75,7 +75,7 @@ def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> To
         if isinstance(options, WordPiece):
             made = tokenizer.learnt(options, lambda: _train_texts(source, data))
         damage = Damage(data.on_error)
-        num_labels = 0
+        num_labels = (isinstance(data, Datasets) and labels and data.num_labels) or 0
         for split in _SPLITS:
             records = _readable(source.read(split, damage))
             if labels:
