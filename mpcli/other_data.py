@@ -21,10 +21,28 @@ from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import LoadedRecipe
 from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.source import OVERRIDE
+from mpcli.recipe.task import ModelConfig, TextTask
 from mpcli.records import TrainedOn
 from mpcli.rundir import RunDirectory
 
 _TAKEN = ("normalise", "tokenizer", "num_labels")
+
+
+def from_final(run: RunDirectory, loaded: LoadedRecipe) -> LoadedRecipe:
+    """The recipe of a run that began with a model of transformers, with `final` in its place.
+
+    Config and tokenizer are there too, whatever has become of the place that they came from.
+    """
+    recipe = loaded.recipe
+    began_with_weights = isinstance(recipe.task, TextTask) and not isinstance(
+        recipe.task.model, ModelConfig
+    )
+    if not began_with_weights or not run.final_path.is_dir():
+        return loaded
+    final = str(run.final_path.absolute())
+    task = recipe.task.model_copy(update={"model": None, "init_from": final})
+    data = recipe.data.model_copy(update={"tokenizer": None})
+    return replace(loaded, recipe=recipe.model_copy(update={"task": task, "data": data}))
 
 
 def on_other_data(run: RunDirectory, loaded: LoadedRecipe) -> tuple[LoadedRecipe, TrainedOn]:

@@ -37,7 +37,7 @@ def eval(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate what a run has learnt, also in another precision or on other data."""
-    from mpcli.other_data import on_other_data
+    from mpcli.other_data import from_final, on_other_data
     from mpcli.recipe.load import load_recipe
     from mpcli.rundir import RunDirectory, newest_run
 
@@ -48,6 +48,7 @@ def eval(
     trained_on = None
     if loaded.recipe.data != own.data:
         loaded, trained_on = on_other_data(run, loaded)
+    loaded = from_final(run, loaded)
     planned, warnings = planned_for(loaded, training=False)
 
     with uninterrupted():

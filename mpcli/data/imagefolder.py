@@ -160,7 +160,7 @@ def _write(
 
     skipped: list[str] = []
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), _CHUNK):
+        for start in range(0, len(files) or 1, _CHUNK):  # of no files, no images
             chunk = files[start : start + _CHUNK]
             decoded = list(pool.map(decode, (path for path, _ in chunk)))
             skipped += [why for why in decoded if isinstance(why, str)]

@@ -76,6 +76,13 @@ def position(place: Place) -> str:
     return place.file if place.file == OVERRIDE else f"{place.file}:{place.line}:{place.column}"
 
 
+_EITHER = {
+    "train": (("epochs", "steps"), ("steps", "epochs")),
+    "task": (("model", "init_from"), ("init_from", "model")),
+}
+"""Keys of a section, the later of which removes the other."""
+
+
 def _outdated(base: Mapping, over: Mapping, path: str) -> Iterator[tuple[str, str]]:
     """Keys of `base` that have no meaning under `over`, and why."""
     was, now = _value(base, "kind"), _value(over, "kind")
@@ -84,16 +91,20 @@ def _outdated(base: Mapping, over: Mapping, path: str) -> Iterator[tuple[str, st
             replaced = key in over.entries and not isinstance(entry.node, Mapping)
             if key != "kind" and not replaced:
                 yield key, f"{_join(path, 'kind')} is now {now}"
-    elif path == "train":
-        for key, other in (("epochs", "steps"), ("steps", "epochs")):
-            both_known = _value(over, key) is not None and other in base.entries
-            if both_known and other not in over.entries:
-                yield other, f"train.{key} is now {_value(over, key)}"
+        return
+    for key, other in _EITHER.get(path, ()):
+        named = key in over.entries and other not in over.entries
+        if named and other in base.entries and not _is_null(over.entries[key].node):
+            yield other, f"{path}.{key} is now {_value(over, key) or 'set'}"
 
 
 def _value(mapping: Mapping, key: str) -> object:
     entry = mapping.entries.get(key)
     return entry.node.value if entry and isinstance(entry.node, Scalar) else None
+
+
+def _is_null(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.value is None
 
 
 def _part(layer: Mapping) -> Mapping:

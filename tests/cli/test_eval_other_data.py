@@ -309,6 +309,25 @@ def test_a_label_that_the_model_does_not_have_is_named(tmp_path: Path, refused: 
     assert "validation.csv: line 4: the label 2 is not one of the 2 from 0" in message
 
 
+@pytest.mark.parametrize("other", [(), ("data.eval_path=other.txt",)])
+def test_a_run_that_began_with_another_needs_it_no_more(
+    tmp_path: Path, metrics: EvalMetrics, monkeypatch: pytest.MonkeyPatch, other: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_text(tmp_path / "text.txt", "we went home and they came too")
+    write_text(tmp_path / "other.txt", "they went and we came home")
+    own = f"data={{kind: text, path: {path}, eval_path: {path}, sequence_length: 16}}"
+    first, _ = run_small(tmp_path, own, name="first", text=MLM)
+    begun = f"task={{kind: masked-lm, init_from: {first.path}}}"
+    run, result = run_small(tmp_path, own, begun, name="run", text=MLM)
+    assert result.status == "done", result
+    before = metrics(run, *other)
+    if not other:
+        assert before == result.metrics["eval"]
+    shutil.rmtree(first.path)
+    assert metrics(run, *other) == before
+
+
 def test_columns_that_are_called_otherwise(
     tmp_path: Path, metrics: EvalMetrics, refused: Any
 ) -> None:

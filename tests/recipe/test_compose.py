@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.optim import AdamW, Sgd
+from mpcli.recipe.packaged import packaged_dir
 from mpcli.recipe.precision import DynamicScale, StaticScale
-from mpcli.recipe.task import ResNet9
+from mpcli.recipe.task import ResNet9, SequenceClassification
 
 REST = """\
 name: my-run
@@ -120,6 +122,25 @@ def test_a_section_with_a_default_needs_no_kind(write: Write) -> None:
     recipe = load_recipe(write(), ["engine.device=cpu", "precision.loss_scale.init_scale=8"]).recipe
     assert recipe.engine.device == "cpu"
     assert recipe.precision.loss_scale == DynamicScale(kind="dynamic", init_scale=8)
+
+
+def test_naming_a_run_to_begin_with_removes_the_model(tmp_path: Path) -> None:
+    path = packaged_dir("recipes") / "sst2.yaml"
+    loaded = load_recipe(path, [f"task.init_from={tmp_path}"])
+    task = loaded.recipe.task
+    assert isinstance(task, SequenceClassification)
+    assert (task.model, task.init_from) == (None, str(tmp_path))
+    assert [
+        m for m in loaded.dropped if "task.model" in m and f"task.init_from is now {tmp_path}" in m
+    ]
+    both = [f"task.init_from={tmp_path}", "task.model={kind: config, name: bert-tiny}"]
+    with pytest.raises(UserError, match="are both set"):
+        load_recipe(path, both)
+    again = tmp_path / "recipe.yaml"
+    again.write_text(resolved_yaml(loaded.recipe))
+    task = load_recipe(again, both[1:]).recipe.task
+    assert isinstance(task, SequenceClassification)
+    assert (task.model is not None, task.init_from) == (True, None)
 
 
 @pytest.mark.parametrize(
