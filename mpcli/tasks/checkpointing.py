@@ -22,11 +22,14 @@ from mpcli.recipe.errors import user_error
 def apply_activation_checkpointing(model: nn.Module) -> None:
     """Checkpoint every block of a model, in place; names and numbers stay as they are.
 
-    Blocks are the children, of more than one layer, of the model's outermost `nn.Sequential`s.
+    Blocks are the children, of more than one layer, of the model's outermost `nn.Sequential`s; a
+    model of transformers says itself which they are.
 
     Raises:
         UserError: the model has no blocks.
     """
+    if _switched_on(model):
+        return
     blocks = list(_blocks(model))
     if not blocks:
         raise user_error(
@@ -37,6 +40,23 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
     for block in blocks:
         # A partial of the block, not a closure: a deep copy of the model then runs itself.
         block.forward = partial(_checkpointed, block)
+
+
+def _switched_on(model: nn.Module) -> bool:
+    """Whether the model is one of transformers that checkpoints its blocks, as it does from now on.
+
+    Its blocks take a cache of keys, which a second forward would fill twice: it leaves that out.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    name = "activation_checkpointing_enable"
+    if not hasattr(model, name):  # its name before transformers 5.23
+        name = "gradient_checkpointing_enable"
+    try:
+        getattr(model, name)({"use_reentrant": False})
+    except ValueError:  # no part of it does what its class says
+        return False
+    return True
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
@@ -22,7 +23,13 @@ from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.records import Result
 from mpcli.rundir import RunDirectory
-from mpcli.tasks import causal_lm, masked_lm, sequence_classification
+from mpcli.tasks import (
+    apply_activation_checkpointing,
+    causal_lm,
+    masked_lm,
+    sequence_classification,
+    task_of,
+)
 from tests.small import CPU, resume_small, run_small, small_recipe
 from tests.stopped import Killed, assert_same_run, kill_at
 
@@ -63,6 +70,11 @@ TOKENIZER = "tokenizer: {kind: wordpiece, vocab_size: 200}"
 NO_DROPOUT = {
     MLM: ("hidden_dropout_prob", "attention_probs_dropout_prob"),
     GPT: ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+}
+BLOCKS = {
+    MLM: ("task.model.values.num_hidden_layers=4",),
+    # Keys that did not pass through a cache lie elsewhere: dropped attention then rounds otherwise.
+    GPT: ("task.model.values.n_layer=4", "task.model.values.attn_pdrop=0.0"),
 }
 
 
@@ -141,6 +153,66 @@ def test_the_micro_batches_of_that_test_weigh_differently(tmp_path: Path) -> Non
 
 def step_rows(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "steps.jsonl").read_text().splitlines()]
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    """Dropout included: what is computed again drops the same elements."""
+    for number, (text, blocks) in enumerate(BLOCKS.items()):
+        for mode in ("fp32", "bf16", "fp16", "fp16-master"):
+            common = (f"precision.mode={mode}", *blocks)
+            runs = []
+            for chosen in ("false", "true"):
+                override = f"engine.activation_checkpointing={chosen}"
+                run, result = run_small(
+                    tmp_path, *common, override, name=f"{number}-{mode}-{chosen}", text=text
+                )
+                finished(result)
+                runs.append(run)
+            usual, ours = (load_file(run.final_path / "model.safetensors") for run in runs)
+            assert all(torch.equal(ours[name], tensor) for name, tensor in usual.items())
+            usual_rows, our_rows = (
+                [(row["loss"], row["grad_norm"]) for row in step_rows(run)] for run in runs
+            )
+            assert usual_rows == our_rows
+
+
+@pytest.mark.parametrize("text", [MLM, GPT], ids=["masked", "causal"])
+def test_activation_checkpointing_keeps_less_for_backward(tmp_path: Path, text: str) -> None:
+    """A deep copy, as the average of weights is, recomputes with its own weights."""
+    recipe: Any = small_recipe(tmp_path, *BLOCKS[text], text=text).recipe
+    task = task_of(recipe.task)
+    data = task.load_data(recipe.task, recipe.data)
+    batch = data.train_batch(0, 0, 8)
+    model = task.build_model(recipe.task, data.info)
+    ours = copy.deepcopy(model)
+    apply_activation_checkpointing(ours)
+    twin = copy.deepcopy(ours)
+    kept, gradients = [], []
+    for built in (model, ours, twin):
+        torch.manual_seed(0)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = task.loss(recipe.task, built, batch)
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([parameter.grad for parameter in built.parameters()])
+    assert max(kept[1:]) < 0.5 * kept[0]
+    for usual, *others in zip(*gradients, strict=True):
+        assert usual is not None
+        assert all(torch.equal(usual, other) for other in others)
+
+
+def test_activation_checkpointing_is_refused_where_a_model_has_no_blocks(tmp_path: Path) -> None:
+    name = "task.model={kind: config, name: albert, values: {num_hidden_layers: 1}}"
+    recipe = small_recipe(tmp_path, name, "engine.activation_checkpointing=true", text=MLM).recipe
+    with pytest.raises(UserError, match="no blocks") as caught:
+        make_plan(recipe, CPU)
+    assert caught.value.problems[0].path == "engine.activation_checkpointing"
 
 
 def test_a_run_with_dropout_goes_on_bit_for_bit(

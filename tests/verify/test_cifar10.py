@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.verify.test_precision import docs
+from tests.verify.page import Rows, machine, run, write
 
 pytestmark = pytest.mark.verify
-ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "verification.md"
-MPTRAIN = Path(sys.executable).with_name("mptrain")
 STEPS, WINDOW = 100, 25
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[tuple[str, str]]]:
-    """Rows (what, measured), written to the committed table at the end."""
-    rows: list[tuple[str, str]] = []
+def table() -> Iterator[Rows]:
+    rows: Rows = []
     yield rows
-    about = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}."
-    )
-    text = f"{about}\n\n{docs().table(('what', 'measured'), rows)}"
-    before = TABLE.read_text("utf-8")
-    TABLE.write_text(docs().between(before, "cifar10", text, "make verify"), "utf-8")
-
-
-def run(folder: Path, recipe: str, *overrides: str) -> tuple[dict[str, Any], list[float]]:
-    """`mptrain run` in a process of its own: its result and its losses."""
-    arguments = [argument for override in overrides for argument in ("--set", override)]
-    process = subprocess.run(
-        [MPTRAIN, "run", ROOT / "recipes" / recipe, "--json", "--output", folder, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    return json.loads(process.stdout), [float(row["loss"]) for row in rows]
+    write("cifar10", rows, machine())
 
 
 def test_three_epochs_reach_75_percent_in_ten_minutes(
-    tmp_path: Path, shared_data: Path, table: list[tuple[str, str]]
+    tmp_path: Path, shared_data: Path, table: Rows
 ) -> None:
     started = time.monotonic()
     result, _ = run(tmp_path / "run", "cifar10-fp32.yaml", "train.epochs=3")
@@ -70,7 +39,7 @@ def test_three_epochs_reach_75_percent_in_ten_minutes(
 
 
 def test_half_precision_learns_as_fp32_and_a_tiny_scale_does_not(
-    tmp_path: Path, shared_data: Path, table: list[tuple[str, str]]
+    tmp_path: Path, shared_data: Path, table: Rows
 ) -> None:
     """100 steps of batch 32 from the same seed; losses as means over 25 steps."""
     runs = {

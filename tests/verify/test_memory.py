@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verify.test_survival import write
+from tests.verify.page import write
 from tests.victims import tiny_run
 
 pytestmark = pytest.mark.verify

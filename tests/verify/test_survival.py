@@ -20,7 +20,7 @@ from tests.checkpoints import FILES
 from tests.processes import MPTRAIN, has_row
 from tests.small import RECIPE as SMALL
 from tests.stopped import assert_same_run
-from tests.verify.test_precision import docs
+from tests.verify.page import Rows, write
 from tests.victims import (
     ENVIRONMENT,
     MODES,
@@ -40,17 +40,9 @@ from tests.victims import (
 )
 
 pytestmark = pytest.mark.verify
-PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 KILLS = 60  # in each mode
 FLIPS = 1000
 MIB = 2**20
-Rows = list[tuple[str, str]]
-
-
-def write(region: str, rows: Rows) -> None:
-    """Rows (what, measured) between the page's markers."""
-    table = docs().table(("what", "measured"), rows)
-    PAGE.write_text(docs().between(PAGE.read_text("utf-8"), region, table, "make verify"), "utf-8")
 
 
 @pytest.fixture(scope="module")
