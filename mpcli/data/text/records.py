@@ -17,7 +17,7 @@ class Record(NamedTuple):
 
     Attributes:
         texts: one, or two that are compared.
-        label: from 0; -1 where none is asked for.
+        label: from 0, the number of its class; -1 where none is asked for.
         ends: whether a document ends with it.
     """
 
@@ -60,11 +60,13 @@ class Source:
         files: whose content determines the records, by split.
         about: where they come from, in words.
         read: the records of a split, in order. UserError (exit 3) where a file is damaged.
+        label_names: reads them, in the order of their numbers; none where labels are numbers.
     """
 
     files: dict[Split, tuple[Path, ...]]
     about: str
     read: Callable[[Split, Damage], Iterator[Record]]
+    label_names: Callable[[], tuple[str, ...]] = tuple
 
 
 def no_data(what: str, hint: str | None = None, path: str = "data") -> UserError:
