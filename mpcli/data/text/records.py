@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mpcli.recipe.errors import Exit, UserError, user_error
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
@@ -67,6 +70,15 @@ class Source:
     about: str
     read: Callable[[Split, Damage], Iterator[Record]]
     label_names: Callable[[], tuple[str, ...]] = tuple
+
+
+def warn_of_shared(files: dict[Split, tuple[Path, ...]]) -> None:
+    """Warn of files that are in both splits."""
+    known = {path.resolve() for path in files["train"]}
+    if shared := [path for path in files["eval"] if path.resolve() in known]:
+        _log.warning(
+            "%s is both learnt from and held out: evaluations say nothing of new text", shared[0]
+        )
 
 
 def no_data(what: str, hint: str | None = None, path: str = "data") -> UserError:

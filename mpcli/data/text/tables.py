@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpcli.data.cache import expand
-from mpcli.data.text.records import Damage, Record, Source, Split, no_data
+from mpcli.data.text.records import Damage, Record, Source, Split, no_data, warn_of_shared
 from mpcli.recipe.data import Datasets
 from mpcli.recipe.errors import UserError, one_of, user_error
 from mpcli.signals import uninterrupted
@@ -57,6 +57,8 @@ def find(data: Datasets, *, labels: bool) -> Source:
         "train": _split_files(folder, data.subset, data.train_split),
         "eval": _split_files(folder, data.subset, data.eval_split),
     }
+
+    warn_of_shared(files)
 
     def rows(split: Split, columns: Sequence[str]) -> Iterator[tuple[object, _Row]]:
         for path in files[split]:

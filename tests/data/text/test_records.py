@@ -333,6 +333,50 @@ def test_every_tenth_stretch_of_plain_text_is_held_out(tmp_path: Path) -> None:
     assert [record.ends for record in train] == [False] * (len(train) - 1) + [True]
 
 
+@pytest.mark.parametrize(
+    "text", ["one two three. " * 20_000, "漢字" * 99_999, "é" * 99_999 + "\n" + "ab cd " * 9_999]
+)
+def test_a_long_line_is_cut(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    source = plain.find(Text(kind="text", path=str(tmp_path / "a.txt")))
+    train, held_out = read(source), read(source, "eval")
+    merged = [r.texts[0] for r in train]
+    for place, record in enumerate(held_out, 1):
+        merged.insert(place * plain.HELD_OUT - 1, record.texts[0])
+    assert "".join(merged) == text
+    assert len(held_out) >= 2
+    assert max(map(len, merged)) <= 2 * plain.STRETCH
+    if text.startswith("one"):
+        assert all(part.startswith((" ", "one")) and part[-1] in "eo. " for part in merged)
+        assert {word for part in merged for word in part.split()} == {"one", "two", "three."}
+
+
+def test_the_end_of_a_line_is_not_cut(tmp_path: Path) -> None:
+    for length in range(plain.STRETCH - 3, plain.STRETCH + 3):
+        (tmp_path / "a.txt").write_bytes(b"x" * length + b"\r\nb\xff\n")
+        paths = {"path": str(tmp_path / "a.txt"), "eval_path": str(tmp_path / "a.txt")}
+        source = plain.find(Text(kind="text", **paths))
+        assert "".join(r.texts[0] for r in read(source, on_error="skip")) == "x" * length + "\n"
+        with pytest.raises(UserError, match="line 2: is not UTF-8"):
+            read(source)
+
+
+def test_what_is_learnt_and_held_out_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("text")
+        write_rows(tmp_path, "csv", name)
+    whole = {"path": str(tmp_path), "eval_path": str(tmp_path / "test.txt")}
+    plain.find(Text(kind="text", **{**whole, "path": str(tmp_path / "train.txt")}))
+    tables.find(table(path=str(tmp_path)), labels=True)
+    assert not caplog.text
+    plain.find(Text(kind="text", **whole))
+    assert f"{tmp_path}/test.txt is both learnt from and held out" in caplog.text
+    tables.find(table(path=str(tmp_path), train_split="test"), labels=True)
+    assert f"{tmp_path}/test.csv is both learnt from and held out" in caplog.text
+
+
 def test_held_out_text_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(lines(300))
     (tmp_path / "test.txt").write_text("Held out.\r\n")
