@@ -75,11 +75,13 @@ def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> To
 
     def make(writer: Writer) -> dict[str, Any]:
         for split in _SPLITS if _has_held_out(data) else _SPLITS[:1]:
-            if not any(text.strip() for text in _texts(source, split, data)):
-                raise no_data(f"the split for {split} of the data holds no text: {source.about}")
+            damage = Damage(data.on_error)
+            if not any(text.strip() for text in _texts(source, split, damage)):
+                what = f"the split for {split} of the data holds no text: {source.about}"
+                raise no_data(what, f"skipped: {damage.first}" if damage.skipped else None)
         made = loaded
         if isinstance(options, WordPiece):
-            made = tokenizer.learnt(options, lambda: _texts(source, "train", data))
+            made = tokenizer.learnt(options, lambda: _texts(source, "train", Damage(data.on_error)))
         damage = Damage(data.on_error)
         for split in _SPLITS:
             records = _readable(source.read(split, damage))
@@ -162,8 +164,8 @@ def _key(data: TextData, options: Tokenizer, loaded: Any, source: Source, labels
         return content_key(json.dumps(how), (*source.files["train"], *source.files["eval"]))
 
 
-def _texts(source: Source, split: Split, data: TextData) -> Iterator[str]:
-    for record in _readable(source.read(split, Damage(data.on_error))):
+def _texts(source: Source, split: Split, damage: Damage) -> Iterator[str]:
+    for record in _readable(source.read(split, damage)):
         yield from record.texts
 
 

@@ -173,6 +173,11 @@ def test_no_text(tmp_path: Path, text: str) -> None:
     }.items():
         with pytest.raises(UserError, match=f"the split for {split} .* holds no text: .*empty.txt"):
             tokenised(Text.model_validate({"kind": "text", **paths}), WORDPIECE)
+    (tmp_path / "bad.txt").write_bytes(b"\xff\n")
+    bad = Text(kind="text", path=str(tmp_path / "bad.txt"), on_error="skip")
+    with pytest.raises(UserError, match="holds no text") as caught:
+        tokenised(bad, WORDPIECE)
+    assert "bad.txt: line 1: is not UTF-8" in str(caught.value.problems[0].hint)
     with pytest.raises(UserError, match="the split for train of the data holds no text") as caught:
         labelled(tmp_path, [])
     assert caught.value.exit_code == Exit.ENVIRONMENT
