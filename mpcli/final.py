@@ -65,7 +65,9 @@ def write_final(
         case TextTask():
             with _safetensors_errors():
                 transformers_folder.save(tensors, data.info, model, folder)
-            taken = TrainedOn(num_classes=data.info.num_labels or None)
+            taken = TrainedOn(
+                num_classes=data.info.num_labels or None, classes=data.info.label_names
+            )
         case Plugin():
             _save(tensors, folder)
         case _:

@@ -25,7 +25,7 @@ from mpcli.recipe.task import ModelConfig, TextTask
 from mpcli.records import TrainedOn
 from mpcli.rundir import RunDirectory
 
-_TAKEN = ("normalise", "tokenizer", "num_labels")
+_TAKEN = ("normalise", "tokenizer", "label_names")
 
 
 def from_final(run: RunDirectory, loaded: LoadedRecipe) -> LoadedRecipe:
@@ -92,7 +92,9 @@ def _data(loaded: LoadedRecipe, data: Data, trained_on: TrainedOn, final: str) -
             # The text to evaluate on stands in for the one to train on, which need not be there.
             update: dict[str, Any] = {"path": data.eval_path or data.path}
         case Datasets():
-            update = {"train_split": data.eval_split, "num_labels": trained_on.num_classes}
+            numbers = tuple(str(number) for number in range(trained_on.num_classes or 0))
+            names = trained_on.classes or numbers or None
+            update = {"train_split": data.eval_split, "label_names": names}
         case PluginData():
             raise AssertionError("only a plug-in has such data")
         case _:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,7 @@ from mpcli.recipe.data import ImageFolder
 from mpcli.recipe.errors import Exit, UserError, one_of, user_error
 
 EVAL_FOLDERS = ("val", "validation", "test")  # the first that is there
+_FORMAT = 2  # of the cache: another number when the same files give other arrays
 _FORMATS = ("PNG", "JPEG")  # some of the others run external programs
 _CHUNK = 512  # images that are decoded together, in threads
 _SHOWN = 5  # files named of those that are skipped
@@ -55,7 +57,7 @@ def load(data: ImageFolder) -> tuple[Splits, ImageInfo]:
     with _readable(data):
         labels = [[label for _, label in split] for split in (found.train, found.eval)]
         files = [path for path, _ in (*found.train, *found.eval)]
-        key = content_key(f"imagefolder {data.size} {labels} {data.on_error}", files)
+        key = content_key(f"imagefolder {_FORMAT} {data.size} {labels} {data.on_error}", files)
 
         def decode(writer: Writer) -> dict[str, Any]:
             bad = [
@@ -128,6 +130,8 @@ def _found(data: ImageFolder) -> Found:
     for name, split in zip(("train", eval_folder), splits, strict=True):
         if not split and (has_train or name == eval_folder):
             raise _missing(data, f"`{name}` holds no folders with files")
+    if len(classes) < 2:
+        raise _missing(data, f"`train` has the class `{classes[0]}` alone: nothing to tell apart")
     train, evaluation = splits
     return Found(classes, train, evaluation, eval_folder)
 
@@ -187,7 +191,11 @@ def _write(
 def _decoded(path: Path, size: int) -> Tensor:
     """The middle square of an image whose shorter side is made `size` long: [3, size, size]."""
     with Image.open(path, formats=_FORMATS) as image:
-        picture = image.convert("RGB")
+        if image.mode.startswith("I"):  # gray of 16 bits, of which `convert` would make white
+            high = (np.asarray(image) >> 8).astype(np.uint8)
+            picture = Image.fromarray(high).convert("RGB")
+        else:
+            picture = image.convert("RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     if picture.size != (width, height):

@@ -162,10 +162,12 @@ class Datasets(_Text, LocalOrHub):
         tuple[str, ...], AfterValidator(_check_columns), Field(strict=False)
     ] = Field(default=("text",), description="one column of text, or two that are compared")
     label_column: str = Field(
-        default="label", description="whole numbers from 0; unused by language models"
+        default="label", description="names or numbers of the labels; unused by language models"
     )
-    num_labels: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
-        default=None, description="labels are below it; null: as many as the data have"
+    label_names: Annotated[tuple[str, ...], Field(min_length=2, strict=False)] | None = Field(
+        default=None,
+        description="what the labels are called, in the order of their numbers; null: whole "
+        "numbers from 0, or the training split's names in alphabetical order",
     )
 
 

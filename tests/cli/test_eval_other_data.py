@@ -306,7 +306,7 @@ def test_a_label_that_the_model_does_not_have_is_named(tmp_path: Path, refused: 
     other = write_rows(tmp_path / "other", (0, 1, 2))
     code, message = refused(run, f"data.path={other}")
     assert code == Exit.ENVIRONMENT
-    assert "validation.csv: line 4: the label 2 is not one of the 2 from 0" in message
+    assert "validation.csv: line 4: the label 2 is none of the known ones (0, 1)" in message
 
 
 @pytest.mark.parametrize("other", [(), ("data.eval_path=other.txt",)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,6 +63,14 @@ def test_the_shorter_side_is_scaled_and_the_longer_cut(tmp_path: Path) -> None:
     assert torch.equal(load(data(tmp_path, size=4))[0].train.images[0], torch.full((3, 4, 4), 7))
 
 
+def test_gray_of_16_bits(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    gray = np.full((4, 4), 0x4321, np.uint16)
+    Image.fromarray(gray).save(tmp_path / "train" / "blue" / "0.png")
+    image = load(data(tmp_path, size=4))[0].train.images[0]
+    assert torch.equal(image, torch.full((3, 4, 4), 0x43))
+
+
 BROKEN = {
     "empty": b"",
     "text": b"no image at all",
@@ -112,6 +122,15 @@ def test_a_folder_that_lacks_something(tmp_path: Path, missing: str, said: str) 
     (folder / missing).rename(tmp_path / "gone")
     with pytest.raises(UserError, match=said) as caught:
         describe(data(folder))
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / split / "red")
+    with pytest.raises(UserError, match="`train` has the class `blue` alone") as caught:
+        describe(data(tmp_path))
     assert caught.value.exit_code == Exit.ENVIRONMENT
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mpcli.data.batch import Batch
 from mpcli.data.order import EpochOrder
 from mpcli.data.text.records import Split
+from mpcli.data.text.tokenizer import padding
 from mpcli.data.text.tokens import Tokens
 
 _MULTIPLE = 8  # lengths that tensor cores like, and fewer different shapes
@@ -32,8 +33,7 @@ class LabelledText:
         self._arrays = tokens.arrays
         self.num_train = len(tokens.arrays["train.labels"])
         self.num_eval = len(tokens.arrays["eval.labels"])
-        padding = self.info.tokenizer.pad_token_id
-        self._padding = self.info.tokenizer.eos_token_id if padding is None else padding
+        self._padding = padding(self.info.tokenizer)
         self._ends = {
             split: np.cumsum(tokens.arrays[f"{split}.lengths"], dtype=np.int64)
             for split in ("train", "eval")

@@ -1,17 +1,20 @@
-"""Plain text: files of UTF-8, cut into stretches of whole lines."""
+"""Plain text: files of UTF-8, cut into stretches of whole lines, or of words of a long one."""
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from mpcli.data.cache import expand
-from mpcli.data.text.records import Damage, Record, Source, Split, no_data
+from mpcli.data.text.records import Damage, Record, Source, Split, no_data, warn_of_shared
 from mpcli.recipe.data import Text
 
 STRETCH = 4000
-"""Characters of a stretch, at least, where its document does not end before."""
+"""Characters of a stretch, about, where its document does not end before; bytes of a line that is
+read at once, at most."""
 HELD_OUT = 10
 """One stretch of so many is held out, where no other text is."""
 
@@ -27,6 +30,7 @@ def find(data: Text) -> Source:
     if data.eval_path is not None:
         files["eval"] = _files(data.eval_path, "data.eval_path")
         about += f", held out: {data.eval_path}"
+        warn_of_shared(files)
     return Source(files, about, partial(_read, data))
 
 
@@ -57,7 +61,7 @@ def _read(data: Text, split: Split, damage: Damage) -> Iterator[Record]:
 
 
 def _documents(path: str | None, damage: Damage) -> Iterator[Iterator[str]]:
-    """The lines of every document, with their ends."""
+    """The lines of every document, with their ends; long ones in pieces."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -68,13 +72,35 @@ def _documents(path: str | None, damage: Damage) -> Iterator[Iterator[str]]:
 
 def _lines(path: Path, damage: Damage) -> Iterator[str]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
+        for number, piece in _pieces(file):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = piece.decode()
             except UnicodeDecodeError as error:
                 damage.add(path, f"line {number}", f"is not UTF-8 ({error.reason})")
             else:
                 yield text.replace("\r\n", "\n")
+
+
+def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines and their numbers; a line may also be without end, as in some corpora."""
+    number, rest = 1, b""
+    while piece := rest + file.readline(STRETCH - len(rest)):
+        rest = b""
+        if len(piece) == STRETCH and not piece.endswith(b"\n"):
+            cut = piece.rfind(b" ", 1)
+            if cut < 0:
+                cut = _last_character(piece)
+            piece, rest = piece[:cut], piece[cut:]
+        yield number, piece
+        number += piece.endswith(b"\n")
+
+
+def _last_character(piece: bytes) -> int:
+    """Where the last character of UTF-8 begins: it may not be whole, or be half a line's end."""
+    end = len(piece) - 1
+    return next((place for place in range(end, end - 4, -1) if piece[place] & 0xC0 != 0x80), end)
 
 
 def _stretches(documents: Iterable[Iterator[str]]) -> Iterator[Record]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mpcli.recipe.errors import Exit, UserError, user_error
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
@@ -17,7 +20,7 @@ class Record(NamedTuple):
 
     Attributes:
         texts: one, or two that are compared.
-        label: from 0; -1 where none is asked for.
+        label: from 0, the number of its class; -1 where none is asked for.
         ends: whether a document ends with it.
     """
 
@@ -60,11 +63,22 @@ class Source:
         files: whose content determines the records, by split.
         about: where they come from, in words.
         read: the records of a split, in order. UserError (exit 3) where a file is damaged.
+        label_names: reads them, in the order of their numbers; none where labels are numbers.
     """
 
     files: dict[Split, tuple[Path, ...]]
     about: str
     read: Callable[[Split, Damage], Iterator[Record]]
+    label_names: Callable[[], tuple[str, ...]] = tuple
+
+
+def warn_of_shared(files: dict[Split, tuple[Path, ...]]) -> None:
+    """Warn of files that are in both splits."""
+    known = {path.resolve() for path in files["train"]}
+    if shared := [path for path in files["eval"] if path.resolve() in known]:
+        _log.warning(
+            "%s is both learnt from and held out: evaluations say nothing of new text", shared[0]
+        )
 
 
 def no_data(what: str, hint: str | None = None, path: str = "data") -> UserError:

@@ -96,6 +96,22 @@ def _wrapped(tokenizer: Any) -> Any:
     return made(tokenizer_object=tokenizer, **SPECIAL)
 
 
+def padding(tokenizer: Any) -> int:
+    """The number of what follows the shorter sequences of a batch.
+
+    Raises:
+        UserError: the tokenizer has neither a padding token nor one for the end of a text.
+    """
+    for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return int(number)
+    raise user_error(
+        "the tokenizer has neither a padding token nor one for the end of a text",
+        "give its `tokenizer_config.json` a `pad_token`, or use `tokenizer: {kind: wordpiece}`",
+        path="data.tokenizer",
+    )
+
+
 def load(options: PretrainedTokenizer) -> Any:
     """A fast tokenizer of transformers. Code that comes with one is never run.
 

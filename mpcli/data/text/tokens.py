@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -21,9 +21,10 @@ from mpcli.recipe.data import Datasets, PretrainedTokenizer, Text, TextData, Tok
 from mpcli.recipe.errors import user_error
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # of the cache: another number when the same records give other arrays
+_FORMAT = 2  # of the cache: another number when the same records give other arrays
 _SPLITS: tuple[Split, ...] = ("train", "eval")
 _CHUNK = 512  # records that are tokenised together, in threads
+_GAPS_FROM = 1000  # labels: fewer may have numbers between them that none has
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class TextInfo:
         tokenizer: of transformers.
         sequence_length: tokens of a sequence, at most.
         num_labels: 0 where records have none.
+        label_names: of the classes, by number, where the data has names.
     """
 
     tokenizer: Any
     sequence_length: int
     num_labels: int = 0
+    label_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,27 +67,31 @@ def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> To
     tokens, cut to `data.sequence_length`.
 
     Raises:
-        UserError: exit 3, the data or the tokenizer cannot be had, or a record cannot be decoded;
-            exit 7, the cache cannot be written.
+        UserError: exit 3, the data or the tokenizer cannot be had, a record cannot be decoded, or
+            there is nothing to learn from labels; exit 7, the cache cannot be written.
     """
     source = _find(data, labels)
     loaded: Any = tokenizer.load(options) if isinstance(options, PretrainedTokenizer) else None
 
     def make(writer: Writer) -> dict[str, Any]:
+        for split in _SPLITS if _has_held_out(data) else _SPLITS[:1]:
+            damage = Damage(data.on_error)
+            if not any(text.strip() for text in _texts(source, split, damage)):
+                what = f"the split for {split} of the data holds no text: {source.about}"
+                raise no_data(what, f"skipped: {damage.first}" if damage.skipped else None)
         made = loaded
         if isinstance(options, WordPiece):
-            made = tokenizer.learnt(options, lambda: _train_texts(source, data))
+            made = tokenizer.learnt(options, lambda: _texts(source, "train", Damage(data.on_error)))
         damage = Damage(data.on_error)
-        num_labels = (isinstance(data, Datasets) and labels and data.num_labels) or 0
         for split in _SPLITS:
             records = _readable(source.read(split, damage))
             if labels:
-                num_labels = max(num_labels, _write_labelled(writer, split, records, made, data))
+                _write_labelled(writer, split, records, made, data)
             else:
                 _write_stream(writer, split, records, made)
         return {
             "tokenizer": None if loaded else made.backend_tokenizer.to_str(),
-            "num_labels": num_labels,
+            "label_names": source.label_names(),
             "skipped": damage.skipped,
             "first": damage.first,
         }
@@ -95,9 +102,36 @@ def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> To
         about += f", without {facts['skipped']} records that cannot be decoded"
         _log.warning("%d records are skipped; %s", facts["skipped"], facts["first"])
     info = TextInfo(
-        loaded or tokenizer.restored(facts["tokenizer"]), data.sequence_length, facts["num_labels"]
+        loaded or tokenizer.restored(facts["tokenizer"]),
+        data.sequence_length,
+        _num_labels(arrays, facts["label_names"], data) if labels else 0,
+        tuple(facts["label_names"]),
     )
     return Tokens(arrays, info, about)
+
+
+def _num_labels(arrays: Arrays, names: Sequence[str], data: TextData) -> int:
+    """How many outputs a classifier needs; a warning tells of labels that it cannot learn."""
+    if isinstance(data, Datasets) and data.label_names is not None:
+        return len(data.label_names)
+    train, held_out = (np.unique(arrays[f"{split}.labels"]).tolist() for split in _SPLITS)
+    path = "data.label_column"
+    if len(train) < 2:
+        what = f"all records for training have the label {names[train[0]] if names else train[0]}"
+        raise no_data(what, "a classifier needs two labels at least; name their column", path)
+    if unseen := [label for label in held_out if label not in train]:
+        _log.warning("labels that only the held-out split has: %s", unseen[:8])
+    num_labels = len(names) or max(*train, *held_out) + 1
+    different = len(train) + len(unseen)
+    if num_labels > max(_GAPS_FROM, 2 * different):
+        what = f"the largest label is {num_labels - 1:,}, and there are {different:,} different"
+        raise no_data(what, "number them from 0 without gaps, or name the classes by words", path)
+    return num_labels
+
+
+def _has_held_out(data: TextData) -> bool:
+    """Text of its own, that is: not a part of the other."""
+    return not isinstance(data, Text) or data.eval_path is not None
 
 
 def _find(data: TextData, labels: bool) -> Source:
@@ -118,19 +152,22 @@ def _find(data: TextData, labels: bool) -> Source:
 
 def _key(data: TextData, options: Tokenizer, loaded: Any, source: Source, labels: bool) -> str:
     """Changes with everything that the arrays follow from, except the names of files."""
+    used = (loaded.sep_token_id, loaded.eos_token_id, loaded.pad_token_id) if loaded else ()
     how = {
         "format": (_FORMAT, version("tokenizers")),
-        "data": data.model_dump(exclude={"path", "eval_path", "hub", "tokenizer"}),
-        "files": [len(source.files[split]) for split in _SPLITS],
+        "data": data.model_dump(exclude={"path", "eval_path", "tokenizer"}),
+        "local": data.path is not None,  # the embedded text is not read like a file of text
+        "files": [[path.suffix for path in source.files[split]] for split in _SPLITS],
         "tokenizer": loaded.backend_tokenizer.to_str() if loaded else options.model_dump(),
+        "special": used,
         "labels": labels,
     }
     with _reading():
         return content_key(json.dumps(how), (*source.files["train"], *source.files["eval"]))
 
 
-def _train_texts(source: Source, data: TextData) -> Iterator[str]:
-    for record in _readable(source.read("train", Damage(data.on_error))):
+def _texts(source: Source, split: Split, damage: Damage) -> Iterator[str]:
+    for record in _readable(source.read(split, damage)):
         yield from record.texts
 
 
@@ -168,24 +205,19 @@ def _write_stream(writer: Writer, split: Split, records: Iterator[Record], made:
 
 def _write_labelled(
     writer: Writer, split: Split, records: Iterator[Record], made: Any, data: TextData
-) -> int:
-    """The number of labels, from 0 to the largest."""
+) -> None:
+    padding = [tokenizer.padding(made)]  # of a text without any token, which no model takes
     backend = made.backend_tokenizer.from_str(made.backend_tokenizer.to_str())  # a copy
     backend.enable_truncation(data.sequence_length)
     backend.no_padding()
-    num_labels = 0
     for chunk in _chunks(records):
         texts = [record.texts if len(record.texts) > 1 else record.texts[0] for record in chunk]
         encoded = backend.encode_batch(texts)
         columns = {
-            "tokens": [token for encoding in encoded for token in encoding.ids],
-            "types": [kind for encoding in encoded for kind in encoding.type_ids],
-            "lengths": [len(encoding.ids) for encoding in encoded],
+            "tokens": [token for encoding in encoded for token in encoding.ids or padding],
+            "types": [kind for encoding in encoded for kind in encoding.type_ids or [0]],
+            "lengths": [max(1, len(encoding.ids)) for encoding in encoded],
             "labels": [record.label for record in chunk],
         }
         for name, values in columns.items():
             writer.append(f"{split}.{name}", np.asarray(values, np.int32))
-        num_labels = max(num_labels, *(record.label + 1 for record in chunk))
-    if not num_labels:
-        raise no_data(f"the split for {split} of the data holds no records")
-    return num_labels

@@ -61,6 +61,30 @@ def test_shards_are_read_in_order(tmp_path: Path) -> None:
     assert [path.name[:5] for path in source.files["train"]] == ["train"] * 3
 
 
+def test_shards_are_ordered_by_number_and_whole(tmp_path: Path) -> None:
+    write_rows(tmp_path, "csv", "test-1", ROWS[:1])
+    write_rows(tmp_path, "csv", "test-2", ROWS[1:2])
+    write_rows(tmp_path, "csv", "test-10", ROWS[2:])
+    write_rows(tmp_path, "csv", "test-unseen")
+    for number in (0, 2):
+        write_rows(tmp_path, "csv", f"train-0000{number}-of-00003-ab12")
+    with pytest.raises(UserError, match="holds 2 of the 3 shards of `train`") as caught:
+        tables.find(table(path=str(tmp_path)), labels=True)
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+    write_rows(tmp_path, "csv", "train-00001-of-00003-ab12")
+    source = tables.find(table(path=str(tmp_path)), labels=True)
+    assert [record.texts[0] for record in read(source, "eval")] == [text for text, _ in ROWS]
+    assert len(read(source)) == 9
+
+
+def test_the_folder_of_a_subset_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    for split in ("train", "test"):
+        write_rows(tmp_path, "csv", split)
+        write_rows(tmp_path / "small", "csv", split, ROWS[:1])
+    assert len(read(tables.find(table(path=str(tmp_path), subset="small"), labels=True))) == 1
+
+
 def test_two_columns_are_a_pair(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"a": "x", "b": "y", "label": 1}\n')
     (tmp_path / "test.jsonl").write_text('{"a": "x", "b": "y", "label": 1}\n')
@@ -106,8 +130,13 @@ def test_a_damaged_record_is_named_or_counted(tmp_path: Path, kind: str, where: 
         ('{"label": 0}', "`text` is no text"),
         ('{"text": "\\ud800", "label": 0}', "`text` is not UTF-8"),
         ('{"text": "a", "label": -1}', "the label -1 is not a whole number from 0"),
-        ('{"text": "a", "label": true}', "the label True is not a whole number from 0"),
-        ('{"text": "a", "label": "x"}', "the label 'x' is not a whole number from 0"),
+        ('{"text": "a", "label": null}', "the label None is not a whole number from 0"),
+        ('{"text": "a", "label": ""}', "the label '' is not a whole number from 0"),
+        ('{"text": "a", "label": 3.8}', "the label 3.8 is not a whole number from 0"),
+        ('{"text": "a", "label": "3.8"}', "the label '3.8' is not a whole number from 0"),
+        ('{"text": "a", "label": NaN}', "the label nan is not a whole number from 0"),
+        ('{"text": "a", "label": 1e400}', "the label inf is not a whole number from 0"),
+        ('{"text": "a", "label": [1]}', "the label [1] is not a whole number from 0"),
         ("[1]", "is not a JSON object"),
         ("[" * 100_000, "is not JSON"),
     ],
@@ -118,6 +147,118 @@ def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, what: str) -> None:
     with pytest.raises(UserError, match=r"train.jsonl: line 1: ") as caught:
         read(tables.find(table(path=str(tmp_path)), labels=True))
     assert what in caught.value.problems[0].what
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("written", "numbers"),
+    [
+        ([1.0, 0.0], [1, 0]),
+        ([True, False], [1, 0]),
+        (["2", "0"], [2, 0]),
+        (["2.0", "0.0"], [2, 0]),
+        (["positive", "negative"], [1, 0]),
+    ],
+)
+def test_labels_are_written_in_many_ways(
+    tmp_path: Path, kind: str, written: list[Any], numbers: list[int]
+) -> None:
+    for split in ("train", "test"):
+        if kind == "csv":
+            rows = "".join(f"a,{value}\n" for value in written)
+            (tmp_path / f"{split}.csv").write_text(f"text,label\n{rows}")
+        else:
+            columns = {"text": ["a"] * len(written), "label": written}
+            pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    records = read(tables.find(table(path=str(tmp_path)), labels=True))
+    assert [record.label for record in records] == numbers
+
+
+def test_names_of_classes_are_numbered_in_their_order(tmp_path: Path) -> None:
+    names = pa.array(["b", " c", "a", None]).dictionary_encode()
+    train = pa.table({"text": pa.array(["x"] * 4, pa.large_string()), "label": names})
+    pq.write_table(train, tmp_path / "train.parquet")
+    write_rows(tmp_path, "csv", "test", [("x", "c"), ("x", "A"), ("x", 1)])  # type: ignore[list-item]
+    source = tables.find(table(path=str(tmp_path)), labels=True)
+    assert source.label_names() == ("a", "b", "c")
+    assert [record.label for record in read(source, on_error="skip")] == [1, 2, 0]
+    damage = Damage("skip")
+    assert [record.label for record in source.read("eval", damage)] == [2]
+    assert damage.skipped == 2
+    with pytest.raises(UserError, match=r"train.parquet: row 3: the label None is not one of"):
+        read(source)
+    with pytest.raises(
+        UserError, match=r"test.csv: line 3: the label 'A' is not one of the .*a, b"
+    ):
+        read(source, "eval")
+
+
+def test_a_name_among_numbers(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,x\n")
+    write_rows(tmp_path, "csv", "test")
+    source = tables.find(table(path=str(tmp_path)), labels=True)
+    assert source.label_names() == ()
+    with pytest.raises(UserError, match=r"line 3: the label 'x' is not a whole number from 0"):
+        read(source)
+
+
+def test_texts_are_no_labels(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path, "csv", split, [(f"text {n}", n) for n in range(1001)])
+    data = table(path=str(tmp_path), label_column="text")
+    with pytest.raises(UserError, match="the model would read its answers: `text` is"):
+        tables.find(data, labels=True)
+    other = data.model_copy(update={"text_columns": ("label",)})
+    with pytest.raises(UserError, match="`text` has more than 1,000 different labels") as caught:
+        read(tables.find(other, labels=True))
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+    assert len(read(tables.find(data, labels=False))) == 1001
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n  "])
+def test_an_array_of_json(tmp_path: Path, start: str) -> None:
+    rows: list[Any] = [{"text": text, "label": label} for text, label in ROWS]
+    (tmp_path / "train.json").write_text(start + json.dumps(rows, indent=1), "utf-8")
+    (tmp_path / "test.json").write_text(json.dumps([rows[0], 5]), "utf-8")
+    source = tables.find(table(path=str(tmp_path)), labels=True)
+    assert read(source) == [Record((text,), label) for text, label in ROWS]
+    with pytest.raises(UserError, match=r"test.json: row 1: is not a JSON object"):
+        read(source, "eval")
+    (tmp_path / "test.json").write_text(json.dumps(rows)[:-9])
+    with pytest.raises(UserError, match=r"test.json is not JSON \(") as caught:
+        read(source, "eval", "skip")
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_blank_lines_are_no_records(tmp_path: Path, kind: str) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path, kind, split)
+        path = tmp_path / f"{split}.{kind}"
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    source = tables.find(table(path=str(tmp_path)), labels=True)
+    assert [record.texts[0] for record in read(source)] == [text for text, _ in ROWS]
+
+
+def test_a_long_text_in_csv(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path, "csv", split, [("word " * 40_000, 0)])
+    (record,) = read(tables.find(table(path=str(tmp_path)), labels=True))
+    assert record.texts[0] == "word " * 40_000
+
+
+def test_a_quote_that_is_not_closed(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text('label,text\n0,fine\n1,"open\n0,fine\n1,fine\n')
+    write_rows(tmp_path, "csv", "test")
+    with pytest.raises(UserError, match=r"train.csv: line 3: unexpected end of data"):
+        read(tables.find(table(path=str(tmp_path)), labels=True))
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,text,label\na,b,0\n")
+    write_rows(tmp_path, "csv", "test")
+    with pytest.raises(UserError, match=r"train.csv has 2 columns `text`"):
+        read(tables.find(table(path=str(tmp_path)), labels=True))
 
 
 def test_a_column_that_is_missing(tmp_path: Path) -> None:
@@ -190,6 +331,50 @@ def test_every_tenth_stretch_of_plain_text_is_held_out(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (18, 1)
     assert all(len(record.texts[0]) >= plain.STRETCH for record in (*train[:-1], *held_out))
     assert [record.ends for record in train] == [False] * (len(train) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three. " * 20_000, "漢字" * 99_999, "é" * 99_999 + "\n" + "ab cd " * 9_999]
+)
+def test_a_long_line_is_cut(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    source = plain.find(Text(kind="text", path=str(tmp_path / "a.txt")))
+    train, held_out = read(source), read(source, "eval")
+    merged = [r.texts[0] for r in train]
+    for place, record in enumerate(held_out, 1):
+        merged.insert(place * plain.HELD_OUT - 1, record.texts[0])
+    assert "".join(merged) == text
+    assert len(held_out) >= 2
+    assert max(map(len, merged)) <= 2 * plain.STRETCH
+    if text.startswith("one"):
+        assert all(part.startswith((" ", "one")) and part[-1] in "eo. " for part in merged)
+        assert {word for part in merged for word in part.split()} == {"one", "two", "three."}
+
+
+def test_the_end_of_a_line_is_not_cut(tmp_path: Path) -> None:
+    for length in range(plain.STRETCH - 3, plain.STRETCH + 3):
+        (tmp_path / "a.txt").write_bytes(b"x" * length + b"\r\nb\xff\n")
+        paths = {"path": str(tmp_path / "a.txt"), "eval_path": str(tmp_path / "a.txt")}
+        source = plain.find(Text(kind="text", **paths))
+        assert "".join(r.texts[0] for r in read(source, on_error="skip")) == "x" * length + "\n"
+        with pytest.raises(UserError, match="line 2: is not UTF-8"):
+            read(source)
+
+
+def test_what_is_learnt_and_held_out_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("text")
+        write_rows(tmp_path, "csv", name)
+    whole = {"path": str(tmp_path), "eval_path": str(tmp_path / "test.txt")}
+    plain.find(Text(kind="text", **{**whole, "path": str(tmp_path / "train.txt")}))
+    tables.find(table(path=str(tmp_path)), labels=True)
+    assert not caplog.text
+    plain.find(Text(kind="text", **whole))
+    assert f"{tmp_path}/test.txt is both learnt from and held out" in caplog.text
+    tables.find(table(path=str(tmp_path), train_split="test"), labels=True)
+    assert f"{tmp_path}/test.csv is both learnt from and held out" in caplog.text
 
 
 def test_held_out_text_of_its_own(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,68 @@ def test_the_cache_follows_the_content(tmp_path: Path, monkeypatch: pytest.Monke
     assert not np.array_equal(first.arrays["train.tokens"], second.arrays["train.tokens"])
 
 
+def test_a_copy_of_the_embedded_text_is_read_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "copy.py").write_bytes(Path(topics.__file__).read_bytes())
+    (tmp_path / "copy.txt").write_bytes(Path(topics.__file__).read_bytes())
+    copies = [embedded(path=str(tmp_path / name)) for name in ("copy.py", "copy.txt")]
+    starts = [
+        tokens.info.tokenizer.decode(tokens.arrays["train.tokens"][:40].tolist())
+        for tokens in (*copies, embedded())
+    ]
+    assert starts[0] == starts[1]
+    assert starts[0].startswith("#")
+    assert starts[2].startswith('the " assert " statement')
+
+
+def test_the_format_of_a_file_is_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPTRAIN_CACHE", str(tmp_path / "cache"))
+    data = Datasets(kind="datasets", path=str(tmp_path), eval_split="train")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    tokenised(data, WORDPIECE, labels=True)
+    (tmp_path / "train.jsonl").rename(tmp_path / "train.csv")
+    with pytest.raises(UserError, match=r"train.csv has no column `label`"):
+        tokenised(data, WORDPIECE, labels=True)
+
+
+def test_the_separator_is_in_the_key(tmp_path: Path) -> None:
+    """It is named beside the file of the tokenizer, not in it."""
+    ends = []
+    for token in ("[SEP]", "[CLS]"):
+        tokenizer = embedded().info.tokenizer
+        tokenizer.sep_token = token
+        tokenizer.save_pretrained(tmp_path)
+        options = PretrainedTokenizer(kind="pretrained", path=str(tmp_path))
+        (tmp_path / "a.txt").write_text("The end.")
+        text = Text(kind="text", path=str(tmp_path / "a.txt"))
+        ends.append(int(tokenised(text, options).arrays["train.tokens"][-1]))
+    assert ends == [SEP, CLS]
+
+
+@pytest.mark.parametrize("text", ["", "\n \n" * 2000])
+def test_no_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "empty.txt").write_text(text)
+    for split, paths in {
+        "train": {"path": str(tmp_path / "empty.txt")},
+        "eval": {"path": str(tmp_path / "a.txt"), "eval_path": str(tmp_path / "empty.txt")},
+    }.items():
+        with pytest.raises(UserError, match=f"the split for {split} .* holds no text: .*empty.txt"):
+            tokenised(Text.model_validate({"kind": "text", **paths}), WORDPIECE)
+    (tmp_path / "bad.txt").write_bytes(b"\xff\n")
+    bad = Text(kind="text", path=str(tmp_path / "bad.txt"), on_error="skip")
+    with pytest.raises(UserError, match="holds no text") as caught:
+        tokenised(bad, WORDPIECE)
+    assert "bad.txt: line 1: is not UTF-8" in str(caught.value.problems[0].hint)
+    with pytest.raises(UserError, match="the split for train of the data holds no text") as caught:
+        labelled(tmp_path, [])
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+
+
 def test_skipped_records_are_counted_each_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,6 +295,27 @@ def test_whole_words_are_chosen_together() -> None:
     assert split_words > 100
 
 
+def test_tokens_of_a_word_share_its_draw(tmp_path: Path) -> None:
+    """Also those of a word that was begun before the sequence."""
+    tokenizer = learnt(WORDPIECE, lambda: iter(["ab ab abc abc"] * 3))
+    a, b, c = tokenizer.convert_tokens_to_ids(["a", "##b", "##c"])
+    sequences = torch.tensor([[b, c, a, b, c, a, a, SEP, a, b]]).repeat(4000, 1)
+    mask = Masking(tokenizer, 0.3, whole_word=True)
+    batch = mask(sequences, torch.Generator().manual_seed(0))
+    chosen = torch.zeros_like(sequences, dtype=torch.bool)
+    chosen.scatter_(1, batch["positions"], batch["labels"] != IGNORED)
+    words = [[0, 1], [2, 3, 4], [5], [6], [8, 9]]
+    for word in words:
+        assert chosen[:, word].eq(chosen[:, word[:1]]).all()
+    firsts = chosen[:, [word[0] for word in words]].double()
+    together = firsts.T @ firsts / len(firsts)
+    # At least one word of each sequence is chosen: this adds 0.7 ** 5 / 5 to each share.
+    assert (together.diagonal() - 0.3 - 0.7**5 / 5).abs().max() < 0.03
+    pairs = together[~torch.eye(5, dtype=torch.bool)]
+    assert (pairs - 0.3**2).abs().max() < 0.02  # words are drawn on their own
+    assert not chosen[:, 7].any()
+
+
 def test_words_of_a_vocabulary_that_has_none(tmp_path: Path) -> None:
     tokenizer = learnt(WORDPIECE, lambda: iter(["a b c"] * 3))
     with pytest.raises(UserError, match="words can be told only from a WordPiece vocabulary"):
@@ -253,9 +337,69 @@ def test_labelled_texts_are_padded_and_cut(tmp_path: Path) -> None:
     assert same(data.train_batch(0, 5, 2), LabelledText(tokens).train_batch(0, 5, 2))
 
 
+@pytest.mark.parametrize("label", ["0", "1", "good"])
+def test_one_label_is_nothing_to_learn(tmp_path: Path, label: str) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"all records for training have .* {label}") as caught:
+            labelled(tmp_path, [f"a,{label}", f"b,{label}"])
+        assert caught.value.exit_code == Exit.ENVIRONMENT
+        assert caught.value.problems[0].path == "data.label_column"
+
+
+def test_a_label_that_is_only_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "validation.csv").write_text("text,label\na,5\nb,1\n")
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
+    data = Datasets(kind="datasets", path=str(tmp_path))
+    for _ in range(2):  # from the cache, too
+        assert tokenised(data, WORDPIECE, labels=True).info.num_labels == 6
+    assert caplog.text.count("labels that only the held-out split has: [5]") == 2
+
+
+def test_labels_with_gaps(tmp_path: Path) -> None:
+    assert labelled(tmp_path, ["a,0", "b,999"]).info.num_labels == 1000
+    with pytest.raises(UserError, match="the largest label is 1,000, and there are 2 different"):
+        labelled(tmp_path, ["a,0", "b,1000"])
+    many = [f"a,{label}" for label in range(0, 2200, 2)]  # such as a part of a larger set
+    assert labelled(tmp_path, many).info.num_labels == 2199
+
+
+def test_names_of_classes_are_known_from_the_cache(tmp_path: Path) -> None:
+    for _ in range(2):
+        tokens = labelled(tmp_path, ["a,dog", "b,cat", "c,dog"])
+        assert tokens.info.label_names == ("cat", "dog")
+        assert tokens.info.num_labels == 2
+        assert tokens.arrays["train.labels"].tolist() == [1, 0, 1]
+    assert labelled(tmp_path, ["a,0", "b,1"]).info.label_names == ()
+
+
+def test_a_text_without_any_token(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    options = PretrainedTokenizer(kind="pretrained", path=str(tmp_path))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("text,label\n,1\na b a,0\n  ,1\n")
+    data = Datasets(kind="datasets", path=str(tmp_path))
+
+    made(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
+    tokens = LabelledText(tokenised(data, options, labels=True))
+    first, second, third = tokens.eval_batches(1)
+    assert first["input_ids"].tolist() == third["input_ids"].tolist() == [[2] * 8]
+    assert first["attention_mask"].tolist() == third["attention_mask"].tolist() == [[1] + [0] * 7]
+    assert second["input_ids"].tolist() == [[0, 1, 0] + [2] * 5]
+
+    made(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has neither a padding token nor one for the end"):
+        tokenised(data, options, labels=True)
+
+
 def test_pairs_have_types(tmp_path: Path) -> None:
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text('{"a": "x x", "b": "y y y", "label": 0}\n' * 2)
+        row = '{"a": "x x", "b": "y y y", "label": %d}\n'
+        (tmp_path / f"{split}.jsonl").write_text(row % 0 + row % 1)
     data = Datasets(kind="datasets", path=str(tmp_path), text_columns=("a", "b"))
     tokens = tokenised(data, WordPiece(kind="wordpiece", vocab_size=20), labels=True)
     (batch,) = LabelledText(tokens).eval_batches(2)
