@@ -6,18 +6,20 @@ and the functions `load_data`, `build_model`, `loss` and `evaluate`.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from mpcli.recipe.base import Section
 from mpcli.recipe.errors import Place, Problem, UserError, user_error
+from mpcli.recipe.source import decoded
 
 FUNCTIONS = {
     "load_data": ("options", "data"),
@@ -48,7 +50,7 @@ class PluginFile:
             column: of the first byte, from 0.
             end: after the last byte.
         """
-        lines = self.content.splitlines()
+        lines = self.content.removeprefix(codecs.BOM_UTF8).splitlines()
         text = lines[line - 1] if line <= len(lines) else b""
         before = text[:column].decode(errors="replace")
         marked = text[column:end].decode(errors="replace").rstrip()
@@ -109,19 +111,29 @@ def plugin_error(error: BaseException, task: Section, hint: str | None = None) -
 def _execute(plugin: PluginFile) -> None:
     plugin.module.__file__ = plugin.file
     sys.modules[_MODULE] = plugin.module  # where pydantic and dataclasses look up annotations
+    code = _compiled(plugin)
     try:
-        exec(compile(plugin.content, plugin.file, "exec"), plugin.module.__dict__)
-    except SyntaxError as error:
-        if error.filename != plugin.file:  # of a module that it imports
-            raise blamed(error, plugin) or error from error
-        column = (error.offset or 1) - 1
-        place = Place(plugin.file, error.lineno or 1, column + 1, 1, (error.text or "").rstrip())
-        raise UserError(Problem(f"not Python: {error.msg}", place=place)) from error
+        exec(code, plugin.module.__dict__)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        told = blamed(error, plugin) or user_error(f"{plugin.file}: not Python: {error}")
-        raise told from error
+        raise blamed(error, plugin) or error from error
+
+
+def _compiled(plugin: PluginFile) -> CodeType:
+    text = decoded(plugin.content, plugin.file)
+    if "\0" in text:  # of which Python does not say where it is
+        line = plugin.content[: plugin.content.index(b"\0")].count(b"\n") + 1
+        raise UserError(Problem("not Python: a NUL character", place=plugin.place(line)))
+    try:
+        return compile(text, plugin.file, "exec")
+    except SyntaxError as error:
+        column = (error.offset or 1) - 1
+        place = Place(plugin.file, error.lineno or 1, column + 1, 1, (error.text or "").rstrip())
+        raise UserError(Problem(f"not Python: {error.msg}", place=place)) from error
+    except (RecursionError, MemoryError) as error:  # what is nested too deep
+        what = f"not Python: {str(error) or 'nested too deep'}"
+        raise UserError(Problem(what, place=Place(plugin.file, 0, 0))) from error
 
 
 def _check_names(plugin: PluginFile) -> None:

@@ -224,6 +224,25 @@ def test_a_mistake_in_the_file_is_told_with_its_place(mptrain: Any, mistake: str
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"x = 1\nimport os\0\n", "plugin.py:2:1: not Python: a NUL character\n"),
+        (b"# \xff\xfe\nx = 1\n", "plugin.py:1:3: the byte 0xFF is not UTF-8 text\n"),
+        (b"# coding: latin-1\nx = '\xe4'\n", "plugin.py:2:6: the byte 0xE4 is not UTF-8 text\n"),
+        (b"x = " + b"-" * 200_000 + b"1\n", "plugin.py: not Python: "),
+        (b"x = " + b"+".join([b"1"] * 50_000) + b"\n", "plugin.py: not Python: maximum recursion"),
+        (b"\xef\xbb\xbfimport os; ops\n", "plugin.py:1:12: NameError: "),
+    ],
+)
+def test_a_file_that_is_no_text_of_python(mptrain: Any, content: bytes, said: str) -> None:
+    Path("plugin.py").write_bytes(content)
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.startswith(said), outcome.err
+    assert outcome.err.count("plugin.py:") == 1
+
+
 LATE = {
     "prepare": (
         "        self.device = device",
