@@ -10,6 +10,8 @@ import codecs
 import hashlib
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -18,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from mpcli.recipe.base import Section
-from mpcli.recipe.errors import Place, Problem, UserError, user_error
+from mpcli.recipe.errors import Place, Problem, UserError
 from mpcli.recipe.source import decoded
 
 FUNCTIONS = {
@@ -59,8 +61,27 @@ class PluginFile:
 
     def error(self, function: str, what: str, hint: str | None = _HINT) -> UserError:
         """A `UserError` about one of the file's functions."""
-        line = getattr(self.module, function).__code__.co_firstlineno
-        return UserError(Problem(f"`{function}` {what}", hint, place=self.place(line)))
+        return UserError(Problem(f"`{function}` {what}", hint, place=self.defined(function)))
+
+    def defined(self, function: str) -> Place:
+        """Where a function begins: its own lines, not a decorator's or another file's."""
+        code = getattr(inspect.unwrap(getattr(self.module, function)), "__code__", None)
+        if code is None or code.co_filename != self.file:
+            return Place(self.file, 0, 0)
+        return self.place(code.co_firstlineno)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around its code, whose prints are no output of a command and which ends no process.
+
+        Raises:
+            UserError: it calls `sys.exit`.
+        """
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        except SystemExit as error:
+            raise blamed(error, self) or error from error
 
 
 class Plugin(Section):
@@ -113,10 +134,11 @@ def _execute(plugin: PluginFile) -> None:
     sys.modules[_MODULE] = plugin.module  # where pydantic and dataclasses look up annotations
     code = _compiled(plugin)
     try:
-        exec(code, plugin.module.__dict__)
+        with plugin.running():
+            exec(code, plugin.module.__dict__)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise blamed(error, plugin) or error from error
 
 
@@ -152,8 +174,8 @@ def _check_names(plugin: PluginFile) -> None:
         try:
             inspect.signature(function).bind(*arguments)
         except TypeError as error:
-            place = plugin.place(function.__code__.co_firstlineno)
-            problems.append(Problem(f"is called as `{shown}`: {error}", _HINT, place=place))
+            what = f"is called as `{shown}`: {error}"
+            problems.append(Problem(what, _HINT, place=plugin.defined(name)))
     if problems:
         raise UserError(*problems)
 

@@ -169,6 +169,7 @@ def test_a_plugin_may_learn_from_the_data_of_others(mptrain: Any) -> None:
 
 
 CRASH = "raise RuntimeError('no luck')"
+LEAVE = "raise SystemExit(0)"
 MISTAKES = {
     "not Python": ("def loss(", "def loss{", r"\d+:\d+: not Python: "),
     "raises at once": ("class Options", f"{CRASH}\n\n\nclass Options", r"\d+:1: RuntimeError: no "),
@@ -181,6 +182,24 @@ MISTAKES = {
         "    inputs, targets = map",
         f"    {CRASH}\n    x = map",
         r"\d+:5: RuntimeError: ",
+    ),
+    "leaves load_data": ("    inputs, targets = map", f"    {LEAVE}\n    x = map", r"\d+:5: Sys"),
+    "leaves build_model": ("    return nn.Seq", f"    {LEAVE}\n    return nn.Seq", r"\d+:5: Sys"),
+    "leaves loss": ("    return cross_", f"    {LEAVE}\n    return cross_", r"\d+:5: Sys"),
+    "weights": (
+        'reduction="sum"), batch.weight',
+        'reduction="sum"), torch.tensor([32, 32])',
+        r"\d+:1: `loss` returned a int64 tensor of shape \[2\] as the weight of a batch that w",
+    ),
+    "of a decorated function": (
+        "def loss(options, model, batch):",
+        "@torch.no_grad()\ndef loss(model, batch):",
+        r"(\d+):1: is called as `loss\(.*\n +\1 \| @torch.no_grad\(\)\n",
+    ),
+    "of another file": (
+        "def build_model(",
+        "from typing import cast as build_model\n\n\ndef own(",
+        r" `build_model` returned a value of type int, not a module\n",
     ),
     "build_model": ("    return nn.Seq", f"    {CRASH}\n    return nn.Seq", r"\d+:5: RuntimeError"),
     "shapes": ("nn.Linear(30,", "nn.Linear(31,", r"\d+:14: RuntimeError: .*\[32, 30\]"),
@@ -264,6 +283,28 @@ LATE = {
         "    assert not logits.requires_grad, 'oh'\n    return cross_entropy(",
         r"\d+:5: AssertionError: oh",
     ),
+    "leaves in a batch": (
+        "        generator = torch.Generator()",
+        f"        {LEAVE}\n        generator = torch.Generator()",
+        r"\d+:9: SystemExit: 0",
+    ),
+    "leaves prepare": ("        self.device = device", f"        {LEAVE}", r"\d+:9: SystemExit: 0"),
+    "leaves evaluate": ("    total = correct", f"    {LEAVE}\n    total = correct", r"\d+:5: Sys"),
+    "detached": (
+        'reduction="sum"), b',
+        'reduction="sum").detach(), b',
+        r"\d+:1: `loss` returned a sum .* no gradient ",
+    ),
+    "decorated": (
+        "def evaluate(options, model, batches):",
+        "@torch.no_grad()\ndef evaluate(options, model, batches):\n    return 3\n\n\ndef e():",
+        r"(\d+):1: `evaluate` returned .*\n +\1 \| @torch.no_grad\(\)\n",
+    ),
+    "of another file": (
+        "def evaluate(",
+        "from codecs import iterencode as evaluate\n\n\ndef own(",
+        r" `evaluate` returned a value of type generator, not a dict$",
+    ),
     "evaluate": (
         "    total = correct",
         f"    {CRASH}\n    total = correct",
@@ -292,6 +333,18 @@ def test_a_mistake_that_shows_in_training_ends_the_run_with_its_place(
     assert re.search(f"^plugin.py:{said}", outcome.err, re.MULTILINE), outcome.err
     assert "Traceback" not in outcome.err
     assert json.loads(Path("out/result.json").read_text())["status"] == "failed"
+
+
+def test_what_the_file_prints_is_no_output_of_a_command(mptrain: Any) -> None:
+    own_data()
+    change("class Options", "print('at once')\n\n\nclass Options")
+    change("    return Numbers", "    print('for data')\n    return Numbers")
+    change("        self.device =", "        print('to prepare')\n        self.device =")
+    change("    total = correct", "    print('to evaluate')\n    total = correct")
+    outcome = mptrain(*short("--json"))
+    assert outcome.json["status"] == "done"
+    for printed in ("at once", "for data", "to prepare", "to evaluate"):
+        assert printed in outcome.err
 
 
 @pytest.mark.parametrize(
