@@ -6,6 +6,7 @@ and the functions `load_data`, `build_model`, `loss` and `evaluate`.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import hashlib
 import inspect
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from mpcli.recipe.base import Section
 from mpcli.recipe.errors import Place, Problem, UserError
@@ -69,6 +71,15 @@ class PluginFile:
         if code is None or code.co_filename != self.file:
             return Place(self.file, 0, 0)
         return self.place(code.co_firstlineno)
+
+    def field(self, name: str) -> Place:
+        """Where `Options` declares a field; the whole file where it is declared elsewhere."""
+        for statement in ast.parse(decoded(self.content, self.file)).body:
+            if isinstance(statement, ast.ClassDef) and statement.name == "Options":
+                for field in statement.body:
+                    if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
+                        return self.place(field.lineno, field.col_offset)
+        return Place(self.file, 0, 0)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -165,6 +176,8 @@ def _check_names(plugin: PluginFile) -> None:
     if not (isinstance(options, type) and issubclass(options, Plugin)):
         what = "no class `Options(Plugin)`: the fields of the recipe's `task`"
         problems.append(Problem(what, _HINT, place=whole))
+    else:
+        problems += _options_problems(options, plugin)
     for name, arguments in FUNCTIONS.items():
         function = getattr(plugin.module, name, None)
         shown = f"{name}({', '.join(arguments)})"
@@ -178,6 +191,70 @@ def _check_names(plugin: PluginFile) -> None:
             problems.append(Problem(what, _HINT, place=plugin.defined(name)))
     if problems:
         raise UserError(*problems)
+
+
+def _options_problems(options: type[Plugin], plugin: PluginFile) -> Iterator[Problem]:
+    """Names that a plug-in's fields may not have, and defaults that are no values of theirs."""
+    fields, known = options.model_fields, Plugin.model_fields
+    if taken := [
+        name
+        for name in ("plugin", "kind")
+        if name in fields
+        and (name not in known or fields[name].annotation != known[name].annotation)
+    ]:
+        what, hint = f"`Options` has a `{taken[0]}` of its own", "give the field another name"
+        yield Problem(what, hint, place=plugin.field(taken[0]))
+        return
+    try:
+        with plugin.running():
+            _with_checked_defaults(options).model_validate({"kind": "plugin"})
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            name = str(details["loc"][0]) if details["loc"] else ""
+            required = name not in fields or fields[name].is_required()
+            if not required and details["type"] != "default_factory_not_called":
+                what = f"the default of `{name}`: {_lower(details['msg'])}"
+                yield Problem(what, place=plugin.field(name))
+    except UserError:
+        raise
+    except Exception as error:  # such as an annotation that says nothing
+        what, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        whole = UserError(Problem(what, place=Place(plugin.file, 0, 0)))
+        raise blamed(error, plugin) or whole from error
+
+
+def _with_checked_defaults(options: type[Plugin]) -> type[Plugin]:
+    # Not for good: what is validated as JSON would have its defaults validated as JSON too.
+    class Options(options):  # type: ignore[misc, valid-type]
+        model_config = ConfigDict(validate_default=True)
+
+    return Options
+
+
+def lasting(options: Plugin) -> list[Problem]:
+    """What keeps a plug-in's options from being read back from the run directory's recipe."""
+    plugin, name = options.plugin, ""
+    try:
+        with plugin.running():
+            again = type(options).model_validate_json(options.model_dump_json(warnings="none"))
+    except PydanticSerializationError as error:
+        what = f"options that no recipe can hold: {_lower(str(error))}"
+    except ValidationError as error:
+        first, *_ = error.errors(include_url=False)
+        name = str(first["loc"][0]) if first["loc"] else ""
+        what = f"`{name}` cannot be read back from a recipe: {_lower(first['msg'])}"
+    else:
+        if again == options:
+            return []
+        values, others = dict(options), dict(again)
+        name = next((name for name in values if values[name] != others[name]), "")
+        what = f"`{name}` is another value when it is read back from a recipe"
+    hint = "recipes hold text, numbers, `true`, `false`, `null`, and lists and sections of them"
+    return [Problem(what, hint, place=plugin.field(name))]
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) -> UserError | None:

@@ -132,6 +132,118 @@ def test_values_of_the_plugins_options(mptrain: Any, declared: str, value: str, 
     assert said in outcome.err
 
 
+def declare(*fields: str) -> None:
+    """Options of types that recipes themselves do not have."""
+    change(
+        "class Options(Plugin):",
+        "from enum import Enum\nfrom pathlib import Path\nfrom typing import Annotated, Any\n"
+        "from pydantic import AfterValidator, BaseModel, ConfigDict\n\n\n"
+        "class Color(Enum):\n    RED = 'red'\n    BLUE = 'blue'\n\n\n"
+        "class Layer(BaseModel):\n    model_config = ConfigDict(strict=True, extra='forbid')\n"
+        "    size: int\n    rate: float = 0.0\n\n\n"
+        "def refuse(value):\n    raise KeyError('never')\n\n\nclass Options(Plugin):",
+    )
+    change("    width: int = 32", "\n    ".join(("    width: int = 32", *fields)))
+
+
+def test_options_of_every_type_that_yaml_can_say(mptrain: Any) -> None:
+    declare(
+        "where: Path = Path('here')",
+        "dims: tuple[int, ...] = (1,)",
+        "color: Color = Color.RED",
+        "layers: list[Layer] = [Layer(size=3)]",
+        "rates: dict[str, float] = {'a.b': 0.5}",
+        "known: set[int] = {1}",
+        "by_number: dict[int, str] = {3: 'three'}",
+    )
+    change(
+        "    inputs, targets = map",
+        "    assert isinstance(options.where, Path) and options.color in Color\n"
+        "    assert options.dims == (1, 2) and options.layers[0].size == 3\n"
+        "    assert options.known == {1} and options.by_number == {3: 'three'}\n"
+        "    inputs, targets = map",
+    )
+    change("  width: 32", "  dims: [1, 2]\n  color: blue\n  width: 32", "plugin.yaml")
+    planned = mptrain("plan", "plugin.yaml", "--plugin", "plugin.py")
+    assert planned.code == 0, planned.err
+    assert re.search(r"task.rates +\{a.b: 0.5\}", planned.out)
+    outcome = mptrain(*short())
+    assert outcome.code == 0, outcome.err
+    recipe = Path("out/recipe.yaml").read_text()
+    for line in ("  where: here", "  color: blue", "  dims: [1, 2]", '  layers: [{"size": 3, '):
+        assert f"\n{line}" in recipe
+    again = mptrain("eval", "out", "--plugin", "plugin.py", "--json")
+    own = json.loads(Path("out/result.json").read_text())["metrics"]["eval"]
+    assert again.json["metrics"]["eval"]["loss"] == pytest.approx(own["loss"], abs=1e-6)
+    changed = mptrain(
+        "run", "--resume", "out", "--plugin", "plugin.py", "--set", "task.where=there"
+    )
+    assert changed.code == 2
+    assert "task.where: the run has `here`, found `there`" in changed.err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("dims: tuple[int, ...]", "[1, a]", r"13: task.dims.1: expected a whole number, found `a`"),
+        ("dims: list[int]", "3", r"9: task.dims: expected a list, found `3`\n.*\n.*\n.*`\[3\]`"),
+        ("color: Color", "green", r"10: task.color: input should be 'red' or 'blue', found `gr"),
+        ("layer: Layer", "{size: x}", r"17: task.layer.size: expected a whole number, found `x`"),
+        ("layer: Layer", "{rate: 1}", r"3: task.layer.size: required, but missing\n"),
+        (
+            "layer: Layer",
+            "{siz: 1}",
+            r"11: task.layer.siz: unknown field\n.*\n.*\n  help: did you mean `size`",
+        ),
+        ("layer: Layer | int", "{size: x}", r"17: task.layer.size: expected a whole number, found"),
+        ("layers: list[Layer]", "[{size: 1}, {}]", r"23: task.layers.1.size: required, but mis"),
+        ("layers: dict[str, Layer]", "{a: {size: x}}", r"22: task.layers.a.size: expected a wh"),
+        ("rates: dict[str, float]", "{a: x}", r"14: task.rates.a: expected a number, found `x`"),
+    ],
+)
+def test_mistakes_in_options_of_other_types(
+    mptrain: Any, field: str, value: str, said: str
+) -> None:
+    declare(field)
+    change("  width: 32 ", f"  {field.partition(':')[0]}: {value} ", "plugin.yaml")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert re.match(f"plugin.yaml:7:{said}", outcome.err), outcome.err
+    assert outcome.err.count("plugin.yaml:") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("plugin: int = 3", r"\d+:5: `Options` has a `plugin` of its own\n"),
+        ("kind: str = 'plugin'", r"\d+:5: `Options` has a `kind` of its own\n"),
+        ("depth: int = 'x'", r"\d+:5: the default of `depth`: input should be a valid integer\n"),
+        ("depth: int = 1 / 0", r"\d+:18: ZeroDivisionError"),
+        ("depth: Annotated[int, AfterValidator(refuse)] = 1", r"\d+:5: KeyError: 'never'\n"),
+        ("depth: 'Unknown' = 1", r" `Options` is not fully defined"),
+        ("depth: Any = torch.float32", r" options that no recipe can hold: .*torch.dtype"),
+        (
+            "depth: Annotated[int, AfterValidator(lambda n: 2 * n)] = 3",
+            r"\d+:5: `depth` is another value when it is read back from a recipe\n",
+        ),
+        ("layer: Layer = {'size': 1}", r"\d+:5: `layer` is another value when it is read back"),
+    ],
+)
+def test_options_that_no_recipe_can_have(mptrain: Any, field: str, said: str) -> None:
+    declare(field)
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert re.match(f"plugin.py:{said}", outcome.err), outcome.err
+    assert "warning" not in outcome.err.lower()
+
+
+def test_a_validator_that_raises_is_the_files_mistake(mptrain: Any) -> None:
+    declare("depth: Annotated[int, AfterValidator(refuse)]")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py", "--set", "task.depth=3")
+    assert outcome.code == 2, outcome.err
+    assert re.match(r"plugin.py:\d+:5: KeyError: 'never'\n", outcome.err), outcome.err
+
+
 def test_only_the_command_line_names_code(mptrain: Any) -> None:
     for command in ("check", "plan", "run"):
         outcome = mptrain(command, "plugin.yaml")
