@@ -264,6 +264,10 @@ def blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) ->
         return None
     lines = str(error).strip().splitlines()
     what = ": ".join((type(error).__name__, *lines[:1]))
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        beside = Path(plugin.file).parent / error.name.partition(".")[0]
+        if beside.is_dir() or beside.with_suffix(".py").is_file():
+            hint = "a plug-in is one file, of which a run keeps a copy: move the code into it"
     return UserError(Problem(what, hint, place=place))
 
 

@@ -374,6 +374,18 @@ def test_a_file_that_is_no_text_of_python(mptrain: Any, content: bytes, said: st
     assert outcome.err.count("plugin.py:") == 1
 
 
+@pytest.mark.parametrize("beside", ["helper.py", "helper/tools.py"])
+def test_a_plugin_is_one_file(mptrain: Any, beside: str) -> None:
+    Path(beside).parent.mkdir(exist_ok=True)
+    Path(beside).touch()
+    module = beside.removesuffix(".py").replace("/", ".")
+    change("import torch\n", f"import {module}\nimport torch\n")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert re.match(r"plugin.py:\d+:1: ModuleNotFoundError: No module named 'helper'", outcome.err)
+    assert "help: a plug-in is one file, of which a run keeps a copy" in outcome.err
+
+
 LATE = {
     "prepare": (
         "        self.device = device",
@@ -539,7 +551,9 @@ def test_another_file_or_none_does_not_go_on_with_the_run(
     outcome = mptrain("run", "--resume", "out")
     assert outcome.code == 2
     assert "the run has a plug-in, plugin.py with the SHA-256" in outcome.err
-    assert f"holds a copy: {Path('out/plugin.py')}" in outcome.err
+    assert "help: add `--plugin plugin.py`, or the run's own copy: `--plugin out/plugin.py`" in (
+        outcome.err
+    )
     ran = Path("ran")
     Path("plugin.py").write_text(f"open({str(ran)!r}, 'w')\n" + Path("plugin.py").read_text())
     outcome = mptrain("run", "--resume", "out", "--plugin", "plugin.py")
