@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from mpcli.recipe.errors import user_error
@@ -39,7 +40,8 @@ def plugin_of_run(run: RunDirectory, path: str | None) -> PluginFile | None:
         raise user_error(
             f"the run has a plug-in, {recorded.file} with the SHA-256 {recorded.sha256}; code is "
             "run only where it is named",
-            f"add `--plugin FILE`; the run directory holds a copy: {run.path / 'plugin.py'}",
+            f"add `--plugin {recorded.file}`, or the run's own copy: "
+            f"`--plugin {shlex.quote(str(run.path / 'plugin.py'))}`",
         )
     if path is not None and not recorded:
         raise user_error(f"--plugin {path}: the run has no plug-in", "leave it out")

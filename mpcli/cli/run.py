@@ -150,6 +150,8 @@ def _place(problem: ResultProblem, loaded: LoadedRecipe) -> Place | None:
     line, column = problem["line"], problem["column"]
     if loaded.plugin and line and column:
         return loaded.plugin.place(line, column - 1)
+    if loaded.plugin and problem["file"]:
+        return Place(loaded.plugin.file, 0, 0)
     return loaded.place(problem["path"] or "")
 
 

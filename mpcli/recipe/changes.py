@@ -22,7 +22,8 @@ def allowed_changes(before: Recipe, after: LoadedRecipe) -> list[str]:
     Raises:
         UserError: exit 2, with each difference that makes it another run.
     """
-    changes = list(_differences(before.model_dump(), after.recipe.model_dump(), ""))
+    old, new = (recipe.model_dump(mode="json") for recipe in (before, after.recipe))
+    changes = list(_differences(old, new, ""))
     hint = "a resumed run is the same run: begin a new one for another recipe"
     refused = [
         Problem(f"the run has {_shown(old)}, found {_shown(new)}", hint, path)

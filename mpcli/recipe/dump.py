@@ -15,7 +15,7 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./ -]*(?<! )")
 
 def resolved_yaml(recipe: Recipe) -> str:
     """Every value of the recipe, defaults included, as a recipe file."""
-    return "\n".join(_lines(recipe.model_dump(), "")) + "\n"
+    return "\n".join(_lines(recipe.model_dump(mode="json"), "")) + "\n"
 
 
 def _lines(section: dict[str, Any], indent: str) -> Iterator[str]:

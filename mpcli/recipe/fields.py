@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from mpcli.recipe.base import Section
+from mpcli.recipe.nodes import Mapping, find
 from mpcli.recipe.recipe import Recipe
 
 
@@ -17,33 +20,36 @@ def kinds(field: FieldInfo) -> dict[str, type[Section]]:
 
     A section without kinds is found under `""`.
     """
-    return {kind_of(section): section for section in _sections(field.annotation)}
+    return _by_kind(field, Section)
 
 
 def located(
-    loc: tuple[int | str, ...], root: type[Section]
-) -> tuple[tuple[str, ...], type[Section]]:
+    details: ErrorDetails, root: type[BaseModel], tree: Mapping
+) -> tuple[tuple[str, ...], type[BaseModel]]:
     """A pydantic error's `loc` as a recipe path, and the section that holds the last field.
 
-    `root` is the schema; `loc` has the chosen kind after a field with kinds, and names for the
-    members of a union.
+    `root` is the schema of what `tree` holds; a `loc` also has the chosen kind after a field with
+    kinds, and names for the members of a union.
     """
-    path: list[str] = []
-    section: type[Section] | None = root  # None: inside a value that is no section
+    path: tuple[str, ...] = ()
+    section: type[BaseModel] | None = root  # None: inside a value that is no section
     holder = root
-    known: dict[str, type[Section]] = {}
-    for part in loc:
+    known: dict[str, type[BaseModel]] = {}
+    *_, last = details["loc"] or ("",)
+    for part in details["loc"]:
+        inner = (*path, str(part))
         if part in known:
             section, known = known[str(part)], {}
-        elif section is not None:
-            path.append(str(part))
-            holder = section
-            field = section.model_fields.get(str(part))
-            known = kinds(field) if field else {}
-            section = known.get("")
         elif isinstance(part, int):
-            path.append(str(part))
-    return tuple(path), holder
+            path = inner
+        elif find(tree, inner) or (part is last and details["type"] == "missing"):
+            path = inner
+            if section is not None:
+                holder = section
+                field = section.model_fields.get(part)
+                known = _by_kind(field, BaseModel) if field else {}
+                section = known.get("")
+    return path, holder
 
 
 @cache
@@ -59,14 +65,22 @@ def _walk(path: str, section: type[Section]) -> Iterator[tuple[str, str, type[Se
             yield from _walk(f"{path}.{name}" if path else name, inner)
 
 
-def _sections(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _by_kind(field: FieldInfo, base: type[_Model]) -> dict[str, type[_Model]]:
+    return {kind_of(model): model for model in _models(field.annotation, base)}
+
+
+def _models(annotation: Any, base: type[_Model]) -> Iterator[type[_Model]]:
+    if isinstance(annotation, type) and issubclass(annotation, base):
         yield annotation
     for argument in get_args(annotation):
-        yield from _sections(argument)
+        yield from _models(argument, base)
 
 
-def kind_of(section: type[Section]) -> str:
+def kind_of(section: type[BaseModel]) -> str:
     """The `kind` of a section, `""` for one without."""
     field = section.model_fields.get("kind")
-    return str(get_args(field.annotation)[0]) if field else ""
+    literals = get_args(field.annotation) if field else ()
+    return str(literals[0]) if literals else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mpcli.recipe.errors import Place, Problem, UserError, closest, one_of
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.messages import validation_problems
 from mpcli.recipe.packaged import templates
-from mpcli.recipe.plugin import PluginFile
+from mpcli.recipe.plugin import Plugin, PluginFile, blamed, lasting
 from mpcli.recipe.recipe import Recipe, recipe_with
 from mpcli.recipe.source import OVERRIDE, Source, read_source
 
@@ -75,7 +76,12 @@ def load_recipe(
     data = _with_default_kinds(schema, nodes.plain(composed.tree))
     problems += _plugin_problems(data, composed.tree, plugin)
     try:
-        recipe = schema.model_validate(data)
+        with plugin.running() if plugin else nullcontext():  # its validators
+            recipe = schema.model_validate(data)
+        if plugin and isinstance(recipe.task, Plugin):
+            problems += lasting(recipe.task)
+    except UserError:
+        raise
     except ValidationError as error:
         told = {p.place.start for p in problems if p.place}  # one problem of a value is enough
         found = validation_problems(error, schema, composed.tree, source.file)
@@ -86,13 +92,15 @@ def load_recipe(
             for p in found
             if p.path.split(".")[0] not in composed.lost and not (p.place and p.place.start in told)
         ]
+    except Exception as error:
+        raise (plugin and blamed(error, plugin)) or error from error
     if problems:
         raise UserError(*_in_order(problems, source.file))
     return LoadedRecipe(
         recipe=recipe,
         file=source.file,
         source=source.text,
-        origins=dict(_origins(recipe.model_dump(), composed.tree, ())),
+        origins=dict(_origins(recipe.model_dump(mode="json"), composed.tree, ())),
         dropped=tuple(composed.dropped.values()),
         tree=composed.tree,
         plugin=plugin,
@@ -165,7 +173,7 @@ def _in_order(problems: list[Problem], file: str) -> list[Problem]:
 
 
 def _origins(value: Any, tree: nodes.Mapping, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not any("." in key for key in value):
         for key, inner in value.items():
             yield from _origins(inner, tree, (*path, key))
     else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -147,11 +147,11 @@ def validation_problems(
         file: the recipe's, for what is missing altogether.
     """
     grouped: dict[Path, list[ErrorDetails]] = {}
-    holders: dict[Path, type[Section]] = {}
+    holders: dict[Path, type[BaseModel]] = {}
     for details in error.errors(include_url=False)[:MAX_ERRORS]:
         if details["type"] == "default_factory_not_called":
             continue  # another field of the section is wrong
-        path, holder = located(details["loc"], schema)
+        path, holder = located(details, schema, tree)
         if details["type"] == "missing" and isinstance(details["loc"][-1], int):
             path = path[:-1]  # an item of a list: the list is too short
         field = details.get("ctx", {}).get("field")
@@ -167,6 +167,9 @@ def validation_problems(
     for path in [path for path, details in grouped.items() if details[0]["type"] == "missing"]:
         if ".".join(path) in meant:
             del grouped[path]  # it is there, under another name
+    for path in [path for path in grouped if isinstance(find(tree, path), Mapping)]:
+        if any(inner != path and inner[: len(path)] == path for inner in grouped):
+            del grouped[path]  # a member of a union that was not meant
     words = _Words(tree, file)
     return [words.problem(path, holders[path], details) for path, details in grouped.items()]
 
@@ -179,7 +182,7 @@ class _Words:
     file: str
 
     def problem(
-        self, path: Path, holder: type[Section], errors: SequenceType[ErrorDetails]
+        self, path: Path, holder: type[BaseModel], errors: SequenceType[ErrorDetails]
     ) -> Problem:
         first, *_ = errors
         field = holder.model_fields.get(path[-1])
@@ -247,7 +250,7 @@ class _Words:
         return Place(self.file, 1, 1)
 
 
-def _unknown_hint(path: Path, holder: type[Section]) -> str | None:
+def _unknown_hint(path: Path, holder: type[BaseModel]) -> str | None:
     name, parent = path[-1], ".".join(path[:-1])
     if name.casefold() in _SYNONYMS:
         return f"here it is called `{_SYNONYMS[name.casefold()]}`"
@@ -261,11 +264,11 @@ def _unknown_hint(path: Path, holder: type[Section]) -> str | None:
     return did_you_mean(name, holder.model_fields)
 
 
-def _close(name: str, holder: type[Section]) -> str | None:
+def _close(name: str, holder: type[BaseModel]) -> str | None:
     return closest(name, holder.model_fields, cutoff=0.75)
 
 
-def _meant(path: Path, holder: type[Section]) -> str | None:
+def _meant(path: Path, holder: type[BaseModel]) -> str | None:
     """The path that an unknown field most likely stands for."""
     close = _close(path[-1], holder)
     return _SYNONYMS.get(path[-1].casefold()) or (".".join((*path[:-1], close)) if close else None)
@@ -319,9 +322,9 @@ def _phrase(details: ErrorDetails) -> str | None:
             return "`true` or `false`"
         case "string_type":
             return "text"
-        case "tuple_type":
+        case "tuple_type" | "list_type" | "set_type":
             return "a list"
-        case "dict_type":
+        case "dict_type" | "dataclass_type":
             return "a section"
         case "literal_error":
             return one_of(_literals(details))
@@ -342,14 +345,14 @@ def _hint(errors: SequenceType[ErrorDetails], node: Node | None) -> str | None:
     types = {details["type"] for details in errors}
     choices = [name for details in errors for name in _literals(details)]
     if isinstance(node, Mapping):
-        if "tuple_type" in types:
+        if types & _LISTS:
             return "lists are written whole, such as `[a, b]`"
         return "this is a single value: it has no fields"
     if not isinstance(node, Scalar):
         return None
     if node.value is None:
         return "write a value, or remove the line"
-    if "tuple_type" in types:
+    if types & _LISTS:
         return f"write `[{node.written}]`"
     if "string_type" in types and len(node.written) <= 40:
         return f'put it in quotes: `"{node.written}"`'
@@ -370,6 +373,7 @@ def _hint(errors: SequenceType[ErrorDetails], node: Node | None) -> str | None:
     return f"did you mean `{close}`?" if close else None
 
 
+_LISTS = {"tuple_type", "list_type", "set_type"}
 _TRUTH = {
     **dict.fromkeys(("yes", "on", "y", "true", "1"), "true"),
     **dict.fromkeys(("no", "off", "n", "false", "0"), "false"),

@@ -6,18 +6,24 @@ and the functions `load_data`, `build_model`, `loss` and `evaluate`.
 
 from __future__ import annotations
 
+import ast
+import codecs
 import hashlib
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from mpcli.recipe.base import Section
-from mpcli.recipe.errors import Place, Problem, UserError, user_error
+from mpcli.recipe.errors import Place, Problem, UserError
+from mpcli.recipe.source import decoded
 
 FUNCTIONS = {
     "load_data": ("options", "data"),
@@ -48,7 +54,7 @@ class PluginFile:
             column: of the first byte, from 0.
             end: after the last byte.
         """
-        lines = self.content.splitlines()
+        lines = self.content.removeprefix(codecs.BOM_UTF8).splitlines()
         text = lines[line - 1] if line <= len(lines) else b""
         before = text[:column].decode(errors="replace")
         marked = text[column:end].decode(errors="replace").rstrip()
@@ -57,8 +63,36 @@ class PluginFile:
 
     def error(self, function: str, what: str, hint: str | None = _HINT) -> UserError:
         """A `UserError` about one of the file's functions."""
-        line = getattr(self.module, function).__code__.co_firstlineno
-        return UserError(Problem(f"`{function}` {what}", hint, place=self.place(line)))
+        return UserError(Problem(f"`{function}` {what}", hint, place=self.defined(function)))
+
+    def defined(self, function: str) -> Place:
+        """Where a function begins: its own lines, not a decorator's or another file's."""
+        code = getattr(inspect.unwrap(getattr(self.module, function)), "__code__", None)
+        if code is None or code.co_filename != self.file:
+            return Place(self.file, 0, 0)
+        return self.place(code.co_firstlineno)
+
+    def field(self, name: str) -> Place:
+        """Where `Options` declares a field; the whole file where it is declared elsewhere."""
+        for statement in ast.parse(decoded(self.content, self.file)).body:
+            if isinstance(statement, ast.ClassDef) and statement.name == "Options":
+                for field in statement.body:
+                    if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
+                        return self.place(field.lineno, field.col_offset)
+        return Place(self.file, 0, 0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around its code, whose prints are no output of a command and which ends no process.
+
+        Raises:
+            UserError: it calls `sys.exit`.
+        """
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        except SystemExit as error:
+            raise blamed(error, self) or error from error
 
 
 class Plugin(Section):
@@ -109,19 +143,30 @@ def plugin_error(error: BaseException, task: Section, hint: str | None = None) -
 def _execute(plugin: PluginFile) -> None:
     plugin.module.__file__ = plugin.file
     sys.modules[_MODULE] = plugin.module  # where pydantic and dataclasses look up annotations
+    code = _compiled(plugin)
     try:
-        exec(compile(plugin.content, plugin.file, "exec"), plugin.module.__dict__)
+        with plugin.running():
+            exec(code, plugin.module.__dict__)
+    except UserError:
+        raise
+    except Exception as error:
+        raise blamed(error, plugin) or error from error
+
+
+def _compiled(plugin: PluginFile) -> CodeType:
+    text = decoded(plugin.content, plugin.file)
+    if "\0" in text:  # of which Python does not say where it is
+        line = plugin.content[: plugin.content.index(b"\0")].count(b"\n") + 1
+        raise UserError(Problem("not Python: a NUL character", place=plugin.place(line)))
+    try:
+        return compile(text, plugin.file, "exec")
     except SyntaxError as error:
-        if error.filename != plugin.file:  # of a module that it imports
-            raise blamed(error, plugin) or error from error
         column = (error.offset or 1) - 1
         place = Place(plugin.file, error.lineno or 1, column + 1, 1, (error.text or "").rstrip())
         raise UserError(Problem(f"not Python: {error.msg}", place=place)) from error
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        told = blamed(error, plugin) or user_error(f"{plugin.file}: not Python: {error}")
-        raise told from error
+    except (RecursionError, MemoryError) as error:  # what is nested too deep
+        what = f"not Python: {str(error) or 'nested too deep'}"
+        raise UserError(Problem(what, place=Place(plugin.file, 0, 0))) from error
 
 
 def _check_names(plugin: PluginFile) -> None:
@@ -131,6 +176,8 @@ def _check_names(plugin: PluginFile) -> None:
     if not (isinstance(options, type) and issubclass(options, Plugin)):
         what = "no class `Options(Plugin)`: the fields of the recipe's `task`"
         problems.append(Problem(what, _HINT, place=whole))
+    else:
+        problems += _options_problems(options, plugin)
     for name, arguments in FUNCTIONS.items():
         function = getattr(plugin.module, name, None)
         shown = f"{name}({', '.join(arguments)})"
@@ -140,10 +187,74 @@ def _check_names(plugin: PluginFile) -> None:
         try:
             inspect.signature(function).bind(*arguments)
         except TypeError as error:
-            place = plugin.place(function.__code__.co_firstlineno)
-            problems.append(Problem(f"is called as `{shown}`: {error}", _HINT, place=place))
+            what = f"is called as `{shown}`: {error}"
+            problems.append(Problem(what, _HINT, place=plugin.defined(name)))
     if problems:
         raise UserError(*problems)
+
+
+def _options_problems(options: type[Plugin], plugin: PluginFile) -> Iterator[Problem]:
+    """Names that a plug-in's fields may not have, and defaults that are no values of theirs."""
+    fields, known = options.model_fields, Plugin.model_fields
+    if taken := [
+        name
+        for name in ("plugin", "kind")
+        if name in fields
+        and (name not in known or fields[name].annotation != known[name].annotation)
+    ]:
+        what, hint = f"`Options` has a `{taken[0]}` of its own", "give the field another name"
+        yield Problem(what, hint, place=plugin.field(taken[0]))
+        return
+    try:
+        with plugin.running():
+            _with_checked_defaults(options).model_validate({"kind": "plugin"})
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            name = str(details["loc"][0]) if details["loc"] else ""
+            required = name not in fields or fields[name].is_required()
+            if not required and details["type"] != "default_factory_not_called":
+                what = f"the default of `{name}`: {_lower(details['msg'])}"
+                yield Problem(what, place=plugin.field(name))
+    except UserError:
+        raise
+    except Exception as error:  # such as an annotation that says nothing
+        what, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        whole = UserError(Problem(what, place=Place(plugin.file, 0, 0)))
+        raise blamed(error, plugin) or whole from error
+
+
+def _with_checked_defaults(options: type[Plugin]) -> type[Plugin]:
+    # Not for good: what is validated as JSON would have its defaults validated as JSON too.
+    class Options(options):  # type: ignore[misc, valid-type]
+        model_config = ConfigDict(validate_default=True)
+
+    return Options
+
+
+def lasting(options: Plugin) -> list[Problem]:
+    """What keeps a plug-in's options from being read back from the run directory's recipe."""
+    plugin, name = options.plugin, ""
+    try:
+        with plugin.running():
+            again = type(options).model_validate_json(options.model_dump_json(warnings="none"))
+    except PydanticSerializationError as error:
+        what = f"options that no recipe can hold: {_lower(str(error))}"
+    except ValidationError as error:
+        first, *_ = error.errors(include_url=False)
+        name = str(first["loc"][0]) if first["loc"] else ""
+        what = f"`{name}` cannot be read back from a recipe: {_lower(first['msg'])}"
+    else:
+        if again == options:
+            return []
+        values, others = dict(options), dict(again)
+        name = next((name for name in values if values[name] != others[name]), "")
+        what = f"`{name}` is another value when it is read back from a recipe"
+    hint = "recipes hold text, numbers, `true`, `false`, `null`, and lists and sections of them"
+    return [Problem(what, hint, place=plugin.field(name))]
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) -> UserError | None:
@@ -153,6 +264,10 @@ def blamed(error: BaseException, plugin: PluginFile, hint: str | None = None) ->
         return None
     lines = str(error).strip().splitlines()
     what = ": ".join((type(error).__name__, *lines[:1]))
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        beside = Path(plugin.file).parent / error.name.partition(".")[0]
+        if beside.is_dir() or beside.with_suffix(".py").is_file():
+            hint = "a plug-in is one file, of which a run keeps a copy: move the code into it"
     return UserError(Problem(what, hint, place=place))
 
 

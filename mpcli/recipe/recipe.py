@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Union, get_args
+from typing import Annotated, Any, Union, get_args
 
-from pydantic import AfterValidator, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 
 from mpcli.recipe.base import Section, mistake
 from mpcli.recipe.data import Data
@@ -71,6 +79,17 @@ class Recipe(Section):
 
 def recipe_with(plugin: type[Plugin]) -> type[Recipe]:
     """The schema of recipes whose `task` may be that of a plug-in."""
+
+    def from_json(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        # Strict as everywhere, but where JSON has no such type (a tuple, an enum, a path) from what
+        # it has instead.
+        return (
+            plugin.model_validate_json(json.dumps(value))
+            if isinstance(value, dict)
+            else validate(value)
+        )
+
     shipped = [section for section in get_args(get_args(Task)[0]) if section is not Plugin]
-    tasks = Annotated[Union[(*shipped, plugin)], Field(discriminator="kind")]  # type: ignore[valid-type]
+    own = Annotated[plugin, WrapValidator(from_json)]  # type: ignore[valid-type]
+    tasks = Annotated[Union[(*shipped, own)], Field(discriminator="kind")]  # type: ignore[valid-type]
     return create_model("Recipe", __base__=Recipe, task=(tasks, ...))

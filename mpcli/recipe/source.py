@@ -69,7 +69,7 @@ def read_source(path: Path, file: str) -> Source:
         raise _whole_file(file, f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
         raise _whole_file(file, "larger than 1 MiB", "is this a recipe?")
-    return text_source(file, _decoded(content, file))
+    return text_source(file, decoded(content, file))
 
 
 def text_source(file: str, text: str) -> Source:
@@ -103,7 +103,12 @@ def check_characters(source: Source) -> None:
             raise source.error(number, tab, "a tab is not allowed here", "use spaces")
 
 
-def _decoded(content: bytes, file: str) -> str:
+def decoded(content: bytes, file: str) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it is not UTF-8, with the first byte that is not.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.recipe.base import Section
+from mpcli.recipe.errors import UserError
 from mpcli.recipe.plugin import PluginFile, blamed
 from mpcli.records import EvalRecord
 from mpcli.tasks.base import Dataset
@@ -39,7 +40,8 @@ class PluginTask:
 
     def load_data(self, options: Any, data: Any) -> Dataset:
         """The plug-in's data set."""
-        dataset = self._module.load_data(options, data)
+        with self._plugin.running():
+            dataset = self._module.load_data(options, data)
         if missing := [name for name in _DATASET if not hasattr(dataset, name)]:
             what = f"returned {_about(dataset)}, which has no `{missing[0]}`"
             raise self._plugin.error("load_data", what, "`mpcli.data.TensorDataset` has all of it")
@@ -47,14 +49,16 @@ class PluginTask:
 
     def build_model(self, options: Any, info: Any) -> nn.Module:
         """The plug-in's model."""
-        model = self._module.build_model(options, info)
+        with self._plugin.running():
+            model = self._module.build_model(options, info)
         if not isinstance(model, nn.Module):
             raise self._plugin.error("build_model", f"returned {_about(model)}, not a module")
         return model
 
     def loss(self, options: Any, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """The plug-in's loss."""
-        returned = self._module.loss(options, model, batch)
+        with self._plugin.running():
+            returned = self._module.loss(options, model, batch)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             what = f"returned {_about(returned)}, not the sum of the losses and `batch.weight`"
             raise self._plugin.error("loss", what)
@@ -62,8 +66,13 @@ class PluginTask:
         if not isinstance(total, Tensor) or total.shape or total.dtype != torch.float32:
             what = f"returned {_about(total)} as the sum of the losses, not one fp32 number"
             raise self._plugin.error("loss", what)
-        if weight != batch.weight:
-            what = f"returned {weight} as the weight of a batch that weighs {batch.weight}"
+        if torch.is_grad_enabled() and not total.requires_grad:
+            hint = "detached, computed without gradients, or of a model that learns nothing?"
+            what = "returned a sum of the losses through which no gradient reaches a weight"
+            raise self._plugin.error("loss", what, hint)
+        if not isinstance(weight, int | float) or weight != batch.weight:
+            found = weight if isinstance(weight, int | float) else _about(weight)
+            what = f"returned {found} as the weight of a batch that weighs {batch.weight}"
             raise self._plugin.error("loss", what, "return `batch.weight`")
         return total, batch.weight
 
@@ -71,7 +80,8 @@ class PluginTask:
         self, options: Any, model: nn.Module, batches: Iterable[Batch]
     ) -> dict[str, float]:
         """The plug-in's metrics."""
-        metrics = self._module.evaluate(options, model, batches)
+        with self._plugin.running():
+            metrics = self._module.evaluate(options, model, batches)
         if not isinstance(metrics, dict):
             raise self._plugin.error("evaluate", f"returned {_about(metrics)}, not a dict")
         if "loss" not in metrics:
@@ -90,7 +100,6 @@ class _PluginDataset:
     def __init__(self, dataset: Dataset, plugin: PluginFile) -> None:
         self._dataset = dataset
         self._plugin = plugin
-        self.prepare = dataset.prepare
 
     @property
     def num_train(self) -> int:
@@ -108,12 +117,21 @@ class _PluginDataset:
     def info(self) -> Any:
         return self._dataset.info
 
+    def prepare(self, device: torch.device) -> None:
+        with self._plugin.running():
+            self._dataset.prepare(device)
+
     def example(self, num_samples: int) -> Batch:
-        return self._checked("example", self._dataset.example(num_samples), num_samples)
+        with self._plugin.running():
+            batch = self._dataset.example(num_samples)
+        return self._checked("example", batch, num_samples)
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         try:
-            batch = self._dataset.train_batch(seed, step, batch_size)
+            with self._plugin.running():
+                batch = self._dataset.train_batch(seed, step, batch_size)
+        except UserError:
+            raise
         except Exception as error:  # blamed here, for a traceback does not leave a worker process
             raise blamed(error, self._plugin) or error from error
         return self._checked("train_batch", batch, batch_size)

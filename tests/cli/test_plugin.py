@@ -132,6 +132,118 @@ def test_values_of_the_plugins_options(mptrain: Any, declared: str, value: str, 
     assert said in outcome.err
 
 
+def declare(*fields: str) -> None:
+    """Options of types that recipes themselves do not have."""
+    change(
+        "class Options(Plugin):",
+        "from enum import Enum\nfrom pathlib import Path\nfrom typing import Annotated, Any\n"
+        "from pydantic import AfterValidator, BaseModel, ConfigDict\n\n\n"
+        "class Color(Enum):\n    RED = 'red'\n    BLUE = 'blue'\n\n\n"
+        "class Layer(BaseModel):\n    model_config = ConfigDict(strict=True, extra='forbid')\n"
+        "    size: int\n    rate: float = 0.0\n\n\n"
+        "def refuse(value):\n    raise KeyError('never')\n\n\nclass Options(Plugin):",
+    )
+    change("    width: int = 32", "\n    ".join(("    width: int = 32", *fields)))
+
+
+def test_options_of_every_type_that_yaml_can_say(mptrain: Any) -> None:
+    declare(
+        "where: Path = Path('here')",
+        "dims: tuple[int, ...] = (1,)",
+        "color: Color = Color.RED",
+        "layers: list[Layer] = [Layer(size=3)]",
+        "rates: dict[str, float] = {'a.b': 0.5}",
+        "known: set[int] = {1}",
+        "by_number: dict[int, str] = {3: 'three'}",
+    )
+    change(
+        "    inputs, targets = map",
+        "    assert isinstance(options.where, Path) and options.color in Color\n"
+        "    assert options.dims == (1, 2) and options.layers[0].size == 3\n"
+        "    assert options.known == {1} and options.by_number == {3: 'three'}\n"
+        "    inputs, targets = map",
+    )
+    change("  width: 32", "  dims: [1, 2]\n  color: blue\n  width: 32", "plugin.yaml")
+    planned = mptrain("plan", "plugin.yaml", "--plugin", "plugin.py")
+    assert planned.code == 0, planned.err
+    assert re.search(r"task.rates +\{a.b: 0.5\}", planned.out)
+    outcome = mptrain(*short())
+    assert outcome.code == 0, outcome.err
+    recipe = Path("out/recipe.yaml").read_text()
+    for line in ("  where: here", "  color: blue", "  dims: [1, 2]", '  layers: [{"size": 3, '):
+        assert f"\n{line}" in recipe
+    again = mptrain("eval", "out", "--plugin", "plugin.py", "--json")
+    own = json.loads(Path("out/result.json").read_text())["metrics"]["eval"]
+    assert again.json["metrics"]["eval"]["loss"] == pytest.approx(own["loss"], abs=1e-6)
+    changed = mptrain(
+        "run", "--resume", "out", "--plugin", "plugin.py", "--set", "task.where=there"
+    )
+    assert changed.code == 2
+    assert "task.where: the run has `here`, found `there`" in changed.err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("dims: tuple[int, ...]", "[1, a]", r"13: task.dims.1: expected a whole number, found `a`"),
+        ("dims: list[int]", "3", r"9: task.dims: expected a list, found `3`\n.*\n.*\n.*`\[3\]`"),
+        ("color: Color", "green", r"10: task.color: input should be 'red' or 'blue', found `gr"),
+        ("layer: Layer", "{size: x}", r"17: task.layer.size: expected a whole number, found `x`"),
+        ("layer: Layer", "{rate: 1}", r"3: task.layer.size: required, but missing\n"),
+        (
+            "layer: Layer",
+            "{siz: 1}",
+            r"11: task.layer.siz: unknown field\n.*\n.*\n  help: did you mean `size`",
+        ),
+        ("layer: Layer | int", "{size: x}", r"17: task.layer.size: expected a whole number, found"),
+        ("layers: list[Layer]", "[{size: 1}, {}]", r"23: task.layers.1.size: required, but mis"),
+        ("layers: dict[str, Layer]", "{a: {size: x}}", r"22: task.layers.a.size: expected a wh"),
+        ("rates: dict[str, float]", "{a: x}", r"14: task.rates.a: expected a number, found `x`"),
+    ],
+)
+def test_mistakes_in_options_of_other_types(
+    mptrain: Any, field: str, value: str, said: str
+) -> None:
+    declare(field)
+    change("  width: 32 ", f"  {field.partition(':')[0]}: {value} ", "plugin.yaml")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert re.match(f"plugin.yaml:7:{said}", outcome.err), outcome.err
+    assert outcome.err.count("plugin.yaml:") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("plugin: int = 3", r"\d+:5: `Options` has a `plugin` of its own\n"),
+        ("kind: str = 'plugin'", r"\d+:5: `Options` has a `kind` of its own\n"),
+        ("depth: int = 'x'", r"\d+:5: the default of `depth`: input should be a valid integer\n"),
+        ("depth: int = 1 / 0", r"\d+:18: ZeroDivisionError"),
+        ("depth: Annotated[int, AfterValidator(refuse)] = 1", r"\d+:5: KeyError: 'never'\n"),
+        ("depth: 'Unknown' = 1", r" `Options` is not fully defined"),
+        ("depth: Any = torch.float32", r" options that no recipe can hold: .*torch.dtype"),
+        (
+            "depth: Annotated[int, AfterValidator(lambda n: 2 * n)] = 3",
+            r"\d+:5: `depth` is another value when it is read back from a recipe\n",
+        ),
+        ("layer: Layer = {'size': 1}", r"\d+:5: `layer` is another value when it is read back"),
+    ],
+)
+def test_options_that_no_recipe_can_have(mptrain: Any, field: str, said: str) -> None:
+    declare(field)
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert re.match(f"plugin.py:{said}", outcome.err), outcome.err
+    assert "warning" not in outcome.err.lower()
+
+
+def test_a_validator_that_raises_is_the_files_mistake(mptrain: Any) -> None:
+    declare("depth: Annotated[int, AfterValidator(refuse)]")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py", "--set", "task.depth=3")
+    assert outcome.code == 2, outcome.err
+    assert re.match(r"plugin.py:\d+:5: KeyError: 'never'\n", outcome.err), outcome.err
+
+
 def test_only_the_command_line_names_code(mptrain: Any) -> None:
     for command in ("check", "plan", "run"):
         outcome = mptrain(command, "plugin.yaml")
@@ -169,6 +281,7 @@ def test_a_plugin_may_learn_from_the_data_of_others(mptrain: Any) -> None:
 
 
 CRASH = "raise RuntimeError('no luck')"
+LEAVE = "raise SystemExit(0)"
 MISTAKES = {
     "not Python": ("def loss(", "def loss{", r"\d+:\d+: not Python: "),
     "raises at once": ("class Options", f"{CRASH}\n\n\nclass Options", r"\d+:1: RuntimeError: no "),
@@ -181,6 +294,24 @@ MISTAKES = {
         "    inputs, targets = map",
         f"    {CRASH}\n    x = map",
         r"\d+:5: RuntimeError: ",
+    ),
+    "leaves load_data": ("    inputs, targets = map", f"    {LEAVE}\n    x = map", r"\d+:5: Sys"),
+    "leaves build_model": ("    return nn.Seq", f"    {LEAVE}\n    return nn.Seq", r"\d+:5: Sys"),
+    "leaves loss": ("    return cross_", f"    {LEAVE}\n    return cross_", r"\d+:5: Sys"),
+    "weights": (
+        'reduction="sum"), batch.weight',
+        'reduction="sum"), torch.tensor([32, 32])',
+        r"\d+:1: `loss` returned a int64 tensor of shape \[2\] as the weight of a batch that w",
+    ),
+    "of a decorated function": (
+        "def loss(options, model, batch):",
+        "@torch.no_grad()\ndef loss(model, batch):",
+        r"(\d+):1: is called as `loss\(.*\n +\1 \| @torch.no_grad\(\)\n",
+    ),
+    "of another file": (
+        "def build_model(",
+        "from typing import cast as build_model\n\n\ndef own(",
+        r" `build_model` returned a value of type int, not a module\n",
     ),
     "build_model": ("    return nn.Seq", f"    {CRASH}\n    return nn.Seq", r"\d+:5: RuntimeError"),
     "shapes": ("nn.Linear(30,", "nn.Linear(31,", r"\d+:14: RuntimeError: .*\[32, 30\]"),
@@ -224,6 +355,37 @@ def test_a_mistake_in_the_file_is_told_with_its_place(mptrain: Any, mistake: str
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"x = 1\nimport os\0\n", "plugin.py:2:1: not Python: a NUL character\n"),
+        (b"# \xff\xfe\nx = 1\n", "plugin.py:1:3: the byte 0xFF is not UTF-8 text\n"),
+        (b"# coding: latin-1\nx = '\xe4'\n", "plugin.py:2:6: the byte 0xE4 is not UTF-8 text\n"),
+        (b"x = " + b"-" * 200_000 + b"1\n", "plugin.py: not Python: "),
+        (b"x = " + b"+".join([b"1"] * 50_000) + b"\n", "plugin.py: not Python: maximum recursion"),
+        (b"\xef\xbb\xbfimport os; ops\n", "plugin.py:1:12: NameError: "),
+    ],
+)
+def test_a_file_that_is_no_text_of_python(mptrain: Any, content: bytes, said: str) -> None:
+    Path("plugin.py").write_bytes(content)
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.startswith(said), outcome.err
+    assert outcome.err.count("plugin.py:") == 1
+
+
+@pytest.mark.parametrize("beside", ["helper.py", "helper/tools.py"])
+def test_a_plugin_is_one_file(mptrain: Any, beside: str) -> None:
+    Path(beside).parent.mkdir(exist_ok=True)
+    Path(beside).touch()
+    module = beside.removesuffix(".py").replace("/", ".")
+    change("import torch\n", f"import {module}\nimport torch\n")
+    outcome = mptrain("check", "plugin.yaml", "--plugin", "plugin.py")
+    assert outcome.code == 2
+    assert re.match(r"plugin.py:\d+:1: ModuleNotFoundError: No module named 'helper'", outcome.err)
+    assert "help: a plug-in is one file, of which a run keeps a copy" in outcome.err
+
+
 LATE = {
     "prepare": (
         "        self.device = device",
@@ -244,6 +406,28 @@ LATE = {
         "    return cross_entropy(",
         "    assert not logits.requires_grad, 'oh'\n    return cross_entropy(",
         r"\d+:5: AssertionError: oh",
+    ),
+    "leaves in a batch": (
+        "        generator = torch.Generator()",
+        f"        {LEAVE}\n        generator = torch.Generator()",
+        r"\d+:9: SystemExit: 0",
+    ),
+    "leaves prepare": ("        self.device = device", f"        {LEAVE}", r"\d+:9: SystemExit: 0"),
+    "leaves evaluate": ("    total = correct", f"    {LEAVE}\n    total = correct", r"\d+:5: Sys"),
+    "detached": (
+        'reduction="sum"), b',
+        'reduction="sum").detach(), b',
+        r"\d+:1: `loss` returned a sum .* no gradient ",
+    ),
+    "decorated": (
+        "def evaluate(options, model, batches):",
+        "@torch.no_grad()\ndef evaluate(options, model, batches):\n    return 3\n\n\ndef e():",
+        r"(\d+):1: `evaluate` returned .*\n +\1 \| @torch.no_grad\(\)\n",
+    ),
+    "of another file": (
+        "def evaluate(",
+        "from codecs import iterencode as evaluate\n\n\ndef own(",
+        r" `evaluate` returned a value of type generator, not a dict$",
     ),
     "evaluate": (
         "    total = correct",
@@ -273,6 +457,18 @@ def test_a_mistake_that_shows_in_training_ends_the_run_with_its_place(
     assert re.search(f"^plugin.py:{said}", outcome.err, re.MULTILINE), outcome.err
     assert "Traceback" not in outcome.err
     assert json.loads(Path("out/result.json").read_text())["status"] == "failed"
+
+
+def test_what_the_file_prints_is_no_output_of_a_command(mptrain: Any) -> None:
+    own_data()
+    change("class Options", "print('at once')\n\n\nclass Options")
+    change("    return Numbers", "    print('for data')\n    return Numbers")
+    change("        self.device =", "        print('to prepare')\n        self.device =")
+    change("    total = correct", "    print('to evaluate')\n    total = correct")
+    outcome = mptrain(*short("--json"))
+    assert outcome.json["status"] == "done"
+    for printed in ("at once", "for data", "to prepare", "to evaluate"):
+        assert printed in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -355,7 +551,9 @@ def test_another_file_or_none_does_not_go_on_with_the_run(
     outcome = mptrain("run", "--resume", "out")
     assert outcome.code == 2
     assert "the run has a plug-in, plugin.py with the SHA-256" in outcome.err
-    assert f"holds a copy: {Path('out/plugin.py')}" in outcome.err
+    assert "help: add `--plugin plugin.py`, or the run's own copy: `--plugin out/plugin.py`" in (
+        outcome.err
+    )
     ran = Path("ran")
     Path("plugin.py").write_text(f"open({str(ran)!r}, 'w')\n" + Path("plugin.py").read_text())
     outcome = mptrain("run", "--resume", "out", "--plugin", "plugin.py")
