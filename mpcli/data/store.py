@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -89,18 +90,12 @@ def stored(key: str, make: Callable[[Writer], dict[str, Any]]) -> tuple[Arrays, 
     if found is not None:
         return found
     try:
-        _make(folder, make)
-        found = _load(folder)
-        assert found is not None, folder
-        return found
+        return _make(folder, make)
     except _CannotWriteError as error:
         _log.warning("%s cannot be written: nothing is kept for the next run (%s)", folder, error)
     try:
         with _writing(), tempfile.TemporaryDirectory() as room:
-            _make(Path(room) / key, make)
-            found = _load(Path(room) / key)  # what is mapped outlives its name
-            assert found is not None, room
-            return found
+            return _make(Path(room) / key, make)
     except _CannotWriteError as error:
         raise user_error(
             f"cannot write to the cache {folder.parent}, nor to {tempfile.gettempdir()}: {error}",
@@ -109,14 +104,16 @@ def stored(key: str, make: Callable[[Writer], dict[str, Any]]) -> tuple[Arrays, 
         ) from error
 
 
-def _make(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+def _make(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> tuple[Arrays, dict[str, Any]]:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with _writing():
         temporary.mkdir(parents=True)
     try:
         with contextlib.closing(Writer(temporary)) as writer:
             writer.finish(make(writer))
+        # What is mapped outlives its name, whatever other processes do to the folder.
+        found = _load(temporary)
+        assert found is not None, temporary
         with _writing():
             shutil.rmtree(folder, ignore_errors=True)
             try:
@@ -125,6 +122,7 @@ def _make(folder: Path, make: Callable[[Writer], dict[str, Any]]) -> None:
                 if not folder.is_dir():
                     raise
                 # Another process was faster, with the same content.
+        return found
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -23,8 +23,8 @@ class Local(Section):
     )
     data_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0,
-        description="processes that make batches ahead of their steps; 0: each is made when it is "
-        "due. The batches are the same",
+        description="processes that prepare batches ahead of their steps; 0: each is made when it "
+        "is due. The batches are the same",
     )
 
     @field_validator("processes")

@@ -185,7 +185,7 @@ def test_names_of_classes_are_numbered_in_their_order(tmp_path: Path) -> None:
     damage = Damage("skip")
     assert [record.label for record in source.read("eval", damage)] == [2]
     assert damage.skipped == 2
-    with pytest.raises(UserError, match=r"train.parquet: row 3: the label None is not one of"):
+    with pytest.raises(UserError, match=r"train.parquet: row 3: the label None is none of"):
         read(source)
     with pytest.raises(
         UserError, match=r"test.csv: line 3: the label 'A' is not one of the .*a, b"
