@@ -188,7 +188,7 @@ def test_names_of_classes_are_numbered_in_their_order(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.parquet: row 3: the label None is none of"):
         read(source)
     with pytest.raises(
-        UserError, match=r"test.csv: line 3: the label 'A' is not one of the .*a, b"
+        UserError, match=r"test.csv: line 3: the label 'A' is none of the .*a, b"
     ):
         read(source, "eval")
 
