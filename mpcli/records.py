@@ -103,6 +103,9 @@ class Plan(Record):
     fp32_modules: tuple[str, ...] = Field(
         default=(), description="modules that store and compute fp32 among half neighbours"
     )
+    model_sha256: str | None = Field(
+        default=None, description="of the config and the tokenizer that a model of text has"
+    )
     warnings: tuple[PlanWarning, ...] = ()
 
 

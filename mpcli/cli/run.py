@@ -13,12 +13,12 @@ from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
 from mpcli.cli.plugin import named_plugin, plugin_of_run
-from mpcli.recipe.errors import Place, Problem, user_error
+from mpcli.recipe.errors import Place, Problem, UserError, user_error
 from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
-    from mpcli.records import Result, ResultProblem
+    from mpcli.records import Plan, Result, ResultProblem
     from mpcli.rundir import RunDirectory
 
 
@@ -93,6 +93,7 @@ def _resume(
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
         recipe_path = str(directory.recipe_path)
         loaded, planned, warnings = make(recipe_path, overrides, plugin, strict=strict)
+        _check_model(directory, planned, loaded)
         result = directory.result()
         done = result and result.status == "done" and directory.final_path.exists()
         if result and done and result.steps_attempted >= planned.steps:
@@ -117,6 +118,22 @@ def _resume(
             _show_result(result, directory, loaded, as_json=as_json)
     finally:
         directory.close()
+
+
+def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None:
+    """What lies outside the run may have changed, and the weights fit only what they learnt from.
+
+    Raises:
+        UserError: exit 2, another model or tokenizer comes of the same recipe.
+    """
+    try:
+        before = run.plan().model_sha256
+    except (OSError, ValueError):  # lost with the end of an attempt; checkpoints check the rest
+        return
+    if before is not None and before != planned.model_sha256:
+        what = "the config of the model or its tokenizer is not what the run began with"
+        hint = "put back the text, the tokenizer or the model that the recipe names, or begin anew"
+        raise UserError(Problem(what, hint, "task", loaded.place("task")))
 
 
 def _show_warnings(loaded: LoadedRecipe, warnings: list[Problem]) -> None:

@@ -92,6 +92,7 @@ def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
         parameters=precision.parameters,
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
+        model_sha256=precision.model_sha256,
         warnings=tuple(
             PlanWarning(finding=w.finding, path=w.path, message=w.what, hint=w.hint)
             for w in warnings

@@ -31,12 +31,14 @@ from mpcli.recipe.errors import Problem, UserError, user_error
 from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.precision import Precision
 from mpcli.recipe.recipe import Recipe
-from mpcli.recipe.task import ImageClassification, TorchvisionModel
+from mpcli.recipe.task import ImageClassification, TextTask, TorchvisionModel
 from mpcli.records import ModulePrecision, ModuleTypes
 from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
 from mpcli.tasks.torchvision_models import has_cifar_stem
+from mpcli.tasks.transformers_models import model_sha256
 
 _READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_FAILURES = (RuntimeError, ValueError, AssertionError)
 _NO_VALUES = (
     "`plan` runs `loss` on tensors without values: neither values nor shapes may hang on them"
 )
@@ -53,6 +55,7 @@ class PrecisionPlan:
     fp32_modules: tuple[str, ...]
     parameters: int
     half_norms: int  # norm layers that compute in half
+    model_sha256: str | None
 
 
 def plan_precision(
@@ -96,6 +99,7 @@ def plan_precision(
         fp32_modules=tuple(islands),
         parameters=parameters,
         half_norms=sum(row.name in norms and row.computed != "fp32" for row in modules),
+        model_sha256=model_sha256(model, data.info) if isinstance(recipe.task, TextTask) else None,
     )
 
 
@@ -131,14 +135,17 @@ def _traced(
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")
     torch_log.disabled = True
     observer = TypesObserver(model)
+    # The models of transformers are as many as their faults; others are ours.
+    failures = Exception if isinstance(recipe.task, TextTask) else _FAILURES
     try:
         with observer, autocast(meaning, device), torch.no_grad():
             task_of(recipe.task).loss(recipe.task, model, batch)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except failures as error:
         reads_values = isinstance(error, _READS_VALUES)
         if told := plugin_error(error, recipe.task, _NO_VALUES if reads_values else None):
             raise told from error
-        raise _cannot_learn(recipe, batch, str(error).strip().splitlines()[0]) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _cannot_learn(recipe, batch, reason) from error
     finally:
         torch_log.disabled = False
     return observer

@@ -57,11 +57,12 @@ Duration = Annotated[
 def _absolute(text: str) -> str:
     if not text or "\0" in text:
         raise mistake("expected a path")
-    return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 - `..` goes too
+    # Links may point elsewhere when the run is resumed: `runs/NAME/latest` will.
+    return os.path.realpath(os.path.expanduser(text))  # noqa: PTH111 - `~nobody` stays
 
 
 FolderPath = Annotated[str, AfterValidator(_absolute)]
-"""A folder, made absolute against the launch directory; `~` is the home directory."""
+"""A folder, made absolute against the launch directory, links followed; `~` is the user's."""
 
 FilePath = Annotated[str, AfterValidator(_absolute)]
 """A file or a folder of files, made absolute as a `FolderPath` is."""

@@ -80,13 +80,37 @@ class ImageClassification(Section):
     )
 
 
+def _bert(layers: int, width: int, heads: int) -> tuple[str, dict[str, int]]:
+    return "bert", {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+
+
+TEXT_MODELS = {
+    # Turc et al., Well-Read Students Learn Better, 2019
+    "bert-tiny": _bert(2, 128, 2),
+    "bert-mini": _bert(4, 256, 4),
+    "bert-small": _bert(4, 512, 8),
+    "bert-medium": _bert(8, 512, 8),
+    # Devlin et al., BERT, 2019
+    "bert-base": _bert(12, 768, 12),
+    "bert-large": _bert(24, 1024, 16),
+    "gpt2-tiny": ("gpt2", {"n_layer": 2, "n_embd": 128, "n_head": 2}),
+    "gpt2-mini": ("gpt2", {"n_layer": 4, "n_embd": 256, "n_head": 4}),
+}
+"""Name -> model type of transformers, and values of its config."""
+
+
 class ModelConfig(Section):
     """A model of transformers with fresh weights."""
 
     kind: Literal["config"]
     name: str = Field(
-        description="`bert-tiny`, `bert-mini`, `bert-small`, `bert-medium`, `bert-base`, "
-        "`bert-large`, `gpt2-small`, `gpt2`, or any model type of transformers, such as `roberta`"
+        description=", ".join(f"`{name}`" for name in TEXT_MODELS)
+        + ", or any model type of transformers, such as `gpt2` or `roberta`"
     )
     values: dict[str, bool | int | float | str | None] = Field(
         default={}, description="values of its config, such as `hidden_size: 256`"

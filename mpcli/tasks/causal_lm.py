@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpcli.data.batch import Batch
 from mpcli.data.text import PackedText, TextInfo, tokenised
 from mpcli.recipe.data import TextData
+from mpcli.recipe.errors import user_error
 from mpcli.recipe.task import CausalLm
 from mpcli.tasks import transformers_models
 from mpcli.tasks.perplexity import perplexity
@@ -35,22 +36,37 @@ def _collate(sequences: Tensor, generator: torch.Generator) -> Batch:
 
 
 def build_model(options: Options, info: TextInfo) -> nn.Module:
-    """Any `AutoModelForCausalLM`.
+    """Any `AutoModelForCausalLM`; encoders, such as BERT, become decoders.
 
     Raises:
-        UserError: there is no such model, or its weights cannot be had.
+        UserError: there is no such model, its weights cannot be had, or it sees later tokens.
     """
-    return transformers_models.build("AutoModelForCausalLM", options, info)
+    model = transformers_models.build("AutoModelForCausalLM", options, info)
+    if torch.get_default_device().type != "meta":
+        _check_causal(model, info)
+    return model
+
+
+def _check_causal(model: nn.Module, info: TextInfo) -> None:
+    """Such classes hold models that see what they have to guess, which only weights can show."""
+    texts = torch.arange(min(info.sequence_length, 16)).remainder(len(info.tokenizer)).repeat(2, 1)
+    texts[1, -1] = 0
+    with torch.no_grad():
+        one, other = _logits(model.eval(), texts)
+    model.train()
+    if (one - other).abs().max() > 1e-4 * one.abs().max():
+        raise user_error(
+            "this model sees the tokens that it has to guess",
+            "use a decoder, such as `gpt2`; or `kind: masked-lm`",
+            path="task.model",
+        )
 
 
 def loss(options: Options, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy, summed over the guessed tokens in fp32, and their number."""
     tokens = batch["input_ids"]
-    # Without a cache, transformers reads positions on the host to see whether sequences are packed
-    # as it does it. A cache that nobody fills before or reads after changes no number.
-    logits = model(input_ids=tokens, use_cache=True).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    return losses, batch.weight
+    logits = _logits(model, tokens).flatten(0, 1)
+    return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum"), batch.weight
 
 
 def evaluate(options: Options, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -63,3 +79,11 @@ def evaluate(options: Options, model: nn.Module, batches: Iterable[Batch]) -> di
         num_tokens += weight
     mean = torch.stack(sums).sum().item() / num_tokens
     return {"loss": mean, "perplexity": perplexity(mean)}
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """fp32 [N, length - 1, vocabulary]: none at the last token, after which nothing is guessed."""
+    # Without a cache, transformers reads positions on the host to see whether sequences are packed
+    # as it does it. A cache that nobody fills before or reads after changes no number.
+    logits: Tensor = model(input_ids=tokens, use_cache=True).logits
+    return logits[:, :-1].float()

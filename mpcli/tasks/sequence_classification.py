@@ -66,7 +66,9 @@ def evaluate(options: Options, model: nn.Module, batches: Iterable[Batch]) -> di
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """fp32 [N, labels]."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if "token_type_ids" in inspect.signature(type(model).forward).parameters:
+    takes_types = "token_type_ids" in inspect.signature(type(model).forward).parameters
+    # GPT-2 would take them for words, and some of RoBERTa's kin know a single type.
+    if takes_types and getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch["token_type_ids"]
     logits: Tensor = model(**inputs).logits
     return logits.float()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import tempfile
+from collections.abc import Collection
 from typing import Any, assert_never
 
 import torch
@@ -10,36 +14,23 @@ from torch import nn
 
 from mpcli.data.cache import expand
 from mpcli.data.text import TextInfo
+from mpcli.data.text.tokenizer import load as load_tokenizer
 from mpcli.recipe.data import PretrainedTokenizer, TextData, Tokenizer, WordPiece
-from mpcli.recipe.errors import Exit, UserError, did_you_mean, user_error
-from mpcli.recipe.task import ModelConfig, PretrainedModel, TextTask
+from mpcli.recipe.errors import Exit, UserError, closest, one_of, user_error
+from mpcli.recipe.task import TEXT_MODELS, ModelConfig, PretrainedModel, TextTask
 from mpcli.signals import uninterrupted
 
 _log = logging.getLogger(__name__)
 
 
-def _bert(layers: int, width: int, heads: int) -> tuple[str, dict[str, int]]:
-    return "bert", {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-    }
-
-
-_SIZES = {
-    # Turc et al., Well-Read Students Learn Better, 2019
-    "bert-tiny": _bert(2, 128, 2),
-    "bert-mini": _bert(4, 256, 4),
-    "bert-small": _bert(4, 512, 8),
-    "bert-medium": _bert(8, 512, 8),
-    # Devlin et al., BERT, 2019
-    "bert-base": _bert(12, 768, 12),
-    "bert-large": _bert(24, 1024, 16),
-    "gpt2-tiny": ("gpt2", {"n_layer": 2, "n_embd": 128, "n_head": 2}),
-    "gpt2-mini": ("gpt2", {"n_layer": 4, "n_embd": 256, "n_head": 4}),
+_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Values of a config that say what a model returns; ours never differ."""
+_NO_VALUES = {
+    **dict.fromkeys((*_OUTPUTS, "use_cache"), "it says what a model returns, not what it is"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "`precision.mode` says what types there are"),
+    "is_decoder": "the kind of the task says whether later tokens are seen",
 }
-"""Name -> model type of transformers, and values of its config."""
+"""Values that are not for a recipe to set, and why."""
 
 
 def tokenizer_options(options: TextTask, data: TextData) -> Tokenizer:
@@ -50,16 +41,9 @@ def tokenizer_options(options: TextTask, data: TextData) -> Tokenizer:
     """
     if data.tokenizer is not None:
         return data.tokenizer
-    match options.model:
-        case ModelConfig():
-            return WordPiece(kind="wordpiece")
-        case PretrainedModel():
-            path, hub = options.model.path, options.model.hub
-            return PretrainedTokenizer(kind="pretrained", path=path, hub=hub)
-        case None:
-            return PretrainedTokenizer(kind="pretrained", path=_trained(options))
-        case _:
-            assert_never(options.model)
+    if isinstance(options.model, ModelConfig):
+        return WordPiece(kind="wordpiece")
+    return _own_tokenizer(options)
 
 
 def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
@@ -74,14 +58,26 @@ def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
     """
     transformers = _quiet_transformers()
     config = _config(options, info)
-    config.num_labels = info.num_labels or config.num_labels
-    _check_fit(config, info)
-    build_class = getattr(transformers, auto)
     place = _place(options)
+    if place is not None:
+        _check_tokenizer(options, info)
+    _check_vocabulary(config, info)
+    if info.num_labels:
+        _check_head(config, options, info.num_labels)
+        config.num_labels = info.num_labels
+        config.pad_token_id = _padding(info)  # what the last token of a text is found by
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = auto == "AutoModelForCausalLM"
+    for name, value in _OUTPUTS.items():
+        setattr(config, name, value)
+    build_class = getattr(transformers, auto)
     try:
         if place is None or torch.get_default_device().type == "meta":
             model: nn.Module = build_class.from_config(
-                config, attn_implementation=options.attention, trust_remote_code=False
+                config,
+                attn_implementation=options.attention,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
         else:
             model, loading = build_class.from_pretrained(
@@ -96,9 +92,27 @@ def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
             _log.info(
                 "weights that %s lacks are fresh: %s", place, loading["missing_keys"] or "none"
             )
+        _check_saving(model)
     except Exception as error:  # whatever values of the config or damaged files lead to
         raise _no_model(options, place, error) from error
+    _check_embeddings(model, info)
     return model.train()
+
+
+def model_sha256(model: Any, info: TextInfo) -> str:
+    """Of what a model is built from but its weights: its config, and the tokenizer."""
+    config = model.config.to_diff_dict()
+    about = {name: value for name, value in config.items() if name not in _NOT_OF_THE_MODEL}
+    text = json.dumps([about, _json(info.tokenizer)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")
+
+
+def _json(tokenizer: Any) -> str:
+    text: str = tokenizer.backend_tokenizer.to_str()
+    return text
 
 
 def _quiet_transformers() -> Any:
@@ -121,14 +135,12 @@ def _config(options: TextTask, info: TextInfo) -> Any:
         except Exception as error:
             raise _no_model(options, place, error) from error
 
-    kind, sizes = _SIZES.get(options.model.name, (options.model.name, {}))
+    kind, sizes = TEXT_MODELS.get(options.model.name, (options.model.name, {}))
     default = _default_config(kind)
-    known = {*default.to_dict(), *default.attribute_map}
+    known = {name for name in default.to_dict() if not name.startswith("_")}
+    known |= set(default.attribute_map)
     for name in options.model.values:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            path = f"task.model.values.{name}"
-            raise user_error(f"the config of `{kind}` has no value `{name}`", hint, path=path)
+        _check_value(kind, name, known)
     special = {
         name: number for name, number in _special_tokens(info.tokenizer).items() if name in known
     }
@@ -143,11 +155,20 @@ def _default_config(kind: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     if kind not in CONFIG_MAPPING:
-        known = [*_SIZES, *CONFIG_MAPPING]
-        close = did_you_mean(kind, known) or ""
-        hint = close if close.startswith("did") else f"such as {', '.join(_SIZES)}, or `roberta`"
+        close = closest(kind, [*TEXT_MODELS, *CONFIG_MAPPING], cutoff=0.8)
+        hint = f"did you mean `{close}`?" if close else f"such as {one_of(TEXT_MODELS)}"
         raise user_error(f"no model is called `{kind}`", hint, path="task.model.name")
     return CONFIG_MAPPING[kind]()
+
+
+def _check_value(kind: str, name: str, known: Collection[str]) -> None:
+    path = f"task.model.values.{name}"
+    if name in _NO_VALUES:
+        raise user_error(f"`{name}` cannot be set: {_NO_VALUES[name]}", "remove it", path=path)
+    if name not in known:
+        close = closest(name, known)
+        hint = f"did you mean `{close}`?" if close else None
+        raise user_error(f"the config of `{kind}` has no value `{name}`", hint, path=path)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
@@ -163,7 +184,36 @@ def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
     }
 
 
-def _check_fit(config: Any, info: TextInfo) -> None:
+def _padding(info: TextInfo) -> int:
+    """What `LabelledText` fills short sequences with."""
+    tokenizer = info.tokenizer
+    padding: int | None = tokenizer.pad_token_id
+    padding = tokenizer.eos_token_id if padding is None else padding
+    if padding is None:
+        raise user_error(
+            "the tokenizer has no token to pad with, nor one that ends a text",
+            "use another, such as `tokenizer: {kind: wordpiece}`",
+            path="data.tokenizer",
+        )
+    return padding
+
+
+def _check_tokenizer(options: TextTask, info: TextInfo) -> None:
+    """Weights know the tokens of their own tokenizer, whatever the number of others."""
+    try:
+        own = load_tokenizer(_own_tokenizer(options))
+    except UserError:
+        return  # it came without one
+    empty = len(own) <= len(own.all_special_ids)  # what some load where there are no files
+    if not empty and _json(own) != _json(info.tokenizer):
+        raise user_error(
+            "this is not the tokenizer that the model's weights were trained with",
+            "use the model's own: `data.tokenizer: null`",
+            path="data.tokenizer",
+        )
+
+
+def _check_vocabulary(config: Any, info: TextInfo) -> None:
     size, words = getattr(config, "vocab_size", None), len(info.tokenizer)
     if isinstance(size, int) and words > size:
         raise user_error(
@@ -171,11 +221,48 @@ def _check_fit(config: Any, info: TextInfo) -> None:
             "use the model's own: `data.tokenizer: null`",
             path="data.tokenizer",
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and info.sequence_length > longest:
+
+
+def _check_head(config: Any, options: TextTask, num_labels: int) -> None:
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if trained and config.num_labels != num_labels:
         raise user_error(
-            f"the model takes at most {longest} tokens",
-            "use shorter sequences, or set `max_position_embeddings` in `task.model.values`",
+            f"the model tells {config.num_labels} labels apart, and the data has {num_labels}",
+            "use one that was not trained to classify: a language model, say",
+            path=_path(options),
+        )
+
+
+def _check_saving(model: Any) -> None:
+    """The checks that transformers makes when a model is saved, which is after the training."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
+
+def _check_embeddings(model: nn.Module, info: TextInfo) -> None:
+    """A number beyond a table ends a run without a word of which; without values, no plan sees it.
+
+    Raises:
+        UserError: sequences are longer than the model's positions; a table is empty.
+    """
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    reserved = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if module.num_embeddings == 0:
+            raise user_error(f"this model cannot be built: `{name}` is empty", path="task.model")
+        if name.endswith("position_embeddings") and module.padding_idx is not None:
+            reserved = module.padding_idx + 1  # as RoBERTa's, which count from there
+    if isinstance(longest, int) and 0 < longest < info.sequence_length + reserved:
+        needed = info.sequence_length + reserved
+        raise user_error(
+            f"the model takes at most {longest - reserved} tokens",
+            "use shorter sequences, or, for a model with fresh weights, "
+            f"`max_position_embeddings: {needed}` in `task.model.values`",
             path="data.sequence_length",
         )
 
@@ -194,6 +281,14 @@ def _place(options: TextTask) -> str | None:
             assert_never(options.model)
 
 
+def _own_tokenizer(options: TextTask) -> PretrainedTokenizer:
+    """That of the model whose weights are loaded."""
+    if isinstance(options.model, PretrainedModel):
+        path, hub = options.model.path, options.model.hub
+        return PretrainedTokenizer(kind="pretrained", path=path, hub=hub)
+    return PretrainedTokenizer(kind="pretrained", path=_trained(options))
+
+
 def _trained(options: TextTask) -> str:
     """The folder of a run's trained model."""
     run = expand(str(options.init_from))
@@ -208,15 +303,21 @@ def _trained(options: TextTask) -> str:
     )
 
 
+def _path(options: TextTask) -> str:
+    return "task.init_from" if options.model is None else "task.model"
+
+
 def _no_model(options: TextTask, place: str | None, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "scaled_dot_product_attention" in reason:
+        what = "transformers has no fused attention (`sdpa`) for this model"
+        return user_error(what, "use `attention: eager`", path="task.attention")
     if place is None:
         return user_error(f"this model cannot be built: {reason}", path="task.model")
-    path = "task.init_from" if options.model is None else "task.model"
     return user_error(
         f"no model can be had from {place}: {reason}",
         "name a folder that holds `config.json` and `model.safetensors`, or use "
         "`model: {kind: config, name: ...}`",
-        path=path,
+        path=_path(options),
         exit_code=Exit.ENVIRONMENT,
     )
