@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from mpcli.data.cache import expand
-from mpcli.data.text import TextInfo
+from mpcli.data.text import TextInfo, padding
+from mpcli.data.text.tokenizer import is_empty
 from mpcli.data.text.tokenizer import load as load_tokenizer
 from mpcli.recipe.data import PretrainedTokenizer, TextData, Tokenizer, WordPiece
 from mpcli.recipe.errors import Exit, UserError, closest, one_of, user_error
@@ -65,7 +66,10 @@ def build(auto: str, options: TextTask, info: TextInfo) -> nn.Module:
     if info.num_labels:
         _check_head(config, options, info.num_labels)
         config.num_labels = info.num_labels
-        config.pad_token_id = _padding(info)  # what the last token of a text is found by
+        if info.label_names:
+            config.id2label = dict(enumerate(info.label_names))
+            config.label2id = {name: number for number, name in enumerate(info.label_names)}
+        config.pad_token_id = padding(info.tokenizer)  # what the last token of a text is found by
     if hasattr(config, "is_decoder"):
         config.is_decoder = auto == "AutoModelForCausalLM"
     for name, value in _OUTPUTS.items():
@@ -184,28 +188,13 @@ def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
     }
 
 
-def _padding(info: TextInfo) -> int:
-    """What `LabelledText` fills short sequences with."""
-    tokenizer = info.tokenizer
-    padding: int | None = tokenizer.pad_token_id
-    padding = tokenizer.eos_token_id if padding is None else padding
-    if padding is None:
-        raise user_error(
-            "the tokenizer has no token to pad with, nor one that ends a text",
-            "use another, such as `tokenizer: {kind: wordpiece}`",
-            path="data.tokenizer",
-        )
-    return padding
-
-
 def _check_tokenizer(options: TextTask, info: TextInfo) -> None:
     """Weights know the tokens of their own tokenizer, whatever the number of others."""
     try:
         own = load_tokenizer(_own_tokenizer(options))
     except UserError:
         return  # it came without one
-    empty = len(own) <= len(own.all_special_ids)  # what some load where there are no files
-    if not empty and _json(own) != _json(info.tokenizer):
+    if not is_empty(own) and _json(own) != _json(info.tokenizer):
         raise user_error(
             "this is not the tokenizer that the model's weights were trained with",
             "use the model's own: `data.tokenizer: null`",

@@ -138,3 +138,8 @@ def load(options: PretrainedTokenizer) -> Any:
         what = f"the tokenizer of {place} has no `tokenizer.json`"
         raise user_error(what, "convert it with transformers, or choose another", path=path)
     return tokenizer
+
+
+def is_empty(tokenizer: Any) -> bool:
+    """Whether it has no words, as what transformers makes of a folder without a tokenizer."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)

@@ -71,7 +71,12 @@ def tokenised(data: TextData, options: Tokenizer, *, labels: bool = False) -> To
             there is nothing to learn from labels; exit 7, the cache cannot be written.
     """
     source = _find(data, labels)
-    loaded: Any = tokenizer.load(options) if isinstance(options, PretrainedTokenizer) else None
+    loaded: Any = None
+    if isinstance(options, PretrainedTokenizer):
+        loaded = tokenizer.load(options)
+        if tokenizer.is_empty(loaded):
+            what = f"{options.path or options.hub} has no `tokenizer.json`, or an empty one"
+            raise no_data(what, "use `tokenizer: {kind: wordpiece}`", "data.tokenizer")
 
     def make(writer: Writer) -> dict[str, Any]:
         for split in _SPLITS if _has_held_out(data) else _SPLITS[:1]:

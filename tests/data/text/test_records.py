@@ -187,9 +187,7 @@ def test_names_of_classes_are_numbered_in_their_order(tmp_path: Path) -> None:
     assert damage.skipped == 2
     with pytest.raises(UserError, match=r"train.parquet: row 3: the label None is none of"):
         read(source)
-    with pytest.raises(
-        UserError, match=r"test.csv: line 3: the label 'A' is none of the .*a, b"
-    ):
+    with pytest.raises(UserError, match=r"test.csv: line 3: the label 'A' is none of the .*a, b"):
         read(source, "eval")
 
 

@@ -404,3 +404,12 @@ def test_pairs_have_types(tmp_path: Path) -> None:
     tokens = tokenised(data, WordPiece(kind="wordpiece", vocab_size=20), labels=True)
     (batch,) = LabelledText(tokens).eval_batches(2)
     assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 32}')
+    data = Text(kind="text")
+    with pytest.raises(UserError) as caught:
+        tokenised(data, PretrainedTokenizer(kind="pretrained", path=str(tmp_path)))
+    assert caught.value.exit_code == Exit.ENVIRONMENT
+    assert caught.value.problems[0].path == "data.tokenizer"
