@@ -36,7 +36,7 @@ def eval(
     plugin: PluginPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate what a run has learnt, also in another precision or on other data."""
+    """Evaluate what a run has learnt: in any precision, on any data."""
     from mpcli.other_data import from_final, on_other_data
     from mpcli.recipe.load import load_recipe
     from mpcli.rundir import RunDirectory, newest_run
