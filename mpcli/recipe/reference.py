@@ -44,7 +44,8 @@ def recipe_reference() -> str:
         blocks.append(f"### `{path}`")
         for kind, section in sections.items():
             heading = f"`kind: {kind}` - " if kind else ""
-            blocks.append(f"{heading}{getdoc(section)}")
+            summary, *_ = str(getdoc(section)).split("\n\n")
+            blocks.append(f"{heading}{summary}")
             if set(section.model_fields) - {"kind"}:
                 blocks.append(_table(section))
     return "\n\n".join(blocks) + "\n"
