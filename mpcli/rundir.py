@@ -408,6 +408,8 @@ class RunDirectory:
     def _lock(self) -> None:
         # The kernel releases it when the process dies, however that happens.
         lock = (self.path / "lock").open("a+b", buffering=0)
+        # A forked process would hold it as well, and longer, where it outlives this one.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

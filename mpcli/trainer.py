@@ -222,7 +222,11 @@ def train(
         while step < plan.steps:
             step += 1
             asked = time.monotonic()
-            batch = queue.batch(step - 1)
+            try:
+                batch = queue.batch(step - 1)
+            except Stopped:
+                finish_step(step - 1)  # saves, and leaves
+                raise
             progress.input_seconds += time.monotonic() - asked
             losses = [
                 engine.accumulate(

@@ -251,3 +251,4 @@ class BarDisplay:
         except OSError:
             self._gone = True
             _discard_rest(sys.stderr)
+            self._progress.stop()  # which gives stdout back

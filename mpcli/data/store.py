@@ -137,7 +137,7 @@ def _load(folder: Path) -> tuple[Arrays, dict[str, Any]] | None:
         arrays = {
             name: _mapped(_file(folder, name), layout) for name, layout in index["arrays"].items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         _log.warning("%s is damaged and made again: %s", folder, error)
         return None
     return arrays, index["facts"]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import threading
 from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import NoReturn, Protocol
 
 import torch
 
 from mpcli.data.batch import Batch
-from mpcli.recipe.errors import Exit, user_error
-from mpcli.signals import blocked
+from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.signals import blocked, check
 
 _log = logging.getLogger(__name__)
 _AHEAD = 2  # batches that each worker is asked for before they are due
+_LOOK = 0.2  # seconds between two looks at the signals, while a batch is waited for
 
 
 class TrainBatches(Protocol):
@@ -74,19 +76,24 @@ class BatchQueue:
         """The global batch of an attempted step, from 0; best asked for in order.
 
         Raises:
-            UserError: exit 3, workers are killed before they have made anything. Besides what
-                `train_batch` raises.
+            UserError: exit 3, workers cannot be begun, or are killed before they have made
+                anything. Besides what `train_batch` raises.
+            Stopped: by a signal, while workers are waited for.
         """
         if not self._num_workers:
             return self._data.train_batch(self._seed, step, self._batch_size)
         if not self._asked or self._asked[0][0] != step:
             self._begin(step)
+        made = self._asked[0][1]
+        while not wait([made], timeout=_LOOK).done:
+            check()  # a worker that is stopped, or reads from a dead disk, may take for ever
         try:
-            batch = self._asked[0][1].result()
+            batch = made.result()
         except BrokenProcessPool as error:
+            what = _why(error)
             if not self._given:
-                raise _killed() from error
-            _log.warning("a data worker was killed: others begin with step %d", step + 1)
+                raise _no_workers(f"{what} before it had made a batch") from error
+            _log.warning("%s: others begin with step %d", what, step + 1)
             self._begin(step)
             return self.batch(step)
         self._asked.popleft()
@@ -98,6 +105,8 @@ class BatchQueue:
     def _begin(self, step: int) -> None:
         """Workers that make this batch, and none ahead before they have shown that they can."""
         self._end()
+        # They make their sockets in a folder of this process, which removes it.
+        multiprocessing.util.get_temp_dir()
         others = multiprocessing.active_children()
         self._pool = ProcessPoolExecutor(
             self._num_workers,
@@ -106,9 +115,13 @@ class BatchQueue:
             (self._data, self._seed, self._batch_size),
         )
         self._given, self._next = 0, step
-        with blocked():
-            self._ask()  # which forks them all
-        self._workers = [p for p in multiprocessing.active_children() if p not in others]
+        try:
+            with blocked():
+                self._ask()  # which forks them all
+        except OSError as error:
+            raise _no_workers(f"data workers cannot be begun: {error.strerror}") from error
+        finally:
+            self._workers = [p for p in multiprocessing.active_children() if p not in others]
 
     def _ask(self) -> None:
         """For the next batch."""
@@ -127,14 +140,22 @@ class BatchQueue:
             worker.kill()
         if self._pool is not None:
             self._pool.shutdown()
+        for worker in self._workers:
+            worker.join()
         self._pool, self._workers = None, []
         self._asked.clear()
 
 
-def _killed() -> Exception:
+def _why(error: BrokenProcessPool) -> str:
+    """What became of a worker; if anything was raised, its last line is in the cause."""
+    told = [line for line in str(error.__cause__ or "").splitlines() if line.strip(" '")]
+    return "a data worker was killed" + (f", or its batch got lost ({told[-1]})" if told else "")
+
+
+def _no_workers(what: str) -> UserError:
     return user_error(
-        "a data worker was killed before it had made a batch",
-        "the machine may be short of memory, or of room in /dev/shm: use fewer "
+        what,
+        "the machine may be short of memory, of room in /dev/shm or of open files: use fewer "
         "`engine.data_workers`, or 0",
         path="engine.data_workers",
         exit_code=Exit.ENVIRONMENT,

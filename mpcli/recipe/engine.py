@@ -21,7 +21,7 @@ class Local(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )
-    data_workers: Annotated[int, Field(ge=0, le=256)] = Field(
+    data_workers: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0,
         description="processes that prepare batches ahead of their steps; 0: each is made when it "
         "is due. The batches are the same",

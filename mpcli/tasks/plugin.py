@@ -144,6 +144,9 @@ class _PluginDataset:
         if not isinstance(batch, Batch):
             what = f"returned a data set whose `{method}` gives {_about(batch)}, not a `Batch`"
             raise self._plugin.error("load_data", what)
+        if needing := [name for name, tensor in batch.tensors.items() if tensor.requires_grad]:
+            what = f"returned a data set whose `{method}` gives `{needing[0]}` with a gradient"
+            raise self._plugin.error("load_data", what, "`.detach()` it")
         lengths = {len(tensor) for tensor in batch.tensors.values()}
         if len(lengths) != 1 or (num_samples is not None and lengths != {num_samples}):
             wanted = "one length" if num_samples is None else f"length {num_samples}"

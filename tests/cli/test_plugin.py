@@ -397,6 +397,11 @@ LATE = {
         "        assert step < 2, 'enough'\n        generator = torch.Generator()",
         r"\d+:\d+: AssertionError: enough",
     ),
+    "a gradient": (
+        '        return Batch({"inputs": inputs,',
+        '        return Batch({"inputs": inputs.requires_grad_(),',
+        r"\d+:1: `load_data` returned a data set whose `train_batch` gives `inputs` with a grad",
+    ),
     "a batch": (
         '        return Batch({"inputs": inputs,',
         "        return 3\n        ({1: inputs,",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpcli import signals
 from mpcli.data.batch import Batch
 from mpcli.data.workers import BatchQueue
 from mpcli.recipe.errors import Exit, Problem, UserError
@@ -159,6 +165,81 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
     while any(alive(int(worker)) for worker in found.read_text().split()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_worker_computes_on_one_thread_and_says_nothing(tmp_path: Path) -> None:
+    def note(step: int) -> None:
+        logging.getLogger("mpcli").error("step %d", step)
+        (tmp_path / f"threads{step}").write_text(str(torch.get_num_threads()))
+
+    logging.getLogger("mpcli").addHandler(handler := logging.FileHandler(tmp_path / "log"))
+    try:
+        with queue(Numbers(note), 1) as batches:
+            number(batches.batch(0), 0)
+    finally:
+        logging.getLogger("mpcli").removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "threads0").read_text() == "1"
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_signal_is_obeyed_while_a_worker_is_stopped() -> None:
+    def stop(step: int) -> None:
+        if step == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with signals.handled(), signals.held(), queue(Numbers(stop), 1) as batches:
+        number(batches.batch(0), 0)
+        with pytest.raises(signals.Stopped):
+            batches.batch(1)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_cannot_be_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, calls = os.fork, itertools.count(1)
+
+    def fork_once() -> int:
+        if next(calls) > 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    with queue(Numbers(), 3) as batches, pytest.raises(UserError, match="cannot be begun") as error:
+        batches.batch(0)
+    assert error.value.exit_code == Exit.ENVIRONMENT
+    assert not multiprocessing.active_children()
+
+
+def test_a_batch_that_gets_lost_is_told_with_the_reason() -> None:
+    with queue(Unreadable(), 1) as batches, pytest.raises(UserError, match="EMFILE") as error:
+        batches.batch(0)
+    assert "its batch got lost" in str(error.value)
+
+
+class Unreadable:
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Any:
+        return NotHere()
+
+
+class NotHere:
+    def __reduce__(self) -> Any:
+        return _not_here, ()
+
+
+def _not_here() -> None:
+    raise OSError(errno.EMFILE, "EMFILE")
+
+
+def test_workers_leave_no_files(tmp_path: Path) -> None:
+    code = (
+        "import torch; from tests.data.test_workers import *\n"
+        "with queue(Numbers(), 2) as batches:\n"
+        "    for step in range(20): number(batches.batch(step), step)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("pymp")]
 
 
 def test_a_worker_that_reads_for_ever_is_not_waited_for() -> None:

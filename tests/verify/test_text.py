@@ -127,7 +127,7 @@ def test_sst2_from_a_masked_language_model(tmp_path: Path, shared_data: Path, ta
         )
     )
     models = {
-        "random weights": ("data.tokenizer.vocab_size=2048",),
+        "random weights": ("data.tokenizer={kind: wordpiece, vocab_size: 2048}",),
         "that model": (
             "task.model=null",
             f"task.init_from={tmp_path / 'mlm'}",

@@ -73,7 +73,9 @@ class Source:
 
 
 def warn_of_shared(files: dict[Split, tuple[Path, ...]]) -> None:
-    """Warn of files that are in both splits."""
+    """Warn of files that are in both splits; of all files it was meant so."""
+    if files["train"] == files["eval"]:
+        return
     known = {path.resolve() for path in files["train"]}
     if shared := [path for path in files["eval"] if path.resolve() in known]:
         _log.warning(
