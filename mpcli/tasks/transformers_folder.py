@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mpcli.data.text import TextInfo
 
+_UNKNOWN_LENGTH = 10**9
+"""Transformers has 10^30 where nobody said how long a text may be."""
+
 
 def save(tensors: Mapping[str, Tensor], info: TextInfo, model: Any, folder: Path) -> None:
     """Write config, weights and tokenizer.
@@ -31,4 +34,7 @@ def save(tensors: Mapping[str, Tensor], info: TextInfo, model: Any, folder: Path
     config = folder / "config.json"
     about = json.loads(config.read_text("utf-8")) | {"dtype": stored}
     config.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    info.tokenizer.save_pretrained(folder)
+    tokenizer = info.tokenizer
+    if tokenizer.model_max_length > _UNKNOWN_LENGTH:
+        tokenizer.model_max_length = info.sequence_length  # no later position was learnt
+    tokenizer.save_pretrained(folder)

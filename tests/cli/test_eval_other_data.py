@@ -381,3 +381,22 @@ def test_a_trained_model_that_says_nothing(tmp_path: Path, refused: Any, text: s
     code, message = refused(run, "data.augment=[flip]")
     assert code == Exit.CHECKPOINT
     assert "says nothing about what the model took" in message
+
+
+def test_labels_with_names_mean_the_same_elsewhere(tmp_path: Path, metrics: EvalMetrics) -> None:
+    def named(folder: Path, split: str, *labels: int) -> None:
+        file = write_rows(folder, labels, split) / f"{split}.csv"
+        text = file.read_text().replace(",0\n", ",worse\n").replace(",1\n", ",better\n")
+        file.write_text(text)
+
+    for split in ("train", "validation"):
+        named(tmp_path / "own", split, 0, 1)
+    own = f"data.path={tmp_path / 'own'}"
+    run, result = run_small(tmp_path, own, text=classification(tmp_path, FRESH))
+    assert result.metrics["eval"]["accuracy"] == 1.0
+    config = json.loads((run.final_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "better", "1": "worse"}
+    tokenizer = json.loads((run.final_path / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == load_recipe(run.recipe_path).recipe.data.sequence_length
+    named(tmp_path / "other", "validation", 0)  # `worse`, which is not the first here either
+    assert metrics(run, f"data.path={tmp_path / 'other'}")["accuracy"] == 1.0
