@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 from pathlib import Path
@@ -156,6 +157,31 @@ def test_many_sigterms_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     at_calls(monkeypatch, (2,), act)
     _, result = run_small(tmp_path)
     assert (result.status, result.steps_attempted) == ("preempted", 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_signal_is_obeyed_while_a_data_worker_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
+    overrides = [*LENGTH, "engine.data_workers=1", EVERY_OTHER]
+    whole, _ = run_small(tmp_path, *overrides, name="whole")
+    train_batch = ImageDataset.train_batch
+
+    def stuck(self: ImageDataset, seed: int, asked: int, batch_size: int) -> Any:
+        if asked == step:
+            os.kill(os.getppid(), number)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return train_batch(self, seed, asked, batch_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "train_batch", stuck)
+        run, result = run_small(tmp_path, *overrides)
+    assert result.exit_code == (75 if number == signal.SIGTERM else 130)
+    assert result.steps_attempted <= step  # it may come while the step before is computed
+    assert result.checkpoint == f"checkpoints/step-{result.steps_attempted}"
+    assert resume_small(run).status == "done"
+    assert_same_run(run, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
