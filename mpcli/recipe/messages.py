@@ -76,6 +76,7 @@ _SYNONYMS = {
     "model": "task.model",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
+    "num_workers": "engine.data_workers",
     "opt_level": "precision.mode",
     "optimizer": "optim",
     "per_device_train_batch_size": "train.micro_batch_size",
@@ -92,6 +93,7 @@ _SYNONYMS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "warmup_ratio": "optim.schedule.warmup",
     "warmup_steps": "optim.schedule.warmup",
+    "workers": "engine.data_workers",
 }
 
 _FP32 = "write `fp32`"
