@@ -33,17 +33,7 @@ from mpcli.tasks import (
 from tests.small import CPU, resume_small, run_small, small_recipe
 from tests.stopped import Killed, assert_same_run, kill_at
 
-REST = """\
-data: {kind: text, sequence_length: 16, tokenizer: {kind: wordpiece, vocab_size: 200}}
-precision: {mode: fp32}
-optim: {kind: adamw, lr: 0.01}
-train: {steps: 4, global_batch_size: 32}
-eval: {every: null}
-engine: {kind: local, device: cpu}
-"""
-MLM = (
-    REST
-    + """\
+MLM = """\
 name: mlm
 task:
   kind: masked-lm
@@ -51,17 +41,25 @@ task:
     kind: config
     name: bert-tiny
     values: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}
+data: {kind: text, sequence_length: 16, tokenizer: {kind: wordpiece, vocab_size: 200}}
+precision: {mode: fp32}
+optim: {kind: adamw, lr: 0.01}
+train: {steps: 4, global_batch_size: 32}
+eval: {every: null}
+engine: {kind: local, device: cpu}
 """
-)
-GPT = (
-    REST
-    + """\
+GPT = """\
 name: gpt
 task:
   kind: causal-lm
   model: {kind: config, name: gpt2-tiny, values: {n_embd: 16, n_layer: 1, n_head: 2}}
+data: {kind: text, sequence_length: 16, tokenizer: {kind: wordpiece, vocab_size: 200}}
+precision: {mode: fp32}
+optim: {kind: adamw, lr: 0.01}
+train: {steps: 4, global_batch_size: 32}
+eval: {every: null}
+engine: {kind: local, device: cpu}
 """
-)
 FRESH = """\
   model:
     kind: config
