@@ -50,11 +50,18 @@ def _named(value: Any) -> Any:
 
 
 class ModuleTypes(Record):
-    """Types of one module, as observed: `fp32`, `fp16`, `bf16`, several joined by `+`, or `-`."""
+    """Types of one module, as observed: `fp32`, `fp16`, `bf16`, several joined by `+`, or `-`.
+
+    `inputs` and `outputs` are what its forward got and gave, `operands` what its own products
+    (convolutions, matrix products) multiplied.
+    """
 
     stored: str
     computed: str
     gradient: str
+    inputs: str = "-"
+    outputs: str = "-"
+    operands: str = "-"
 
 
 class ModulePrecision(Record):
@@ -146,6 +153,96 @@ class StepRecord(Record):
     def to_json(self, indent: int | None = None) -> str:
         """Strict JSON text; flat, so that nothing has to be converted first: it is often called."""
         return strict_json(vars(self), indent)
+
+
+class ShadowComparison(Record):
+    """A tensor beside the same one computed in fp32 (its shadow), element for element.
+
+    Only a shadow proves what a number format lost: of a value that is zero, the value itself does
+    not say whether it should be.
+    """
+
+    flushed: float = Field(description="share that is zero here, and not in the shadow")
+    overflowed: float = Field(description="share that is not finite here, but is in the shadow")
+    error: float = Field(description="L2 norm of the difference over that of the shadow")
+
+
+class LayerRecord(Record):
+    """One row of `layers.jsonl`: one tensor of a sampled step.
+
+    Shares are of the sampled elements, of which there are at most 16,384 (all, if there are no
+    more); `max`, `nan` and `inf` are exact. Values are those that the tensor holds: those of a
+    gradient are multiplied by `scale`.
+    """
+
+    step: int
+    attempt: int
+    rank: int = 0
+    module: str = Field(description="its name in the model, or `loss`")
+    tensor: Literal["output", "grad_output", "weight", "grad", "update"]
+    name: str = Field(description="of the parameter, or of the module that has the output")
+    call: int = Field(default=0, description="of the module within the step, from 0")
+    dtype: str
+    scale: float = Field(description="loss scale that the values are multiplied by; 1 for others")
+    elements: int
+    sampled: int
+    max: float = Field(description="largest magnitude of what is not NaN")
+    rms: float = Field(description="root mean square of the finite ones")
+    zeros: float
+    nan: int
+    inf: int
+    at_least_65520: float = Field(description="share of |x| >= 65520, which fp16 rounds to inf")
+    subnormal: float = Field(description="share of non-zero |x| below the type's least normal one")
+    would_flush: float | None = Field(
+        description="share of non-zero |x| <= 2^-25, which fp16 rounds to 0; null for what went "
+        "through fp16 before, where they are gone"
+    )
+    lowest_exponent: int | None = Field(description="of the first of `exponents`")
+    exponents: tuple[int, ...] = Field(
+        description="how many |x| lie in [2^e, 2^(e+1)), for e from the lowest to the highest"
+    )
+    lowest_unscaled_exponent: float | None = Field(
+        description="`lowest_exponent` - log2(`scale`): of the gradient itself"
+    )
+    update_ratio: float | None = Field(
+        default=None, description="of an update: its RMS over that of the weight"
+    )
+    lost: float | None = Field(
+        default=None,
+        description="of an applied update: share of the elements with a non-zero gradient whose "
+        "stored weight did not change",
+    )
+    shadow: ShadowComparison | None = None
+
+
+class NonFiniteOrigin(Record):
+    """Where the first NaN or infinity of a step was made out of finite numbers."""
+
+    module: str = Field(description="its name in the model; `loss` outside its forward")
+    phase: Literal["forward", "backward", "input"]
+    value: Literal["nan", "inf"]
+    call: int = Field(default=0, description="of the module within the step, from 0")
+    operation: str | None = None
+
+
+class FlightRecord(Record):
+    """`flight.json`: a step that was skipped, or whose loss was not finite."""
+
+    version: int = SCHEMA_VERSION
+    step: int
+    attempt: int
+    rank: int = 0
+    loss: float
+    grad_norm: float
+    scale: float
+    applied: bool
+    batch: str = Field(description="`stored`, or why not")
+    weights: tuple[int, ...] | None = Field(
+        default=None, description="how many things the loss sums over each sample"
+    )
+    origin: NonFiniteOrigin | None = Field(
+        default=None, description="found on the spot, in a loop that cannot be repeated"
+    )
 
 
 class EvalRecord(Record):
