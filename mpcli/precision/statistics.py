@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpcli.precision.formats import dtype_name
@@ -109,7 +111,7 @@ class Samples:
         self.kept: dict[Key, Tensor] = {}
         self._rows: list[_Row] = []
         self._waiting: list[tuple[int, Tensor]] = []
-        self._values: list[list[float]] = []
+        self._values: list[NDArray[np.float64]] = []
         self._table.zero_()
 
     @torch.no_grad()
@@ -136,10 +138,11 @@ class Samples:
         if self._keep:
             self.kept[key] = sample
         if self._on_host:
-            values = [*exact_on_host(tensor), *[0.0] * (_COLUMNS - 3)]
+            values = np.zeros(_COLUMNS)
+            values[_MAX : _INF + 1] = exact_on_host(tensor)
             values[_SQUARES : _TIES + 1], values[_FIRST_BIN:] = _counted(sample)
             if compared is not None:
-                values[_FLUSHED : _SHADOW + 1] = compared.tolist()
+                values[_FLUSHED : _SHADOW + 1] = compared.numpy()
             self._values.append(values)
             return
         place = self._next_place()
@@ -184,7 +187,7 @@ class Samples:
         )
         if self._on_host:
             for values in self._values:
-                values[_SCALE : _FOUND_INF + 1] = outcome.tolist()
+                values[_SCALE : _FOUND_INF + 1] = outcome.numpy()
             return Pending(rows, self._values, None, self.through_fp16)
         table = self._table[: len(rows)]
         if self._waiting:
@@ -215,7 +218,7 @@ class Pending:
     """A table that is, or is being, copied to the host; `ready` is None where it is there."""
 
     rows: tuple[_Row, ...]
-    table: Tensor | list[list[float]]
+    table: Tensor | list[NDArray[np.float64]]
     ready: torch.cuda.Event | None
     through_fp16: bool
 
@@ -227,7 +230,7 @@ class Pending:
             self.ready.synchronize()
         found: list[LayerRecord] = []
         weight_rms: dict[str, float] = {}
-        table = self.table if isinstance(self.table, list) else self.table.tolist()
+        table = self.table if isinstance(self.table, list) else self.table.numpy()
         for row, values in zip(self.rows, table, strict=True):
             record = _record(row, values, step, attempt, self.through_fp16)
             if row.key.kind == "weight":
@@ -244,6 +247,7 @@ def exact(tensor: Tensor) -> Tensor:
     Returns:
         [3] fp64 on the tensor's device.
     """
+    tensor = _as_stored(tensor)
     nan = tensor.isnan()
     magnitude = torch.where(nan, 0, tensor).abs_()
     infinite = torch.count_nonzero(magnitude == math.inf)
@@ -252,12 +256,20 @@ def exact(tensor: Tensor) -> Tensor:
 
 def exact_on_host(tensor: Tensor) -> tuple[float, float, float]:
     """The same numbers, of a tensor on a CPU: one pass where everything is finite."""
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(_as_stored(tensor))
     largest = max(-low.item(), high.item())
     if math.isfinite(largest):  # NaN spreads to both
         return largest, 0.0, 0.0
     largest, nan, infinite = exact(tensor).tolist()
     return largest, nan, infinite
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Its dimensions as they lie in memory: reductions of channels-last tensors are 5x slower."""
+    if tensor.is_contiguous():
+        return tensor
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
 
 
 def sampled(tensor: Tensor) -> Tensor:
@@ -286,18 +298,19 @@ def _offsets(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -
     return offsets.to(device)
 
 
-def _counted(sample: Tensor) -> tuple[list[float], list[int]]:
+def _counted(sample: Tensor) -> tuple[list[float], NDArray[np.int64]]:
     """On a CPU: 4 counts (`_SQUARES` to `_TIES`) and the 256 bins of a sample.
 
     Looking costs nothing there, so what cannot be is not counted.
     """
-    bits = sample.view(torch.int32) & _MAGNITUDE
-    bins = torch.bincount(bits >> _MANTISSA, minlength=_BINS).tolist()
-    finite = sample[sample.isfinite()] if bins[-1] else sample
+    bits = sample.abs().view(torch.int32)
+    bins = torch.bincount(bits >> _MANTISSA, minlength=_BINS).numpy()
+    highest = np.flatnonzero(bins)[-1]
+    finite = sample[sample.isfinite()] if highest == _BINS - 1 else sample
     counts = [torch.linalg.vector_norm(finite, dtype=torch.float64).item() ** 2, 0.0, 0.0, 0.0]
     if bins[0]:
         counts[1] = len(sample) - torch.count_nonzero(bits).item()
-    if any(bins[_LIMIT_BIN:]):
+    if highest >= _LIMIT_BIN:
         counts[2] = torch.count_nonzero((bits >= _LIMIT) & (bits <= _INFINITY)).item()
     if bins[_TIE_BIN]:
         counts[3] = torch.count_nonzero(bits == _TIE).item()
@@ -348,20 +361,20 @@ def _compared(sample: Tensor, shadow: Tensor, scale: Tensor) -> Tensor:
 
 
 def _record(
-    row: _Row, values: list[float], step: int, attempt: int, through_fp16: bool
+    row: _Row, values: NDArray[np.float64], step: int, attempt: int, through_fp16: bool
 ) -> LayerRecord:
     """A row in the terms of `layers.jsonl`."""
-    bins = values[_FIRST_BIN:]
-    zeros = values[_ZEROS]
-    counts = [bins[0] - zeros, *bins[1 : _BINS - 1]]  # non-zero, finite
-    filled = [number for number, count in enumerate(counts) if count]
-    lowest = filled[0] - _BIAS if filled else None
-    scale = values[_SCALE] if row.scaled else 1.0
-    shown = counts[filled[0] : filled[-1] + 1] if filled else []
+    counts = values[_FIRST_BIN : _FIRST_BIN + _BINS - 1].astype(np.int64)  # of what is finite
+    largest, nan, inf, squares, zeros, at_limit, ties = values[: _TIES + 1].tolist()
+    num_finite = int(counts.sum())
+    counts[0] -= int(zeros)
+    filled = np.flatnonzero(counts)
+    lowest = int(filled[0]) - _BIAS if len(filled) else None
+    scale = values[_SCALE].item() if row.scaled else 1.0
     gone = through_fp16 and row.key.kind in ("output", "grad_output", "grad")
     flushes = None
     if row.dtype != torch.float16 and not gone:
-        flushes = (sum(counts[:_TIE_BIN]) + values[_TIES]) / row.sampled
+        flushes = (int(counts[:_TIE_BIN].sum()) + ties) / row.sampled
     return LayerRecord(
         step=step,
         attempt=attempt,
@@ -373,39 +386,40 @@ def _record(
         scale=scale,
         elements=row.elements,
         sampled=row.sampled,
-        max=values[_MAX],
-        rms=math.sqrt(values[_SQUARES] / (sum(counts) + zeros)) if sum(counts) else 0.0,
+        max=largest,
+        rms=math.sqrt(squares / num_finite) if num_finite else 0.0,
         zeros=zeros / row.sampled,
-        nan=int(values[_NAN]),
-        inf=int(values[_INF]),
-        at_least_65520=values[_AT_LIMIT] / row.sampled,
-        subnormal=sum(counts[: _BIAS + _least_normal(row.dtype)]) / row.sampled,
+        nan=int(nan),
+        inf=int(inf),
+        at_least_65520=at_limit / row.sampled,
+        subnormal=int(counts[: _BIAS + _least_normal(row.dtype)].sum()) / row.sampled,
         would_flush=flushes,
         lowest_exponent=lowest,
-        exponents=tuple(map(int, shown)),
+        exponents=tuple(counts[filled[0] : filled[-1] + 1].tolist()) if len(filled) else (),
         lowest_unscaled_exponent=None if lowest is None else lowest - math.log2(scale),
         shadow=_comparison(values, row.sampled) if row.has_shadow else None,
     )
 
 
+@functools.cache
 def _least_normal(dtype: torch.dtype) -> int:
     """Exponent of a type's least normal number, of those that fp32 has."""
     return max(round(math.log2(torch.finfo(dtype).tiny)), 1 - _BIAS)
 
 
-def _comparison(values: list[float], sampled: int) -> ShadowComparison:
-    difference, shadow = math.sqrt(values[_DIFFERENCE]), math.sqrt(values[_SHADOW])
-    error = difference / shadow if shadow else math.inf if difference else 0.0
-    return ShadowComparison(
-        flushed=values[_FLUSHED] / sampled, overflowed=values[_OVERFLOWED] / sampled, error=error
-    )
+def _comparison(values: NDArray[np.float64], sampled: int) -> ShadowComparison:
+    flushed, overflowed, difference, shadow = values[_FLUSHED : _SHADOW + 1].tolist()
+    error = math.sqrt(difference / shadow) if shadow else math.inf if difference else 0.0
+    return ShadowComparison(flushed=flushed / sampled, overflowed=overflowed / sampled, error=error)
 
 
-def _with_update(record: LayerRecord, values: list[float], weight_rms: float | None) -> LayerRecord:
+def _with_update(
+    record: LayerRecord, values: NDArray[np.float64], weight_rms: float | None
+) -> LayerRecord:
     """What only an update has; a step that was skipped lost nothing."""
     about: dict[str, float] = {}
     if weight_rms:
         about["update_ratio"] = record.rms / weight_rms
     if values[_MOVING] and not values[_FOUND_INF]:
-        about["lost"] = values[_LOST] / values[_MOVING]
+        about["lost"] = float(values[_LOST] / values[_MOVING])
     return record.model_copy(update=about)
