@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,8 +142,8 @@ class Statics:
         candidates = self.elements - self.nonfinite - self.zeros
         return number / candidates if candidates else 0.0
 
-    def error(self, name: Literal["fp16", "bf16"]) -> float:
-        """L2 norm of what rounding to a format changes, over that of the values."""
+    def error(self, name: str) -> float:
+        """L2 norm of what rounding to fp16 or bf16 changes, over that of the values."""
         return math.sqrt(self.outside[name].error / self.squares) if self.squares else 0.0
 
 
@@ -159,6 +159,23 @@ def examine(tensor: Tensor) -> Statics:
     return total
 
 
+def extremes(tensor: Tensor) -> tuple[int, int, float, int]:
+    """How many values are NaN and infinite, the largest finite magnitude, how many are zero.
+
+    Args:
+        tensor: as for `examine`.
+    """
+    nan = inf = zeros = 0
+    largest = 0.0
+    for piece in _pieces(tensor.detach()):
+        exact, nans, infs = _finite(piece)
+        nan, inf = nan + nans, inf + infs
+        zeros += _count(exact == 0)
+        if exact.numel():
+            largest = max(largest, exact.abs().max().item())
+    return nan, inf, largest, zeros
+
+
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """All values in vectors of at most `CHUNK`: a copy of each piece, never of the whole."""
     if tensor.numel() <= CHUNK:
@@ -170,10 +187,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _examined(values: Tensor) -> Statics:
-    exact = values if values.dtype == torch.float64 else values.float()
-    nan, inf = _count(exact.isnan()), _count(exact.isinf())
-    if nan or inf:
-        exact = exact[exact.isfinite()]
+    exact, nan, inf = _finite(values)
     magnitudes = exact.abs()
     zeros = _count(magnitudes == 0)
     outside = {}
@@ -194,6 +208,13 @@ def _examined(values: Tensor) -> Statics:
         max=magnitudes.max().item() if magnitudes.numel() else 0.0,
         squares=_squares(exact), outside=outside,
     )  # fmt: skip
+
+
+def _finite(values: Tensor) -> tuple[Tensor, int, int]:
+    """The finite values in a precision that has them exactly; how many are NaN and infinite."""
+    exact = values if values.dtype == torch.float64 else values.float()
+    nan, inf = _count(exact.isnan()), _count(exact.isinf())
+    return (exact[exact.isfinite()] if nan or inf else exact), nan, inf
 
 
 def _count(mask: Tensor) -> int:

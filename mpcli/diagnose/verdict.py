@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mpcli.diagnose.statics import Statics
@@ -11,6 +11,7 @@ MAX_FLUSHED = 0.01
 """Share of a layer's non-zero values that may become zero."""
 MAX_ERROR = 2.0**-8
 """L2 norm of what rounding changes in a layer, over that of the layer: twice bf16's worst."""
+_LISTED = 20
 
 
 class Verdict(NamedTuple):
@@ -32,8 +33,8 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def fits(layer: Statics, dtype: Literal["fp16", "bf16"]) -> bool:
-    """Whether a format can hold a layer's finite values.
+def fits(layer: Statics, dtype: str) -> bool:
+    """Whether fp16 or bf16 can hold a layer's finite values.
 
     It can if none of them overflows, if at most `MAX_FLUSHED` of the non-zero ones become zero,
     and if rounding changes the layer by at most `MAX_ERROR`. fp16 rounds normal numbers to one
@@ -74,6 +75,12 @@ def judge(layers: Mapping[str, Statics]) -> Verdict:
     return Verdict(_needs_fp32(unfit, "bf16"), "bf16", tuple(unfit))
 
 
+def listed(names: Sequence[str]) -> str:
+    """`[a, b]`; of many, the first ones and how many more there are."""
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return f"[{', '.join([*names[:_LISTED], *more])}]"
+
+
 def _needs_fp32(layers: list[str], rest: str | None) -> str:
     beside = f" (and {rest} for the others)" if rest else ""
-    return f"needs these layers in fp32: [{', '.join(layers)}]{beside}"
+    return f"needs these layers in fp32: {listed(layers)}{beside}"

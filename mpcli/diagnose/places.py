@@ -1,0 +1,70 @@
+"""From a path to the evidence there, whatever it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mpcli.checkpoint import Checkpoint
+from mpcli.checkpoint.layout import MANIFEST, STEP
+from mpcli.diagnose.contents import (
+    LEFT_ALONE,
+    SUFFIXES,
+    checkpoint_evidence,
+    file_evidence,
+    folder_evidence,
+    is_folder_of_weights,
+)
+from mpcli.diagnose.evidence import Evidence
+from mpcli.diagnose.run import run_evidence
+from mpcli.recipe.errors import UserError, user_error
+from mpcli.rundir import RunDirectory
+
+_HINT = (
+    "name a run directory, one of its checkpoints, a folder of weights such as a Hugging Face "
+    "checkpoint, or a `.safetensors`, `.bin`, `.pt` or `.pth` file"
+)
+
+
+def gather(path: Path) -> Evidence:
+    """The evidence in a run directory, a checkpoint, a folder of weights or a file of weights.
+
+    Raises:
+        UserError: exit 2 for anything else, saying what was found; 4 for what cannot be read.
+    """
+    if path.is_dir():
+        if is_run(path):
+            return run_evidence(RunDirectory.read(path))
+        step = STEP.fullmatch(path.name)
+        if step and os.path.lexists(path / MANIFEST):
+            return checkpoint_evidence(Checkpoint(path, int(step[1])))
+        if is_folder_of_weights(path):
+            return folder_evidence(path)
+        raise _nothing(path, _held_by(path))
+    if not path.exists():
+        is_link = path.is_symlink()
+        raise _nothing(path, "is a link to nothing" if is_link else "no such file or folder")
+    if not path.is_file():
+        raise _nothing(path, "is neither a file nor a folder")
+    for pattern, why in LEFT_ALONE.items():
+        if Path(path.name).match(pattern):
+            raise _nothing(path, f"is not read: {why}")
+    if path.suffix not in SUFFIXES:
+        raise _nothing(path, "is no file of weights")
+    return file_evidence(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory, of ours or of a recorder."""
+    return any((path / name).is_file() for name in ("recipe.yaml", "foreign.json"))
+
+
+def _held_by(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"holds no run and no weights, but {', '.join(names[:5]) or 'nothing'}{more}"
+
+
+def _nothing(path: Path, found: str) -> UserError:
+    hint = f"`{path / 'latest'}` is its newest run" if (path / "latest").is_dir() else _HINT
+    return user_error(f"{path}: {found}", hint)
