@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from mpcli.checkpoint import Checkpoint
@@ -66,5 +67,15 @@ def _held_by(folder: Path) -> str:
 
 
 def _nothing(path: Path, found: str) -> UserError:
-    hint = f"`{path / 'latest'}` is its newest run" if (path / "latest").is_dir() else _HINT
-    return user_error(f"{path}: {found}", hint)
+    return user_error(f"{path}: {found}", _near(path) or _HINT)
+
+
+def _near(path: Path) -> str | None:
+    """What may have been meant: a run beside others, a checkpoint among others."""
+    if (path / "latest").is_dir():
+        return f"`{path / 'latest'}` is its newest run"
+    checkpoints = {match[1]: entry for entry in path.glob("checkpoint-*")
+                   if (match := re.fullmatch(r"checkpoint-([0-9]{1,18})", entry.name))}  # fmt: skip
+    if not checkpoints:
+        return None
+    return f"`{checkpoints[max(checkpoints, key=int)]}` is its newest checkpoint"

@@ -9,7 +9,7 @@ from mpcli.diagnose.evidence import Evidence
 
 def verdict(evidence: Evidence) -> str:
     """What was found, in a sentence: facts, not causes."""
-    return "; ".join(_facts(evidence)) or "nothing was found that has numbers"
+    return "; ".join(_facts(evidence)) or "it holds no numbers"
 
 
 def _facts(evidence: Evidence) -> Iterator[str]:
@@ -23,6 +23,9 @@ def _facts(evidence: Evidence) -> Iterator[str]:
         yield f"loss or gradient norm is not finite, first logged at step {logged.step}"
     if evidence.weights:
         yield f"weights: {evidence.weights.verdict}"
-    for state in evidence.optimizer.states if evidence.optimizer else ():
-        if state.nonfinite:
-            yield f"optimizer: NaN or infinity in `{state.key}` of {len(state.nonfinite)} tensors"
+    if evidence.optimizer:
+        states = [state for state in evidence.optimizer.states if state.nonfinite]
+        found = [f"NaN or infinity in `{state.key}` of {len(state.nonfinite)}" for state in states]
+        yield f"optimizer: {', '.join(found) or 'all of its state is finite'}"
+    if evidence.scaler:
+        yield f"loss scale: {evidence.scaler.scale:g}"

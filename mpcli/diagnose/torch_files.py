@@ -18,7 +18,7 @@ import torch
 
 from mpcli.diagnose.reading import bounded_memory, size_of, unreadable
 
-MAX_OPERATIONS = 2**22  # of a pickle: about 100,000 tensors
+MAX_OPERATIONS = 2**21  # of a pickle: about 50,000 tensors
 _LEGACY_PICKLES = 5  # magic number, version, system, the value, names of the storages
 _DATA = {"collections OrderedDict", "collections Counter", "__builtin__ set", "builtins set",
          "__builtin__ complex", "builtins complex"}  # fmt: skip

@@ -44,13 +44,20 @@ def test_a_single_value_that_overflows_is_enough():
     assert fits(ORDINARY + examine(torch.tensor([65519.0])), "fp16")
 
 
-def test_a_few_values_that_become_zero_are_none():
-    assert fits(ORDINARY + examine(torch.full((9,), 1e-12)), "fp16")
-    assert not fits(ORDINARY + examine(torch.full((11,), 1e-12)), "fp16")
+def test_small_values_that_become_zero_beside_others_are_no_reason_until_they_are_many():
+    assert fits(ORDINARY + examine(torch.full((110,), 1e-12)), "fp16")
+    assert not fits(ORDINARY + examine(torch.full((112,), 1e-12)), "fp16")
 
 
 def test_values_that_are_not_finite_say_nothing_of_a_format():
     assert judge({"a": ORDINARY + examine(torch.tensor([torch.nan, torch.inf]))}).dtype == "fp16"
+
+
+def test_of_many_layers_the_first_are_named():
+    layers = {f"layer.{number}": TOO_LARGE for number in range(30)}
+    found = judge(layers | {"ordinary": examine(torch.ones(10_000))})
+    assert len(found.fp32_layers) == 30
+    assert "layer.19, and 10 more] (and fp16 for the others)" in found.text
 
 
 def test_zeros_and_nothing_fit_everything():
