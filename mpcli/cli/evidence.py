@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from mpcli.cli.console import show_table, write
-from mpcli.diagnose.evidence import (
-    Evidence,
+from mpcli.diagnose.facts import (
+    Facts,
     OptimizerFacts,
     RunFacts,
     ScalerFacts,
@@ -24,7 +24,7 @@ ROWS = 20  # of a table
 _Row = tuple[str, ...]
 
 
-def show_evidence(evidence: Evidence, verdict: str) -> None:
+def show_evidence(evidence: Facts, verdict: str) -> None:
     """Print everything that was found, on stdout."""
     if evidence.run:
         _show_run(evidence.run)

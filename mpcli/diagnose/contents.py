@@ -12,7 +12,7 @@ from torch import Tensor
 from mpcli.checkpoint import Checkpoint, verify
 from mpcli.checkpoint.layout import TENSORS
 from mpcli.diagnose import safetensors_files, torch_files
-from mpcli.diagnose.evidence import Evidence, NotRead
+from mpcli.diagnose.facts import Facts, NotRead
 from mpcli.diagnose.numbers import Numbers, is_examined, scaler_facts, stored_once
 from mpcli.diagnose.reading import inside, read_json, size_of, unreadable
 from mpcli.diagnose.trainer_state import trainer_facts
@@ -31,7 +31,7 @@ _MAX_DEPTH = 50  # of containers in one another
 _MAX_VIEWS = 8  # bytes of tensors for each byte of a file: views may share memory, within reason
 
 
-def file_evidence(path: Path) -> Evidence:
+def file_facts(path: Path) -> Facts:
     """Facts about a bare `.safetensors`, `.bin`, `.pt` or `.pth`.
 
     Raises:
@@ -39,10 +39,10 @@ def file_evidence(path: Path) -> Evidence:
     """
     numbers = Numbers()
     _read(path, numbers)
-    return _evidence(path, "file", numbers)
+    return _facts(path, "file", numbers)
 
 
-def checkpoint_evidence(checkpoint: Checkpoint) -> Evidence:
+def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
     """Facts about one of our checkpoints: the exact weights are the masters, where there are any.
 
     Raises:
@@ -51,16 +51,16 @@ def checkpoint_evidence(checkpoint: Checkpoint) -> Evidence:
     verify(checkpoint)
     numbers = Numbers()
     _read_ours(checkpoint.path / TENSORS, numbers)
-    return _evidence(checkpoint.path, "checkpoint", numbers)
+    return _facts(checkpoint.path, "checkpoint", numbers)
 
 
 def is_folder_of_weights(folder: Path) -> bool:
-    """Whether `folder_evidence` has anything to say about a folder."""
+    """Whether `folder_facts` has anything to say about a folder."""
     names = _names(folder)
     return TRAINER_STATE in names or any(name.endswith((*SUFFIXES, _INDEX)) for name in names)
 
 
-def folder_evidence(folder: Path) -> Evidence:
+def folder_facts(folder: Path) -> Facts:
     """Facts about a Hugging Face checkpoint, or any other folder with weights.
 
     Of weights that are there in several forms, the first is read of: an index of safetensors,
@@ -90,18 +90,16 @@ def folder_evidence(folder: Path) -> Evidence:
         for name in names
         if name.endswith(SUFFIXES) and name not in known
     ]
-    evidence = _evidence(folder, "folder", numbers, not_read)
+    found = _facts(folder, "folder", numbers, not_read)
     if TRAINER_STATE not in names:
-        return evidence
+        return found
     path = inside(folder, TRAINER_STATE)
-    return evidence.model_copy(update={"trainer": trainer_facts(path, read_json(path))})
+    return found.model_copy(update={"trainer": trainer_facts(path, read_json(path))})
 
 
-def _evidence(
-    path: Path, kind: str, numbers: Numbers, not_read: Sequence[NotRead] = ()
-) -> Evidence:
+def _facts(path: Path, kind: str, numbers: Numbers, not_read: Sequence[NotRead] = ()) -> Facts:
     weights = numbers.weights()
-    return Evidence.model_validate(
+    return Facts.model_validate(
         {
             "path": str(path),
             "kind": kind,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcli.diagnose.evidence import (
+from mpcli.diagnose.facts import (
     OptimizerFacts,
     ScalerFacts,
     StateFacts,
     TensorFacts,
     WeightFacts,
-    facts,
+    tensor_facts,
 )
 from mpcli.diagnose.statics import Statics, examine, extremes
 from mpcli.diagnose.verdict import Verdict, fits, judge, layer_of, listed
@@ -112,9 +112,9 @@ class Numbers:
             dtype=verdict.dtype,
             fp32_layers=verdict.fp32_layers,
             nonfinite_layers=nonfinite,
-            total=facts("", sum(layers.values(), Statics())),
+            total=tensor_facts("", sum(layers.values(), Statics())),
             layers=tuple(_layer(name, layer) for name, layer in layers.items()),
-            tensors=tuple(facts(name, tensor) for name, tensor in self._tensors.items()),
+            tensors=tuple(tensor_facts(name, tensor) for name, tensor in self._tensors.items()),
             tied=self._tied,
             not_examined=self._others,
         )
@@ -167,7 +167,7 @@ def is_examined(tensor: Tensor) -> bool:
 
 def _layer(name: str, layer: Statics) -> TensorFacts:
     holds = {dtype: fits(layer, dtype) for dtype in ("fp16", "bf16")}
-    return facts(name, layer).model_copy(update={"fits": holds})
+    return tensor_facts(name, layer).model_copy(update={"fits": holds})
 
 
 def _verdict_text(verdict: Verdict, nonfinite: tuple[str, ...]) -> str:

@@ -11,13 +11,13 @@ from mpcli.checkpoint.layout import MANIFEST, STEP
 from mpcli.diagnose.contents import (
     LEFT_ALONE,
     SUFFIXES,
-    checkpoint_evidence,
-    file_evidence,
-    folder_evidence,
+    checkpoint_facts,
+    file_facts,
+    folder_facts,
     is_folder_of_weights,
 )
-from mpcli.diagnose.evidence import Evidence
-from mpcli.diagnose.run import run_evidence
+from mpcli.diagnose.facts import Facts
+from mpcli.diagnose.run import run_facts
 from mpcli.recipe.errors import UserError, user_error
 from mpcli.rundir import RunDirectory
 
@@ -27,7 +27,7 @@ _HINT = (
 )
 
 
-def gather(path: Path) -> Evidence:
+def gather(path: Path) -> Facts:
     """The evidence in a run directory, a checkpoint, a folder of weights or a file of weights.
 
     Raises:
@@ -35,12 +35,12 @@ def gather(path: Path) -> Evidence:
     """
     if path.is_dir():
         if is_run(path):
-            return run_evidence(RunDirectory.read(path))
+            return run_facts(RunDirectory.read(path))
         step = STEP.fullmatch(path.name)
         if step and os.path.lexists(path / MANIFEST):
-            return checkpoint_evidence(Checkpoint(path, int(step[1])))
+            return checkpoint_facts(Checkpoint(path, int(step[1])))
         if is_folder_of_weights(path):
-            return folder_evidence(path)
+            return folder_facts(path)
         raise _nothing(path, _held_by(path))
     if not path.exists():
         is_link = path.is_symlink()
@@ -52,7 +52,7 @@ def gather(path: Path) -> Evidence:
             raise _nothing(path, f"is not read: {why}")
     if path.suffix not in SUFFIXES:
         raise _nothing(path, "is no file of weights")
-    return file_evidence(path)
+    return file_facts(path)
 
 
 def is_run(path: Path) -> bool:

@@ -6,8 +6,8 @@ import math
 from collections import deque
 
 from mpcli import checkpoint
-from mpcli.diagnose.contents import checkpoint_evidence, folder_evidence
-from mpcli.diagnose.evidence import Evidence, NotRead, RunFacts
+from mpcli.diagnose.contents import checkpoint_facts, folder_facts
+from mpcli.diagnose.facts import Facts, NotRead, RunFacts
 from mpcli.flight import flights
 from mpcli.recipe.errors import UserError
 from mpcli.records import LayerRecord, StepRecord
@@ -16,7 +16,7 @@ from mpcli.rundir import RunDirectory
 LAST = 10
 
 
-def run_evidence(run: RunDirectory) -> Evidence:
+def run_facts(run: RunDirectory) -> Facts:
     """What a run recorded, and the static part of its newest checkpoint that is whole.
 
     Where no checkpoint is, that of the trained model in `final`.
@@ -24,15 +24,15 @@ def run_evidence(run: RunDirectory) -> Evidence:
     Raises:
         UserError: exit 4 where there are weights and none can be read.
     """
-    found = {"path": str(run.path), "kind": "run", "run": _run_facts(run)}
+    found = {"path": str(run.path), "kind": "run", "run": _recorded(run)}
     weights, not_read = _weights(run)
     if weights:
         found |= {"weights_from": weights.path, "not_read": (*not_read, *weights.not_read)}
         return weights.model_copy(update=found)
-    return Evidence.model_validate(found)
+    return Facts.model_validate(found)
 
 
-def _run_facts(run: RunDirectory) -> RunFacts:
+def _recorded(run: RunDirectory) -> RunFacts:
     last: deque[StepRecord] = deque(maxlen=LAST)
     steps = skipped = nonfinite = 0
     first_nonfinite = None
@@ -67,18 +67,18 @@ def _newest_sample(run: RunDirectory) -> list[LayerRecord]:
     return rows
 
 
-def _weights(run: RunDirectory) -> tuple[Evidence | None, list[NotRead]]:
+def _weights(run: RunDirectory) -> tuple[Facts | None, list[NotRead]]:
     """Those of the first place that can be read, and the places before it."""
     not_read: list[NotRead] = []
     error: UserError | None = None
     for found in checkpoint.completed(run.checkpoints_path):
         try:
-            return checkpoint_evidence(found), not_read
+            return checkpoint_facts(found), not_read
         except UserError as damage:
             error = error or damage
             not_read.append(NotRead(file=f"checkpoints/{found.path.name}", why=str(damage)))
     if run.final_path.is_dir():
-        return folder_evidence(run.final_path), not_read
+        return folder_facts(run.final_path), not_read
     if error:
         raise error
     return None, []

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpcli.diagnose.evidence import Evidence
+from mpcli.diagnose.facts import Facts
 
 
-def verdict(evidence: Evidence) -> str:
+def verdict(evidence: Facts) -> str:
     """What was found, in a sentence: facts, not causes."""
     return "; ".join(_facts(evidence)) or "it holds no numbers"
 
 
-def _facts(evidence: Evidence) -> Iterator[str]:
+def _facts(evidence: Facts) -> Iterator[str]:
     if run := evidence.run:
         if run.result:
             yield run.result.status

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpcli.diagnose.evidence import LoggedRow, TrainerFacts
+from mpcli.diagnose.facts import LoggedRow, TrainerFacts
 from mpcli.diagnose.reading import unreadable
 
 LAST = 10

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mpcli.diagnose.contents import file_evidence, folder_evidence
-from mpcli.diagnose.evidence import Evidence
+from mpcli.diagnose.contents import file_facts, folder_facts
+from mpcli.diagnose.facts import Facts
 from mpcli.diagnose.places import gather
 from mpcli.recipe.errors import Exit, UserError
 from tests.checkpoints import small
@@ -25,12 +25,12 @@ WEIGHTS = {
 }
 
 
-def names(evidence: Evidence) -> list[str]:
+def names(evidence: Facts) -> list[str]:
     assert evidence.weights
     return [tensor.name for tensor in evidence.weights.tensors]
 
 
-def check(evidence: Evidence) -> None:
+def check(evidence: Facts) -> None:
     """That the facts are those of `WEIGHTS`."""
     weights = evidence.weights
     assert weights
@@ -46,7 +46,7 @@ def check(evidence: Evidence) -> None:
 def test_a_file_of_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(WEIGHTS, path)
-    check(file_evidence(path))
+    check(file_facts(path))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
@@ -54,15 +54,15 @@ def test_a_file_of_safetensors(tmp_path):
 def test_a_file_of_torch_of_today_and_of_old(tmp_path, suffix, zipped):
     path = (tmp_path / "x").with_suffix(suffix)
     torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
-    check(file_evidence(path))
+    check(file_facts(path))
 
 
 def test_a_state_dict_and_a_parameter_are_read_too(tmp_path):
     model = nn.Linear(3, 2)
     torch.save(model.state_dict(), tmp_path / "x.pt")
     torch.save(model.weight, tmp_path / "weight.pt")
-    assert names(file_evidence(tmp_path / "x.pt")) == ["weight", "bias"]
-    assert names(file_evidence(tmp_path / "weight.pt")) == ["weight"]
+    assert names(file_facts(tmp_path / "x.pt")) == ["weight", "bias"]
+    assert names(file_facts(tmp_path / "weight.pt")) == ["weight"]
 
 
 def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -86,7 +86,7 @@ def test_a_whole_training_checkpoint_is_taken_apart(tmp_path):
     state["state"][1]["exp_avg_sq"].zero_()
     whole = {"epoch": 3, "model": model.state_dict(), "optim": state, "scaler": SCALER}
     torch.save(whole, tmp_path / "x.pt")
-    found = file_evidence(tmp_path / "x.pt")
+    found = file_facts(tmp_path / "x.pt")
     assert names(found) == ["model.weight", "model.bias"]
     assert found.optimizer and found.scaler
     states = {state.key: state for state in found.optimizer.states}
@@ -101,7 +101,7 @@ def test_a_whole_training_checkpoint_is_taken_apart(tmp_path):
 def test_tied_tensors_count_once(tmp_path):
     weight = torch.ones(4, 2)
     torch.save({"embedding": weight, "head": weight, "view": weight[:2]}, tmp_path / "x.bin")
-    weights = file_evidence(tmp_path / "x.bin").weights
+    weights = file_facts(tmp_path / "x.bin").weights
     assert weights
     assert weights.tied == {"head": "embedding"}
     assert weights.total.elements == 8 + 4
@@ -109,7 +109,7 @@ def test_tied_tensors_count_once(tmp_path):
 
 def test_what_expand_repeats_counts_once(tmp_path):
     torch.save({"x": torch.ones(1).expand(2**40)}, tmp_path / "x.pt")
-    weights = file_evidence(tmp_path / "x.pt").weights
+    weights = file_facts(tmp_path / "x.pt").weights
     assert weights
     assert weights.total.elements == 1
 
@@ -117,7 +117,7 @@ def test_what_expand_repeats_counts_once(tmp_path):
 def test_types_are_told_and_what_a_type_lost_is_not_claimed(tmp_path):
     mixed = {"a.w": torch.ones(2).half(), "b.w": torch.full((2,), 1e-9), "c.w": torch.ones(2)}
     safetensors.torch.save_file(mixed, tmp_path / "x.safetensors")
-    weights = file_evidence(tmp_path / "x.safetensors").weights
+    weights = file_facts(tmp_path / "x.safetensors").weights
     assert weights
     assert weights.total.dtypes == {"fp16": 2, "fp32": 4}
     halves = {layer.name: layer.formats["fp16"] for layer in weights.layers}
@@ -128,7 +128,7 @@ def test_types_are_told_and_what_a_type_lost_is_not_claimed(tmp_path):
 def test_values_that_are_not_finite_come_first_in_the_verdict(tmp_path):
     bad = {"a.w": torch.tensor([1.0, math.nan]), "b.w": torch.ones(2)}
     safetensors.torch.save_file(bad, tmp_path / "x.safetensors")
-    weights = file_evidence(tmp_path / "x.safetensors").weights
+    weights = file_facts(tmp_path / "x.safetensors").weights
     assert weights
     assert weights.verdict == "NaN or infinity in these layers: [a]; fits fp16"
     assert weights.nonfinite_layers == ("a",)
@@ -175,16 +175,16 @@ def test_sharded_weights_are_those_that_the_index_names(folder):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
     safetensors.torch.save_file(WEIGHTS, folder / "other.safetensors")
-    found = folder_evidence(folder)
+    found = folder_facts(folder)
     check(found)
     assert "other.safetensors" in [entry.file for entry in found.not_read]
 
 
 def test_pickles_are_read_where_there_are_no_safetensors(folder):
     torch.save({"x": torch.ones(3)}, folder / "pytorch_model.bin")
-    assert "pytorch_model.bin" in [entry.file for entry in folder_evidence(folder).not_read]
+    assert "pytorch_model.bin" in [entry.file for entry in folder_facts(folder).not_read]
     (folder / "model.safetensors").unlink()
-    assert names(folder_evidence(folder)) == ["x"]
+    assert names(folder_facts(folder)) == ["x"]
 
 
 def test_a_snapshot_of_the_hugging_face_cache_is_links_to_blobs(tmp_path):

@@ -133,7 +133,7 @@ class NotRead(Record):
     why: str
 
 
-class Evidence(Record):
+class Facts(Record):
     """Everything that was found in one place."""
 
     path: str
@@ -147,7 +147,7 @@ class Evidence(Record):
     not_read: tuple[NotRead, ...] = ()
 
 
-def facts(name: str, statics: Statics) -> TensorFacts:
+def tensor_facts(name: str, statics: Statics) -> TensorFacts:
     """Statics as they are printed."""
     formats = {}
     for form, outside in statics.outside.items():
