@@ -245,6 +245,18 @@ class FlightRecord(Record):
     )
 
 
+class ForeignRun(Record):
+    """`foreign.json`: what is recorded of a training that is not ours."""
+
+    version: int = SCHEMA_VERSION
+    loop: str = Field(description="`pytorch`, or `transformers` for a Hugging Face Trainer")
+    model: str = Field(description="its class")
+    parameters: int
+    optimizer: str
+    scaler: str | None
+    every: int = Field(description="steps from one sampled step to the next")
+
+
 class EvalRecord(Record):
     """One row of `evals.jsonl`: beside these fields, the metrics that the task has."""
 

@@ -63,7 +63,7 @@ def test_after_a_full_disk_the_same_output_can_be_used(tmp_path, monkeypatch):
 
 def test_another_process_that_just_took_the_folder_keeps_its_files(tmp_path, monkeypatch):
     run = create(tmp_path, tmp_path / "out")
-    monkeypatch.setattr("mpcli.rundir._empty_folder", lambda output: output)
+    monkeypatch.setattr("mpcli.rundir.empty_folder", lambda output: output)
     with pytest.raises(UserError):
         create(tmp_path, tmp_path / "out")
     assert run.recipe_path.exists()

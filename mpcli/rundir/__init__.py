@@ -6,27 +6,28 @@ plugin.py, plugin.json of a plug-in: its text, which nothing here runs; its name
 attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt;
                        of a resume also recipe.yaml (what it may change) and resumed.json
 steps.jsonl            one row per attempted step
+layers.jsonl           rows of the probe: one per tensor of a sampled step; at most 32 MiB
 evals.jsonl            one row per evaluation
 rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: rollback`)
+flights/               step-<N>: batch, random state and last table of a step that went wrong
 checkpoints/           step-<N>, to go on from
 final/                 model.safetensors, model.json, README.md, and what loads it elsewhere
 lock                   held while a process writes here
 result.json            last, and atomically
+
+A run that is not ours (`foreign.json` instead of a recipe) was written by a recorder in somebody's
+own loop; it also has `events.jsonl`: what happened in a step, whenever that changes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +37,8 @@ from mpcli.recipe.load import LoadedRecipe
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import (
     EvalRecord,
+    ForeignRun,
+    LayerRecord,
     ModuleTypes,
     Plan,
     PluginRecord,
@@ -46,36 +49,24 @@ from mpcli.records import (
     TrainedOn,
     strict_json,
 )
+from mpcli.rundir.places import (
+    attempts,
+    check_is_run,
+    empty_folder,
+    new_folder,
+    newest_run,
+    point_latest,
+)
+from mpcli.rundir.rows import cut, read_rows, thin
+from mpcli.rundir.storage import storage_errors, sync
+
+__all__ = ["RunDirectory", "newest_run", "storage_errors", "sync"]
 
 logger = logging.getLogger(__name__)
 
-
-@contextlib.contextmanager
-def storage_errors(path: Path, named: str = "the run directory") -> Iterator[None]:
-    """Turn an OSError while writing below `path` into exit code 7.
-
-    What goes wrong is recorded in the run directory, which never names its own path.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).replace(f"{path}{os.sep}", "")
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if is_full else "make it writable"
-        raise user_error(
-            f"cannot write to {named}: {reason}",
-            f"{remedy}, or begin a new run elsewhere with `--output DIR`",
-            exit_code=Exit.STORAGE,
-        ) from error
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+MAX_LAYER_BYTES = 2**25
+"""Of `layers.jsonl`: when it grows beyond, every second sampled step is taken out."""
+_LONGEST_RESULT = 2**20
 
 
 class RunDirectory:
@@ -111,7 +102,7 @@ class RunDirectory:
             UserError: exit 2 for an `output` that is not empty, 7 where it cannot be written.
         """
         text = resolved_yaml(loaded.recipe)
-        path = _new_folder(loaded.recipe.name, text) if output is None else _empty_folder(output)
+        path = new_folder(loaded.recipe.name, text) if output is None else empty_folder(output)
         run = cls(path)
         with storage_errors(path, f"the run directory {path}"):
             run._lock()
@@ -120,10 +111,30 @@ class RunDirectory:
                 with contextlib.suppress(OSError):  # its folder may be another's
                     sync(path.parent)
                 if output is None:
-                    _point_latest(path)
+                    point_latest(path)
             except BaseException:
                 run._undo(keep_folder=output is not None)
                 raise
+        return run
+
+    @classmethod
+    def create_foreign(
+        cls, about: ForeignRun, environment: Mapping[str, Any], output: Path
+    ) -> RunDirectory:
+        """Make the folder of a run that trains elsewhere and is only recorded, and take its lock.
+
+        Raises:
+            UserError: exit 2 for an `output` that is not empty, 7 where it cannot be written.
+        """
+        run = cls(empty_folder(output))
+        with storage_errors(output, f"the run directory {output}"):
+            run._lock()
+            run._write_process()
+            run._write("foreign.json", about.to_json(indent=2) + "\n")
+            run.attempt_path.mkdir(parents=True)
+            run._write(
+                f"attempts/{run.attempt}/environment.json", strict_json(dict(environment), 2) + "\n"
+            )
         return run
 
     @classmethod
@@ -135,6 +146,7 @@ class RunDirectory:
                 be written, `begin_attempt` says so: a finished run may still be looked at.
         """
         run = cls.read(path, "--resume ")
+        run.refuse_foreign("--resume ")
         try:
             run._lock()
             run._write_process()
@@ -152,8 +164,8 @@ class RunDirectory:
         Raises:
             UserError: exit 2 for what is not a run.
         """
-        _check_is_run(path, option)
-        return cls(path, max(_attempts(path), default=1))
+        check_is_run(path, option)
+        return cls(path, max(attempts(path), default=1))
 
     def begin_attempt(
         self, recipe: Recipe, plan: Plan, environment: Mapping[str, Any], changes: Sequence[str]
@@ -166,7 +178,7 @@ class RunDirectory:
         Raises:
             UserError: exit 7, the folder cannot be written.
         """
-        attempt = max([1, *_attempts(self.path)]) + 1  # never the first: it goes on
+        attempt = max([1, *attempts(self.path)]) + 1  # never the first: it goes on
         name = f"attempts/{attempt}.tmp"
         with storage_errors(self.path, f"the run directory {self.path}"):
             if self._unwritable:
@@ -180,6 +192,31 @@ class RunDirectory:
             sync(self.path / "attempts")
             (self.path / "result.json").unlink(missing_ok=True)
         self.attempt = attempt
+
+    def foreign(self) -> ForeignRun | None:
+        """What was recorded, where the run is not ours."""
+        path = self.path / "foreign.json"
+        if not path.exists():
+            return None
+        try:
+            return ForeignRun.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise user_error(
+                f"{path}: says nothing about a run", "restore it from a copy of the run"
+            ) from error
+
+    def refuse_foreign(self, option: str = "") -> None:
+        """A run that is not ours has no recipe.
+
+        Raises:
+            UserError: exit 2.
+        """
+        if self.foreign():
+            raise user_error(
+                f"{option}{self.path}: the record of a loop that is not mptrain's: no recipe, no "
+                "checkpoints",
+                f"`mptrain diagnose {self.path}` shows what it holds",
+            )
 
     @property
     def attempt_path(self) -> Path:
@@ -215,6 +252,11 @@ class RunDirectory:
         """The checkpoint after a step, in this folder; None where there is none."""
         name = f"checkpoints/step-{step}"
         return name if (self.path / name).is_dir() else None
+
+    @property
+    def flights_path(self) -> Path:
+        """Folder of the steps that went wrong."""
+        return self.path / "flights"
 
     @property
     def final_path(self) -> Path:
@@ -278,9 +320,10 @@ class RunDirectory:
         Returns:
             The last step in `steps.jsonl` now: fewer than `steps` where rows were lost.
         """
-        _cut(self.path / "evals.jsonl", evaluations)
-        _cut(self.path / "rollbacks.jsonl", steps)
-        return _cut(self.path / "steps.jsonl", steps)
+        cut(self.path / "evals.jsonl", evaluations)
+        cut(self.path / "layers.jsonl", steps, several=True)
+        cut(self.path / "rollbacks.jsonl", steps)
+        return cut(self.path / "steps.jsonl", steps)
 
     def sync(self) -> None:
         """Bring the rows to the disk."""
@@ -312,6 +355,38 @@ class RunDirectory:
     def append_steps(self, rows: Iterable[StepRecord]) -> None:
         """Write rows to `steps.jsonl`; they have left this process when this returns."""
         self._append("steps.jsonl", rows)
+
+    def append_layers(self, rows: Sequence[LayerRecord]) -> None:
+        """Write the rows of one sampled step to `layers.jsonl`, which stays bounded."""
+        if not rows:
+            return
+        self._append("layers.jsonl", rows)
+        with self.recording():
+            path = self.path / "layers.jsonl"
+            if path.exists() and path.stat().st_size > MAX_LAYER_BYTES:
+                self._files.pop("layers.jsonl").close()
+                thin(path)
+
+    def steps(self) -> Iterator[StepRecord]:
+        """The rows of `steps.jsonl` that can be read, in order."""
+        return read_rows(self.path / "steps.jsonl", StepRecord)
+
+    def layers(self) -> Iterator[LayerRecord]:
+        """The rows of `layers.jsonl` that can be read, in order."""
+        return read_rows(self.path / "layers.jsonl", LayerRecord)
+
+    def rollbacks(self) -> Iterator[RollbackRecord]:
+        """The rows of `rollbacks.jsonl` that can be read, in order."""
+        return read_rows(self.path / "rollbacks.jsonl", RollbackRecord)
+
+    def observed(self) -> dict[str, ModuleTypes]:
+        """The types of every module in the first step of this attempt; empty if unknown."""
+        path = self.attempt_path / "observed.json"
+        try:
+            found = json.loads(path.read_bytes())
+            return {name: ModuleTypes.model_validate(seen) for name, seen in found.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def append_evaluation(self, row: EvalRecord) -> None:
         """Write a row to `evals.jsonl`."""
@@ -428,123 +503,3 @@ class RunDirectory:
     def _write_process(self) -> None:
         self._files["lock"].truncate(0)
         self._files["lock"].write(f"{os.getpid()}\n".encode())
-
-
-def newest_run() -> Path:
-    """The newest of all runs in `runs`.
-
-    Raises:
-        UserError: exit 2, there is none.
-    """
-    found = [latest.resolve() for latest in Path("runs").glob("*/latest") if latest.is_dir()]
-    if not found:
-        hint = "name a run directory; `mptrain run` makes one"
-        raise user_error("there are no runs in the folder `runs`", hint)
-    newest = max(found, key=lambda path: path.name)  # which begins with the time
-    return Path(os.path.relpath(newest))
-
-
-_LONGEST_RESULT = 2**20
-_KINDS = (
-    *((f"{name}.jsonl", Path.is_file, "file") for name in ("steps", "evals", "rollbacks")),
-    *((name, Path.is_file, "file") for name in ("lock", "result.json", "result.json.tmp")),
-    *((name, Path.is_dir, "folder") for name in ("attempts", "checkpoints", "final", "final.tmp")),
-)
-
-
-def _check_is_run(path: Path, option: str) -> None:
-    hint = "a run directory is named, such as `runs/NAME/latest`"
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "no such folder"
-        raise user_error(f"{option}{path}: {found}", hint)
-    try:
-        entries = sorted(path.iterdir())
-        attempts = sorted((path / "attempts").rglob("*"))
-    except OSError as error:
-        raise user_error(f"{option}{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
-    if not (path / "recipe.yaml").exists():
-        names = ", ".join(entry.name for entry in entries[:5]) or "nothing"
-        more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
-        if (path / "latest").is_dir():
-            hint = f"`{option}{path / 'latest'}` is its newest run"
-        raise user_error(f"{option}{path}: not a run: no recipe.yaml, but {names}{more}", hint)
-    for entry in (*entries, *attempts):  # what is written to must lie in this folder
-        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            name = entry.relative_to(path)
-            what = f"{option}{path}: `{name}` is neither a file nor a folder"
-            raise user_error(what, "a run directory holds no links or devices")
-    for known, is_kind, kind in _KINDS:
-        if os.path.lexists(path / known) and not is_kind(path / known):
-            raise user_error(f"{option}{path}: `{known}` is not a {kind}", "move it away")
-
-
-def _attempts(path: Path) -> list[int]:
-    names = [entry.name for entry in (path / "attempts").glob("*")]
-    return [int(name) for name in names if re.fullmatch("[1-9][0-9]{0,99}", name)]
-
-
-_LONGEST_ROW = 65536
-
-
-def _cut(path: Path, last: int) -> int:
-    """Cut the file after its last whole row in order up to step `last`; that row's step, or 0."""
-    kept = end = 0
-    with storage_errors(path.parent), contextlib.suppress(FileNotFoundError), path.open("r+b") as f:
-        while line := f.readline(_LONGEST_ROW):
-            step = _step(line)
-            if not kept < step <= last:
-                f.truncate(end)
-                os.fsync(f.fileno())
-                break
-            kept, end = step, end + len(line)
-    return kept
-
-
-def _step(line: bytes) -> int:
-    """The step of a row; 0 where it is torn."""
-    try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else 0
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return 0
-    return step if type(step) is int else 0
-
-
-def _empty_folder(output: Path) -> Path:
-    with storage_errors(output, f"the run directory {output}"):
-        if output.is_symlink() and not output.exists():
-            what = f"--output {output}: a link to {output.readlink()}, which does not exist"
-            raise user_error(what, "name a new or an empty folder")
-        if output.exists() and not output.is_dir():
-            raise user_error(f"--output {output}: is a file", "name a new or an empty folder")
-        if output.is_dir() and any(output.iterdir()):
-            found, hint = "is not empty", "name a new or an empty folder"
-            if (output / "recipe.yaml").exists():
-                found, hint = "holds a run", f"{hint}, or go on with the run: `--resume {output}`"
-            raise user_error(f"--output {output}: the folder {found}", hint)
-        output.mkdir(parents=True, exist_ok=True)
-    return output
-
-
-def _new_folder(name: str, recipe_text: str) -> Path:
-    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    digest = hashlib.sha256(recipe_text.encode()).hexdigest()[:8]
-    root = Path("runs") / name
-    with storage_errors(root, str(root)):
-        root.mkdir(parents=True, exist_ok=True)
-        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-            with contextlib.suppress(FileExistsError):
-                path = root / f"{time}-{digest}{suffix}"
-                path.mkdir()
-                return path
-    raise user_error(f"{root}: 999 runs of this second exist", exit_code=Exit.STORAGE)
-
-
-def _point_latest(path: Path) -> None:
-    latest, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.name)
-    try:
-        temporary.replace(latest)
-    except OSError:
-        temporary.unlink()
-        raise

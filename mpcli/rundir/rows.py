@@ -1,0 +1,77 @@
+"""Files of rows: one JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from mpcli.records import Record
+from mpcli.rundir.storage import storage_errors, sync
+
+LONGEST_ROW = 65536
+
+Row = TypeVar("Row", bound=Record)
+
+
+def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """The rows of a file, one at a time: it may be long. Those that cannot be read are left out."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        while line := file.readline(LONGEST_ROW):
+            with contextlib.suppress(ValueError):
+                yield kind.model_validate_json(line)
+
+
+def cut(path: Path, last: int, *, several: bool = False) -> int:
+    """Cut the file after its last whole row in order up to step `last`; that row's step, or 0.
+
+    Args:
+        several: a step may have many rows.
+    """
+    kept = end = 0
+    with storage_errors(path.parent), contextlib.suppress(FileNotFoundError), path.open("r+b") as f:
+        while line := f.readline(LONGEST_ROW):
+            step = _step(line)
+            in_order = kept <= step if several else kept < step
+            if not (step and in_order and step <= last):
+                f.truncate(end)
+                os.fsync(f.fileno())
+                break
+            kept, end = step, end + len(line)
+    return kept
+
+
+def thin(path: Path) -> None:
+    """Take every second step out of a file whose steps have many rows; the newest one stays.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    steps: list[int] = []  # in the order of the file
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_ROW):
+            if (step := _step(line)) and (not steps or step != steps[-1]):
+                steps.append(step)
+    kept = set(steps[::-1][::2])
+    thinner = path.with_suffix(".tmp")
+    try:
+        with path.open("rb") as file, thinner.open("wb") as copy:
+            while line := file.readline(LONGEST_ROW):
+                if _step(line) in kept:
+                    copy.write(line)
+        sync(thinner)
+        thinner.replace(path)
+    finally:
+        thinner.unlink(missing_ok=True)
+
+
+def _step(line: bytes) -> int:
+    """The step of a row; 0 where it is torn."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
+    return step if type(step) is int else 0
