@@ -29,11 +29,14 @@ class Kept:
         outputs: floating-point tensors that it returned, as they were then.
         gradients: of the loss, times what it was scaled by, by the numbers of the outputs that
             have one.
+        input_gradients: the same by the numbers of the inputs; of a tensor that others use too,
+            their share is in it.
     """
 
     inputs: list[Tensor]
     outputs: list[Tensor]
     gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    input_gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -143,15 +146,16 @@ class ModuleTrace:
         frame = _Frame(name, self._calls[name])
         self._calls[name] += 1
         self._attribute(inputs, caller)
-        given = _first_defect(inputs)
-        if given and caller is self._outside and not any(_defect(t) and t.grad_fn for t in inputs):
+        given = first_defect(inputs)
+        if given and caller is self._outside and not any(defect(t) and t.grad_fn for t in inputs):
             frame.fault = caller.fault = _fault(frame, "input", given)
         elif given:
             frame.fault = self._seen(caller, inputs)
         frame.entered = frame.fault
         self._running.append(frame)
         if self._keep:
-            self.kept[name, frame.call] = Kept([_kept(t) for t in inputs], [])
+            kept = self.kept[name, frame.call] = Kept([kept_values(t) for t in inputs], [])
+            self._keep_gradients(inputs, kept.input_gradients)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if _in_backward():
@@ -170,7 +174,7 @@ class ModuleTrace:
     def _seen(self, frame: _Frame, tensors: list[Tensor]) -> _Fault | None:
         """The fault that is to blame for what a frame shows, if that is not finite."""
         for tensor in tensors:
-            if value := _defect(tensor):
+            if value := defect(tensor):
                 if frame.fault is None:
                     operation = tensor.grad_fn.name() if tensor.grad_fn else None
                     frame.fault = _fault(frame, "forward", value, operation)
@@ -180,11 +184,13 @@ class ModuleTrace:
     def _keep_outputs(self, frame: _Frame, outputs: list[Tensor]) -> None:
         kept = self.kept.pop((frame.name, frame.call))
         self.kept[frame.name, frame.call] = kept  # now in the order of returning
-        for number, tensor in enumerate(outputs):
-            kept.outputs.append(_kept(tensor))
+        kept.outputs += map(kept_values, outputs)
+        self._keep_gradients(outputs, kept.gradients)
+
+    def _keep_gradients(self, tensors: list[Tensor], gradients: dict[int, Tensor]) -> None:
+        for number, tensor in enumerate(tensors):
             if tensor.requires_grad:
-                keep = _keeper(kept.gradients, number)
-                self._handles.append(tensor.register_hook(keep))
+                self._handles.append(tensor.register_hook(_keeper(gradients, number)))
 
     def _attribute(self, tensors: list[Tensor], frame: _Frame) -> None:
         """Nodes behind these tensors that belong to nobody yet were made in this frame."""
@@ -198,7 +204,7 @@ class ModuleTrace:
             if fault and not node.next_functions:
                 self._arrived.append(fault)
             for number, gradient in enumerate(gradients):
-                if gradient is not None and (value := _defect(gradient, masks=False)):
+                if gradient is not None and (value := defect(gradient, masks=False)):
                     fault = fault or self._made(node, value)
                     self._sent[node, number] = fault
 
@@ -206,7 +212,7 @@ class ModuleTrace:
 
     def _received(self, node: Node, given: tuple[Tensor | None, ...]) -> _Fault | None:
         """The fault behind non-finite gradients that came to a node."""
-        value = _first_defect([tensor for tensor in given if tensor is not None], masks=False)
+        value = first_defect([tensor for tensor in given if tensor is not None], masks=False)
         if value is None:
             return None
         consumers = self._consumers.get(node, [])
@@ -260,7 +266,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _defect(tensor: Tensor, *, masks: bool = True) -> Literal["nan", "inf"] | None:
+def defect(tensor: Tensor, *, masks: bool = True) -> Literal["nan", "inf"] | None:
     """What is not finite in a tensor.
 
     Args:
@@ -278,9 +284,9 @@ def _defect(tensor: Tensor, *, masks: bool = True) -> Literal["nan", "inf"] | No
     return "inf"
 
 
-def _first_defect(tensors: list[Tensor], *, masks: bool = True) -> Literal["nan", "inf"] | None:
+def first_defect(tensors: list[Tensor], *, masks: bool = True) -> Literal["nan", "inf"] | None:
     for tensor in tensors:
-        if value := _defect(tensor, masks=masks):
+        if value := defect(tensor, masks=masks):
             return value
     return None
 
@@ -298,7 +304,8 @@ def _graph(roots: list[Node], known: Container[Node] = ()) -> Iterator[Node]:
 
 
 @torch.no_grad()
-def _kept(tensor: Tensor) -> Tensor:
+def kept_values(tensor: Tensor) -> Tensor:
+    """At most `KEPT_ELEMENTS` of a tensor, evenly spaced: one-dimensional, fp32, on the CPU."""
     values = tensor.detach().flatten()
     if values.numel() > KEPT_ELEMENTS:
         places = torch.arange(KEPT_ELEMENTS, device=values.device)
@@ -308,7 +315,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 def _keeper(gradients: dict[int, Tensor], number: int) -> Callable[[Tensor], None]:
     def keep(gradient: Tensor) -> None:
-        gradients[number] = _kept(gradient)
+        gradients[number] = kept_values(gradient)
 
     return keep
 
