@@ -99,7 +99,7 @@ def chosen_step(
     if broken and ended_broken:
         return broken, "the first non-finite step that a lower loss scale cannot mend"
     if skipped:
-        return skipped, "the first step that was skipped"
+        return skipped, "the first step that was skipped, or whose loss is not finite"
     return last, "the last step" if last else "the first step: there are no rows"
 
 
