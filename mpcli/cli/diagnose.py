@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mpcli.cli.console import write
 from mpcli.cli.errors import write_json
 from mpcli.cli.options import AsJson, PluginPath
 from mpcli.cli.plugin import plugin_of_run
 from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.render import visible
 from mpcli.signals import uninterrupted
 
 
@@ -48,20 +51,26 @@ def diagnose(
 
     with uninterrupted():
         from mpcli.cli.evidence import show_evidence
+        from mpcli.cli.replayed import show_replay
         from mpcli.diagnose.places import gather
         from mpcli.diagnose.summary import verdict
 
     evidence = gather(place)
     replayed = None
     if run:
-        from mpcli.diagnose.replay import replay as replay_step
+        with uninterrupted():
+            from mpcli.diagnose.replay import replay as replay_step
 
-        replayed = replay_step(run, plugin=file)
+        replayed = replay_step(run, plugin=file, tell=lambda text: write(text, sys.stderr))
+    sentence = verdict(evidence, replayed)
     if as_json:
         found = evidence.model_dump() | {"replay": replayed.model_dump() if replayed else None}
         write_json({
-            "verdict": verdict(evidence), "findings": [], "margins": {}, "evidence": found,
+            "verdict": sentence, "findings": [], "margins": {}, "evidence": found,
             "status": "done", "exit_code": Exit.DONE,
         })  # fmt: skip
-    else:
-        show_evidence(evidence, verdict(evidence))
+        return
+    show_evidence(evidence)
+    if replayed:
+        show_replay(replayed)
+    write(visible(f"{evidence.path}: {sentence}"))

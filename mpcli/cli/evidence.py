@@ -16,7 +16,6 @@ from mpcli.diagnose.facts import (
     TrainerFacts,
     WeightFacts,
 )
-from mpcli.recipe.render import visible
 from mpcli.records import LayerRecord, ModuleTypes
 
 ROWS = 20  # of a table
@@ -24,7 +23,7 @@ ROWS = 20  # of a table
 _Row = tuple[str, ...]
 
 
-def show_evidence(evidence: Facts, verdict: str) -> None:
+def show_evidence(evidence: Facts) -> None:
     """Print everything that was found, on stdout."""
     if evidence.run:
         _show_run(evidence.run)
@@ -38,8 +37,7 @@ def show_evidence(evidence: Facts, verdict: str) -> None:
         _show_scaler(evidence.scaler)
     if evidence.not_read:
         rows = [(left.file, left.why) for left in evidence.not_read]
-        _show("Not read", ("file", "why"), rows)
-    write(visible(f"{evidence.path}: {verdict}"))
+        show("Not read", ("file", "why"), rows)
 
 
 def _show_run(run: RunFacts) -> None:
@@ -55,11 +53,11 @@ def _show_run(run: RunFacts) -> None:
             ("optimizer", f"{foreign.optimizer}, scaler: {foreign.scaler or 'none'}"),
         ]
     show_table("Run", ("", ""), rows)
-    _show(
+    show(
         "Last steps",
         ("step", "loss", "grad norm", "scale", "applied"),
         [
-            (str(row.step), _number(row.loss), _number(row.grad_norm), _number(row.scale),
+            (str(row.step), number_text(row.loss), number_text(row.grad_norm), number_text(row.scale),
              "yes" if row.applied else "no")
             for row in run.last
         ],
@@ -67,19 +65,19 @@ def _show_run(run: RunFacts) -> None:
     if run.sampled:
         title = f"Tensors of step {run.sampled[0].step}"
         columns = ("tensor", "of", "type", "max", "zeros", "subnormal", "flushed", "NaN, inf")
-        _show(title, columns, map(_sampled, sorted(run.sampled, key=_trouble)))
-    _show(
+        show(title, columns, map(_sampled, sorted(run.sampled, key=_trouble)))
+    show(
         "Steps that went wrong",
         ("step", "loss", "grad norm", "scale", "applied", "first NaN or infinity"),
         [
-            (str(row.step), _number(row.loss), _number(row.grad_norm), _number(row.scale),
+            (str(row.step), number_text(row.loss), number_text(row.grad_norm), number_text(row.scale),
              "yes" if row.applied else "no",
              f"{row.origin.module}, {row.origin.phase}" if row.origin else "not known")
             for row in run.flights
         ],
     )  # fmt: skip
     header = ("modules", "such as", "stored", "computed", "gradient")
-    _show("Types in the first step", header, _types(run.types))
+    show("Types in the first step", header, _types(run.types))
 
 
 def _trouble(row: LayerRecord) -> tuple[float, ...]:
@@ -90,10 +88,10 @@ def _trouble(row: LayerRecord) -> tuple[float, ...]:
 
 
 def _sampled(row: LayerRecord) -> _Row:
-    flushed = _share(row.shadow.flushed) if row.shadow else "-"
+    flushed = share_text(row.shadow.flushed) if row.shadow else "-"
     return (
-        row.name, row.tensor, row.dtype, _number(row.max), _share(row.zeros),
-        _share(row.subnormal), flushed, f"{row.nan + row.inf:,}",
+        row.name, row.tensor, row.dtype, number_text(row.max), share_text(row.zeros),
+        share_text(row.subnormal), flushed, f"{row.nan + row.inf:,}",
     )  # fmt: skip
 
 
@@ -114,11 +112,11 @@ def _show_trainer(trainer: TrainerFacts) -> None:
     if row := trainer.first_nonfinite:
         rows.append(("not finite", f"first logged at step {row.step}"))
     show_table("Trainer", ("", ""), rows)
-    _show(
+    show(
         "Last log entries",
         ("step", "loss", "grad norm", "learning rate"),
         [
-            (str(row.step), *map(_number, (row.loss, row.grad_norm, row.learning_rate)))
+            (str(row.step), *map(number_text, (row.loss, row.grad_norm, row.learning_rate)))
             for row in trainer.last
         ],
     )
@@ -132,7 +130,7 @@ def _show_weights(weights: WeightFacts, where: str) -> None:
         ("values", types or "none"),
         ("NaN, infinite", f"{total.nan:,}, {total.inf:,}"),
         ("zero", f"{total.zeros:,}"),
-        ("largest", f"{_number(total.max)}, {_bits(total.headroom_bits)} to fp16's overflow"),
+        ("largest", f"{number_text(total.max)}, {_bits(total.headroom_bits)} to fp16's overflow"),
     ]
     if weights.tied:
         rows.append(("tied", f"{len(weights.tied)} tensors, counted once"))
@@ -141,13 +139,13 @@ def _show_weights(weights: WeightFacts, where: str) -> None:
     show_table("Weights", ("", ""), rows)
     header = ("format", "overflow", "round to 0", "subnormal", "rounding error")
     formats = [
-        (name, _share(found.above), _share(found.below), _share(found.subnormal),
+        (name, share_text(found.above), share_text(found.below), share_text(found.subnormal),
          "-" if found.error is None else f"{found.error:.1e}")
         for name, found in total.formats.items()
     ]  # fmt: skip
-    _show("Share of the values that a format cannot hold", header, formats)
+    show("Share of the values that a format cannot hold", header, formats)
     columns = ("layer", "max", "headroom", "over", "to 0", "subnormal", "NaN, inf", "fits")
-    _show("Layers in fp16", columns, map(_layer, sorted(weights.layers, key=_tightness)))
+    show("Layers in fp16", columns, map(_layer, sorted(weights.layers, key=_tightness)))
 
 
 def _tightness(layer: TensorFacts) -> tuple[float, ...]:
@@ -161,18 +159,18 @@ def _tightness(layer: TensorFacts) -> tuple[float, ...]:
 def _layer(layer: TensorFacts) -> _Row:
     found = layer.formats["fp16"]
     return (
-        layer.name, _number(layer.max), _bits(layer.headroom_bits), _share(found.above),
-        _share(found.below), _share(found.subnormal), f"{layer.nan + layer.inf:,}",
+        layer.name, number_text(layer.max), _bits(layer.headroom_bits), share_text(found.above),
+        share_text(found.below), share_text(found.subnormal), f"{layer.nan + layer.inf:,}",
         "no" if layer.fits and not layer.fits["fp16"] else "yes",
     )  # fmt: skip
 
 
 def _show_optimizer(optimizer: OptimizerFacts) -> None:
-    _show(
+    show(
         "Optimizer's state",
         ("tensor", "how many", "values", "largest", "NaN, inf", "all zero"),
         [
-            (state.key, str(state.tensors), f"{state.elements:,}", _number(state.max),
+            (state.key, str(state.tensors), f"{state.elements:,}", number_text(state.max),
              f"{state.nan + state.inf:,}", str(len(state.zero)))
             for state in optimizer.states
         ],
@@ -181,11 +179,11 @@ def _show_optimizer(optimizer: OptimizerFacts) -> None:
 
 def _show_scaler(scaler: ScalerFacts) -> None:
     of = f" of {scaler.growth_interval}" if scaler.growth_interval else ""
-    rows = [("scale", _number(scaler.scale)), ("good steps", f"{scaler.growth_tracker}{of}")]
+    rows = [("scale", number_text(scaler.scale)), ("good steps", f"{scaler.growth_tracker}{of}")]
     show_table("Loss scale", ("", ""), rows)
 
 
-def _show(title: str, header: Sequence[str], rows: Iterable[_Row]) -> None:
+def show(title: str, header: Sequence[str], rows: Iterable[_Row]) -> None:
     """The first rows of a table, which has some, and how many more there are."""
     rows = list(rows)
     if not rows:
@@ -195,11 +193,12 @@ def _show(title: str, header: Sequence[str], rows: Iterable[_Row]) -> None:
         write(f"and {len(rows) - ROWS} more: `--json` has all\n")
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """In four digits."""
     return "-" if value is None else f"{value:.4g}"
 
 
-def _share(value: float | None) -> str:
+def share_text(value: float | None) -> str:
     """In percent; a share that is small is not called zero."""
     if not value:
         return "-" if value is None else "0"

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpcli.diagnose.facts import Facts
+from mpcli.records import Replay
 
 
-def verdict(evidence: Facts) -> str:
+def verdict(evidence: Facts, replay: Replay | None = None) -> str:
     """What was found, in a sentence: facts, not causes."""
-    return "; ".join(_facts(evidence)) or "it holds no numbers"
+    facts = [*_facts(evidence), *(_replayed(replay) if replay else ())]
+    return "; ".join(facts) or "it holds no numbers"
+
+
+def _replayed(replay: Replay) -> Iterator[str]:
+    if origin := replay.origin:
+        place = f"{origin.module or 'the model'}, {origin.phase}"
+        yield f"step {replay.step} again: {origin.value} made in {place}"
+    elif parting := replay.parting:
+        place = f"{parting.module or 'the model'}, {parting.phase}"
+        yield f"step {replay.step} again: parts from fp32 in {place}"
+    else:
+        yield f"step {replay.step} again: close to fp32 in every module"
 
 
 def _facts(evidence: Facts) -> Iterator[str]:
