@@ -16,7 +16,7 @@ from mpcli.diagnose.facts import (
     TrainerFacts,
     WeightFacts,
 )
-from mpcli.records import LayerRecord, ModuleTypes
+from mpcli.records import FlightRecord, LayerRecord, ModuleTypes, StepRecord
 
 ROWS = 20  # of a table
 
@@ -53,38 +53,36 @@ def _show_run(run: RunFacts) -> None:
             ("optimizer", f"{foreign.optimizer}, scaler: {foreign.scaler or 'none'}"),
         ]
     show_table("Run", ("", ""), rows)
-    show(
-        "Last steps",
-        ("step", "loss", "grad norm", "scale", "applied"),
-        [
-            (str(row.step), number_text(row.loss), number_text(row.grad_norm), number_text(row.scale),
-             "yes" if row.applied else "no")
-            for row in run.last
-        ],
-    )  # fmt: skip
+    show("Last steps", _STEP, map(_step, run.last))
     if run.sampled:
         title = f"Tensors of step {run.sampled[0].step}"
-        columns = ("tensor", "of", "type", "max", "zeros", "subnormal", "flushed", "NaN, inf")
-        show(title, columns, map(_sampled, sorted(run.sampled, key=_trouble)))
-    show(
-        "Steps that went wrong",
-        ("step", "loss", "grad norm", "scale", "applied", "first NaN or infinity"),
-        [
-            (str(row.step), number_text(row.loss), number_text(row.grad_norm), number_text(row.scale),
-             "yes" if row.applied else "no",
-             f"{row.origin.module}, {row.origin.phase}" if row.origin else "not known")
-            for row in run.flights
-        ],
-    )  # fmt: skip
-    header = ("modules", "such as", "stored", "computed", "gradient")
-    show("Types in the first step", header, _types(run.types))
+        names = ("tensor", "of", "type", "max", "zeros", "subnormal", "flushed", "NaN, inf")
+        show(title, names, map(_sampled, sorted(run.sampled, key=_trouble)))
+    header = (*_STEP, "first NaN or infinity")
+    show("Steps that went wrong", header, map(_flight, run.flights))
+    columns = ("modules", "such as", "stored", "computed", "gradient")
+    show("Types in the first step", columns, _types(run.types))
+
+
+_STEP = ("step", "loss", "grad norm", "scale", "applied")
+
+
+def _step(row: StepRecord | FlightRecord) -> _Row:
+    numbers = map(number_text, (row.loss, row.grad_norm, row.scale))
+    return str(row.step), *numbers, "yes" if row.applied else "no"
+
+
+def _flight(row: FlightRecord) -> _Row:
+    origin = f"{row.origin.module}, {row.origin.phase}" if row.origin else "not known"
+    return *_step(row), origin
 
 
 def _trouble(row: LayerRecord) -> tuple[float, ...]:
     """Sorts what is worst first."""
     shadow = row.shadow
     lost = shadow.flushed + shadow.overflowed if shadow else row.would_flush or 0.0
-    return -(row.nan + row.inf), -row.at_least_65520, -lost, -row.subnormal, -row.max
+    subnormal = row.subnormal / (1.0 - row.zeros) if row.zeros < 1.0 else 0.0
+    return -(row.nan + row.inf), -row.at_least_65520, -lost, -subnormal, -row.zeros, -row.max
 
 
 def _sampled(row: LayerRecord) -> _Row:
