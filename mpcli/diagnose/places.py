@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from mpcli.checkpoint import Checkpoint
 from mpcli.checkpoint.layout import MANIFEST, STEP
@@ -33,6 +37,11 @@ def gather(path: Path) -> Facts:
     Raises:
         UserError: exit 2 for anything else, saying what was found; 4 for what cannot be read.
     """
+    with _one_thread():
+        return _gathered(path)
+
+
+def _gathered(path: Path) -> Facts:
     if path.is_dir():
         if is_run(path):
             return run_facts(RunDirectory.read(path))
@@ -53,6 +62,19 @@ def gather(path: Path) -> Facts:
     if path.suffix not in SUFFIXES:
         raise _nothing(path, "is no file of weights")
     return file_facts(path)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces of tensors are too small for several threads: where a processor is busy, they wait for
+    each other ten times as long as one alone takes.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_run(path: Path) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpcli.precision.formats import dtype_name
 
-CHUNK = 2**20  # elements that are examined at once: a few tens of MiB
+CHUNK = 2**18  # elements that are examined at once: what a processor's cache holds
 
 
 class Format(NamedTuple):
@@ -168,11 +168,9 @@ def extremes(tensor: Tensor) -> tuple[int, int, float, int]:
     nan = inf = zeros = 0
     largest = 0.0
     for piece in _pieces(tensor.detach()):
-        exact, nans, infs = _finite(piece)
-        nan, inf = nan + nans, inf + infs
-        zeros += _count(exact == 0)
-        if exact.numel():
-            largest = max(largest, exact.abs().max().item())
+        exact, nans, infs, highest = _finite(piece)
+        nan, inf, largest = nan + nans, inf + infs, max(largest, highest)
+        zeros += exact.numel() - _count(exact)
     return nan, inf, largest, zeros
 
 
@@ -181,44 +179,58 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.numel() <= CHUNK:
         yield tensor.reshape(-1)
         return
-    longest = max(range(tensor.dim()), key=lambda dim: tensor.shape[dim])
-    for half in tensor.chunk(2, longest):
+    # Cut where the halves lie apart in memory, so that pieces need no copy in most layouts.
+    dims = (dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1)
+    for half in tensor.chunk(2, max(dims, key=tensor.stride)):
         yield from _pieces(half)
 
 
 def _examined(values: Tensor) -> Statics:
-    exact, nan, inf = _finite(values)
+    exact, nan, inf, largest = _finite(values)
     magnitudes = exact.abs()
-    zeros = _count(magnitudes == 0)
+    zeros = magnitudes.numel() - _count(magnitudes)
     outside = {}
-    for name, form in FORMATS.items():
-        below = _count(magnitudes <= form.flush_limit) - zeros
+    small = magnitudes  # those below the limits so far: few, after the first format
+    for name, form in sorted(FORMATS.items(), key=lambda item: -item[1].normal_limit):
+        small = small[small < form.normal_limit]
+        below = _count(small <= form.flush_limit) - zeros
+        above = form.overflows(magnitudes) if largest >= form.overflow_limit else None
         outside[name] = Outside(
-            above=_count(form.overflows(magnitudes)),
+            above=0 if above is None else _count(above),
             below=below,
-            subnormal=_count(magnitudes < form.normal_limit) - zeros - below,
+            subnormal=small.numel() - zeros - below,
+            error=_rounding_error(exact, form, above) if form.dtype.itemsize == 2 else 0.0,
         )
-        if form.dtype.itemsize == 2:
-            rounded = exact.clamp(-form.max, form.max).to(form.dtype).to(exact.dtype)
-            outside[name].error = _squares(
-                torch.where(form.overflows(magnitudes), 0, exact - rounded)
-            )
     return Statics(
-        elements=values.numel(), zeros=zeros, nan=nan, inf=inf,
-        max=magnitudes.max().item() if magnitudes.numel() else 0.0,
+        elements=values.numel(), zeros=zeros, nan=nan, inf=inf, max=largest,
         squares=_squares(exact), outside=outside,
     )  # fmt: skip
 
 
-def _finite(values: Tensor) -> tuple[Tensor, int, int]:
-    """The finite values in a precision that has them exactly; how many are NaN and infinite."""
+def _finite(values: Tensor) -> tuple[Tensor, int, int, float]:
+    """The finite values in a precision that has them exactly; how many are NaN and infinite; the
+    largest finite magnitude.
+    """
     exact = values if values.dtype == torch.float64 else values.float()
-    nan, inf = _count(exact.isnan()), _count(exact.isinf())
-    return (exact[exact.isfinite()] if nan or inf else exact), nan, inf
+    if not exact.numel():
+        return exact, 0, 0, 0.0
+    low, high = (bound.item() for bound in exact.aminmax())
+    if math.isfinite(low) and math.isfinite(high):
+        return exact, 0, 0, max(-low, high)
+    finite = exact[exact.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    return finite, _count(exact.isnan()), _count(exact.isinf()), largest
 
 
-def _count(mask: Tensor) -> int:
-    return int(torch.count_nonzero(mask))
+def _rounding_error(exact: Tensor, form: Format, above: Tensor | None) -> float:
+    """Sum of the squares of what rounding changes, without what it makes infinite."""
+    kept = exact if above is None else exact[~above]
+    return _squares(kept - kept.to(form.dtype).to(kept.dtype))
+
+
+def _count(values: Tensor) -> int:
+    """How many are true, or not zero."""
+    return int(torch.count_nonzero(values))
 
 
 def _squares(values: Tensor) -> float:
