@@ -87,7 +87,7 @@ def chosen_step(
         if row.step == step:
             return row, "it was asked for"
         last = row
-        if not row.applied or not math.isfinite(row.loss):
+        if _is_bad(row):
             skipped = skipped or row
             if not _may_mend(loss_scale, row):
                 broken = broken or row
@@ -95,12 +95,16 @@ def chosen_step(
         there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
         raise user_error(f"the run has no step {step:,}", there)
     result = run.result()
-    ended_broken = last is skipped or (result is not None and result.status == "diverged")
+    ended_broken = (last and _is_bad(last)) or (result and result.status == "diverged")
     if broken and ended_broken:
         return broken, "the first non-finite step that a lower loss scale cannot mend"
     if skipped:
         return skipped, "the first step that was skipped, or whose loss is not finite"
     return last, "the last step" if last else "the first step: there are no rows"
+
+
+def _is_bad(row: StepRecord) -> bool:
+    return not row.applied or not math.isfinite(row.loss)
 
 
 def _may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
