@@ -144,7 +144,9 @@ def _replayed(
             shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0])
             try:
                 shadows["bf16"] = seen.follow_shadow(stage, "bf16", tapes[1])
-            except RuntimeError as error:  # torch lacks a kernel
+            except RuntimeError as error:
+                if "not implemented for" not in str(error):
+                    raise
                 tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
     recorded = row.loss if row else None
     return Replay(
@@ -234,10 +236,10 @@ def _run_once(stage: Stage, step: int) -> _Seen:
 
             last = number + 1 == len(parts)
             losses.append(engine.accumulate(watched, part, batch.weight, last=last))
-        found = _with_batch(trace.origin, part) or _in_sums(engine)
+        found = with_batch(trace.origin, part) or in_sums(engine)
         if not moments or (found and not origin):
             moments, chosen, origin = [moment], number, found
-    finite = _in_sums(engine) is None
+    finite = in_sums(engine) is None
     for tensor in (*engine.masters, *engine.parameters):
         tensor.grad = None
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -254,7 +256,7 @@ def _run_once(stage: Stage, step: int) -> _Seen:
     )
 
 
-def _with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
+def with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
     """A loss that is not finite because its targets are not has a bad batch."""
     floating = [t for t in batch.tensors.values() if t.is_floating_point()]
     if origin and (origin.module, origin.phase) == (LOSS, "forward") and first_defect(floating):
@@ -262,7 +264,7 @@ def _with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin
     return origin
 
 
-def _in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
+def in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
     """The last parameter whose gradients, each finite, add up to something that is not."""
     for name, master in reversed(list(zip(engine.names, engine.masters, strict=True))):
         if master.grad is not None and (value := first_defect([master.grad], masks=False)):

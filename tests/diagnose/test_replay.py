@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from mpcli.data import Batch
 from mpcli.data.image_dataset import ImageDataset
-from mpcli.diagnose.replay import chosen_step, replay
+from mpcli.diagnose.replay import chosen_step, in_sums, replay, with_batch
 from mpcli.precision.sensitive import last_layer
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale
-from mpcli.records import ForeignRun, Replay, StepRecord
+from mpcli.records import ForeignRun, NonFiniteOrigin, Replay, StepRecord
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification
 from tests.diagnose.faulty_runs import faulty_run
@@ -193,6 +194,44 @@ def test_a_layer_whose_rounding_loses_its_result_is_where_the_precisions_part(
     found, _ = replayed(run)
     assert found.origin is None and found.parting is not None
     assert (found.parting.module, found.parting.phase) == ("head", "forward")
+
+
+def test_without_a_kernel_for_bf16_there_is_no_shadow_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: nn.Linear, values: Tensor) -> Tensor:
+        result = torch.nn.functional.linear(values, self.weight, self.bias)
+        if result.dtype == torch.bfloat16:
+            raise RuntimeError("\"linear\" not implemented for 'BFloat16'")
+        return result
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    run, _ = run_small(tmp_path, *SHORT)
+    found, told = replayed(run)
+    assert "no shadow in bf16: \"linear\" not implemented for 'BFloat16'" in told
+    assert found.shadow_losses.keys() == {"run", "fp32"}
+    assert found.modules and all(row.bf16_output is None for row in found.modules)
+
+
+def test_micro_batches_whose_gradients_add_up_to_infinity_are_told() -> None:
+    weights = [nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2)]
+    engine: Any = SimpleNamespace(names=["a.weight", "b.0.weight"], masters=weights)
+    for weight in weights:
+        weight.grad = torch.full((2,), 40000.0, dtype=torch.float16)
+    assert in_sums(engine) is None
+    for weight in weights:
+        assert weight.grad is not None
+        weight.grad += 40000.0
+    found = in_sums(engine)
+    assert found is not None
+    assert (found.module, found.phase, found.value) == ("b.0", "backward", "inf")
+
+
+def test_targets_that_are_not_finite_are_a_bad_batch() -> None:
+    origin = NonFiniteOrigin(module="loss", phase="forward", value="nan")
+    assert with_batch(origin, Batch({"targets": torch.ones(2)})) == origin
+    found = with_batch(origin, Batch({"targets": torch.tensor([1.0, math.nan])}))
+    assert found is not None and found.phase == "input"
 
 
 def test_only_steps_of_the_run_can_be_asked_for(tmp_path: Path) -> None:
