@@ -272,7 +272,9 @@ class ReplayedModule(Record):
     grad_output: ShadowComparison | None
     grad_output_max: float | None
     parameter_grad: ShadowComparison | None
-    bf16_output: ShadowComparison | None = Field(description="in bf16 (autocast)")
+    bf16_output: ShadowComparison | None = Field(
+        description="in bf16 (autocast); null where torch cannot compute it"
+    )
     bf16_grad_output: ShadowComparison | None
 
 

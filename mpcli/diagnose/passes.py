@@ -142,9 +142,9 @@ def compare(found: Tensor, exact: Tensor) -> ShadowComparison:
     )
 
 
-def module_rows(model: nn.Module, run: Pass, bf16: Pass, fp32: Pass) -> list[ReplayedModule]:
+def module_rows(model: nn.Module, run: Pass, fp32: Pass, bf16: Pass | None) -> list[ReplayedModule]:
     """The table of a replay."""
-    beside_bf16 = compared(model, bf16, fp32)
+    beside_bf16 = compared(model, bf16, fp32) if bf16 else {}
     rows = []
     for (name, number), call in compared(model, run, fp32).items():
         kept, half = run.kept[name, number], beside_bf16.get((name, number))

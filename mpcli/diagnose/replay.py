@@ -87,7 +87,7 @@ def chosen_step(
         if row.step == step:
             return row, "it was asked for"
         last = row
-        if not row.applied or not math.isfinite(row.loss):
+        if _is_bad(row):
             skipped = skipped or row
             if not _may_mend(loss_scale, row):
                 broken = broken or row
@@ -95,12 +95,16 @@ def chosen_step(
         there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
         raise user_error(f"the run has no step {step:,}", there)
     result = run.result()
-    ended_broken = last is skipped or (result is not None and result.status == "diverged")
+    ended_broken = (last and _is_bad(last)) or (result and result.status == "diverged")
     if broken and ended_broken:
         return broken, "the first non-finite step that a lower loss scale cannot mend"
     if skipped:
         return skipped, "the first step that was skipped, or whose loss is not finite"
     return last, "the last step" if last else "the first step: there are no rows"
+
+
+def _is_bad(row: StepRecord) -> bool:
+    return not row.applied or not math.isfinite(row.loss)
 
 
 def _may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
@@ -138,7 +142,12 @@ def _replayed(
             stage.give_exact_weights()
             tapes = [RandomTape(tape.draws), RandomTape(tape.draws)]
             shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0])
-            shadows["bf16"] = seen.follow_shadow(stage, "bf16", tapes[1])
+            try:
+                shadows["bf16"] = seen.follow_shadow(stage, "bf16", tapes[1])
+            except RuntimeError as error:
+                if "not implemented for" not in str(error):
+                    raise
+                tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
     recorded = row.loss if row else None
     return Replay(
         step=step,
@@ -160,7 +169,7 @@ def _replayed(
         parting=parting(compared(stage.model, own, shadows["fp32"])),
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
-        modules=tuple(module_rows(stage.model, own, shadows["bf16"], shadows["fp32"])),
+        modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),
     )
 
 
@@ -227,10 +236,10 @@ def _run_once(stage: Stage, step: int) -> _Seen:
 
             last = number + 1 == len(parts)
             losses.append(engine.accumulate(watched, part, batch.weight, last=last))
-        found = _with_batch(trace.origin, part) or _in_sums(engine)
+        found = with_batch(trace.origin, part) or in_sums(engine)
         if not moments or (found and not origin):
             moments, chosen, origin = [moment], number, found
-    finite = _in_sums(engine) is None
+    finite = in_sums(engine) is None
     for tensor in (*engine.masters, *engine.parameters):
         tensor.grad = None
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -247,7 +256,7 @@ def _run_once(stage: Stage, step: int) -> _Seen:
     )
 
 
-def _with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
+def with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
     """A loss that is not finite because its targets are not has a bad batch."""
     floating = [t for t in batch.tensors.values() if t.is_floating_point()]
     if origin and (origin.module, origin.phase) == (LOSS, "forward") and first_defect(floating):
@@ -255,7 +264,7 @@ def _with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin
     return origin
 
 
-def _in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
+def in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
     """The last parameter whose gradients, each finite, add up to something that is not."""
     for name, master in reversed(list(zip(engine.names, engine.masters, strict=True))):
         if master.grad is not None and (value := first_defect([master.grad], masks=False)):

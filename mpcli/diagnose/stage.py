@@ -117,10 +117,9 @@ class Stage:
     @torch.no_grad()
     def give_exact_weights(self) -> None:
         """Bring `exact` to the weights as the run keeps them: its masters, if it has any."""
-        engine = self.engine
-        kept = dict(zip(engine.names, engine.masters, strict=True)) | engine.frozen
+        weights = self.engine.weights()
         for name, parameter in self.exact.named_parameters():
-            parameter.copy_(kept.get(name, self.model.get_parameter(name)))
+            parameter.copy_(weights[name])
 
 
 def _starts(run: RunDirectory, step: int, backs: dict[int, int]) -> list[Start]:

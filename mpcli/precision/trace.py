@@ -69,10 +69,10 @@ class ModuleTrace:
     ```
     It follows non-finite values the way that they take, so `origin` is of those that reached the
     loss, or a gradient of a leaf; others (the -inf of a mask, that a softmax made 0) are nobody's
-    fault. Forward: the innermost running module made what its callees were given finite, or not at
-    all. Backward: every node of the graph belongs to the module that ran when it was made, and a
-    node with finite `grad_outputs` and a non-finite `grad_input` is where it began. Infinities of
-    one sign, -inf, in tensors without gradient are taken for masks.
+    fault. Forward: what nobody has seen before, in the inputs or the outputs of a call, was made
+    by the module that was running. Backward: every node of the graph belongs to the module that
+    ran when it was made, and a node with finite `grad_outputs` and a non-finite `grad_input` is
+    where it began. -inf in tensors without gradient is taken for a mask.
 
     Reads each tensor on the host, and adds hooks until it is left: not for a training's every step.
     What a module computes again in backward (activation checkpointing) does not count.
@@ -97,6 +97,7 @@ class ModuleTrace:
         self._sent: dict[tuple[Node, int], _Fault] = {}  # by node and number of its grad_input
         self._arrived: list[_Fault] = []  # at leaves, in the order of backward
         self._handles: list[RemovableHandle] = []
+        self._origin: NonFiniteOrigin | None = None
 
     def __enter__(self) -> Self:
         for module in self._names:
@@ -122,17 +123,15 @@ class ModuleTrace:
         """
         return self._origin
 
-    def watch(self, loss: Tensor) -> None:
-        """Follow the backward of a loss, which is to come; once in a trace.
+    def watch(self, *losses: Tensor) -> None:
+        """Follow the backward that is to come; once in a trace.
 
         Args:
-            loss: any shape.
+            losses: what it begins at, of any shape.
         """
-        self._loss = self._seen(self._outside, [loss])
-        if loss.grad_fn is None:
-            return
-        self._attribute([loss], self._outside)
-        for node in _graph([loss.grad_fn]):
+        self._loss = self._seen(self._outside, list(losses))
+        self._attribute(list(losses), self._outside)
+        for node in _graph([loss.grad_fn for loss in losses if loss.grad_fn is not None]):
             for number, (source, _) in enumerate(node.next_functions):
                 if source is not None:
                     self._consumers.setdefault(source, []).append((node, number))
@@ -163,7 +162,9 @@ class ModuleTrace:
         frame, caller = self._running.pop(), self._running[-1]
         outputs = _tensors(output)
         self._attribute(outputs, frame)
-        found = self._seen(frame, outputs)
+        # A mask comes of no weights; frozen layers' outputs have no gradient either.
+        has_weights = any(True for _ in module.parameters())
+        found = self._seen(frame, outputs, masks=not has_weights)
         if found and (caller.fault is None or caller.fault.eaten):
             caller.fault = found
         if frame.entered and not found:
@@ -171,10 +172,10 @@ class ModuleTrace:
         if self._keep:
             self._keep_outputs(frame, outputs)
 
-    def _seen(self, frame: _Frame, tensors: list[Tensor]) -> _Fault | None:
+    def _seen(self, frame: _Frame, tensors: list[Tensor], *, masks: bool = True) -> _Fault | None:
         """The fault that is to blame for what a frame shows, if that is not finite."""
         for tensor in tensors:
-            if value := defect(tensor):
+            if value := defect(tensor, masks=masks):
                 if frame.fault is None:
                     operation = tensor.grad_fn.name() if tensor.grad_fn else None
                     frame.fault = _fault(frame, "forward", value, operation)

@@ -190,6 +190,27 @@ def test_a_mask_among_the_inputs_is_nobodys_fault() -> None:
     assert traced(Model(), torch.randn(2, 3, 8)) is None
 
 
+def test_an_infinity_of_a_frozen_layer_is_not_taken_for_a_mask() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight.fill_(-math.inf)
+    model[0].requires_grad_(False)
+    model[1] = nn.Identity()
+    origin = traced(model, ones(2, 4))
+    assert origin is not None
+    assert (origin.module, origin.phase, origin.value) == ("0", "forward", "inf")
+
+
+def test_backward_may_begin_at_outputs_with_gradients_of_their_own() -> None:
+    model = mlp(Fault(0.0, math.inf))
+    with ModuleTrace(model) as trace:
+        outputs = model(ones(2, 4)), model(ones(2, 4))
+        trace.watch(*outputs)
+        torch.autograd.backward(outputs, (ones(2, 3), ones(2, 3)))
+    assert trace.origin is not None
+    assert (trace.origin.module, trace.origin.phase) == ("2", "backward")
+
+
 def test_a_nan_gradient_that_never_reaches_a_weight_is_nobodys_fault() -> None:
     # The derivative of a root at 0 is infinite, and that of the ReLU before it makes it 0.
     model = mlp()
@@ -285,6 +306,33 @@ def test_tensors_in_dictionaries_and_keyword_arguments_are_seen() -> None:
     origin = traced(Model(), ones(4))
     assert origin is not None
     assert origin.module == "fault"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_every_layer_of_a_transformer_with_padding_is_named(phase: str, checkpointed: bool) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=50, num_hidden_layers=2, attn_implementation="eager", **sizes)
+    model = BertForMaskedLM(config)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens, mask = torch.randint(0, 50, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    fault = Fault(math.inf, 0.0) if phase == "forward" else Fault(0.0, math.inf)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm)}
+    for name, layer in layers.items():
+        handle = layer.register_forward_hook(lambda layer, inputs, output: fault(output))
+        with ModuleTrace(model.train()) as trace:
+            loss = model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
+            trace.watch(loss)
+            loss.backward()
+        handle.remove()
+        assert trace.origin is not None
+        assert (trace.origin.module, trace.origin.phase) == (name, phase)
 
 
 def test_nothing_of_the_trace_stays_and_nothing_is_changed() -> None:
