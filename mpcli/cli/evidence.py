@@ -55,9 +55,7 @@ def _show_run(run: RunFacts) -> None:
     show_table("Run", ("", ""), rows)
     show("Last steps", _STEP, map(_step, run.last))
     if run.sampled:
-        title = f"Tensors of step {run.sampled[0].step}"
-        names = ("tensor", "of", "type", "max", "zeros", "subnormal", "flushed", "NaN, inf")
-        show(title, names, map(_sampled, sorted(run.sampled, key=_trouble)))
+        _show_sampled(run.sampled)
     header = (*_STEP, "first NaN or infinity")
     show("Steps that went wrong", header, map(_flight, run.flights))
     columns = ("modules", "such as", "stored", "computed", "gradient")
@@ -85,11 +83,23 @@ def _trouble(row: LayerRecord) -> tuple[float, ...]:
     return -(row.nan + row.inf), -row.at_least_65520, -lost, -subnormal, -row.zeros, -row.max
 
 
+def _show_sampled(rows: Sequence[LayerRecord]) -> None:
+    """The last sampled step; what was flushed is known only beside a shadow."""
+    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "NaN, inf")
+    ranked = sorted(rows, key=_trouble)
+    cells = [_sampled(row) for row in ranked]
+    if any(row.shadow for row in rows):
+        header = (*header, "flushed")
+        shadows = [row.shadow for row in ranked]
+        flushed = [share_text(shadow.flushed if shadow else None) for shadow in shadows]
+        cells = [(*row, share) for row, share in zip(cells, flushed, strict=True)]
+    show(f"Tensors of step {rows[0].step}", header, cells)
+
+
 def _sampled(row: LayerRecord) -> _Row:
-    flushed = share_text(row.shadow.flushed) if row.shadow else "-"
     return (
         row.name, row.tensor, row.dtype, number_text(row.max), share_text(row.zeros),
-        share_text(row.subnormal), flushed, f"{row.nan + row.inf:,}",
+        share_text(row.subnormal), f"{row.nan + row.inf:,}",
     )  # fmt: skip
 
 

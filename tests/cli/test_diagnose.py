@@ -129,7 +129,7 @@ def test_a_recorded_run_shows_where_it_went_wrong(mptrain, foreign):
     lines = mptrain("diagnose", foreign.path).out.splitlines()
     table = lines[lines.index("Tensors of step 2") :]
     assert table[1].split()[0] == "tensor"
-    assert table[2].split() == ["bad", "output", "fp16", "1", "25.00%", "50.00%", "-", "3"]
+    assert table[2].split() == ["bad", "output", "fp16", "1", "25.00%", "50.00%", "3", "-"]
     assert table[3].split()[0] == "flushed" and "57.00%" in table[3]
     assert "and 12 more: `--json` has all" in table
     assert "old" not in "\n".join(table)
@@ -226,7 +226,7 @@ def test_on_a_narrow_terminal_no_name_is_cut(foreign, monkeypatch):
     assert main(["diagnose", str(foreign.path)]) == 0
     lines = terminal.getvalue().splitlines()
     assert (
-        "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, flushed -, "
+        "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, NaN, inf 3"
         in lines[lines.index("Tensors of step 2") + 1]
     )
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import resource
 import struct
 import time
@@ -209,6 +210,45 @@ def within_memory(read: Callable[[], object]) -> None:
         assert more < GIBIBYTES * 2**20, f"{more} KiB"
 
     assert in_child(child) == 0
+
+
+# Random damage
+
+
+def damaged(content: bytes, generator: random.Random) -> bytes:
+    """A few bits flipped, bytes that mean something to a pickle, pieces lost or repeated."""
+    data = bytearray(content)
+    for _ in range(generator.choice((1, 1, 2, 5, 20))):
+        place = generator.randrange(len(data))
+        match generator.randrange(4):
+            case 0:
+                data[place] ^= 1 << generator.randrange(8)
+            case 1:
+                data[place] = generator.choice(b"(.]}tRcq\x80\x85\x8a0NKJX")
+            case 2:
+                del data[place : place + generator.randrange(20)]
+            case _:
+                data[place:place] = data[generator.randrange(len(data)) :][:40]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".old.pt", ".safetensors"])
+def test_random_damage_is_refused_or_gives_other_numbers(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    weights = {"a.w": torch.ones(3, 2), "b.w": torch.ones(4).half()}
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=suffix == ".pt")
+    whole, generator, refusals = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        path.write_bytes(damaged(whole, generator))
+        try:
+            gather(path)
+        except UserError as error:
+            assert error.exit_code == Exit.CHECKPOINT
+            refusals += 1
+    assert refusals > 50
 
 
 # Archives that lie
