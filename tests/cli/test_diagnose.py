@@ -242,3 +242,25 @@ def test_a_replay_needs_a_run_of_ours(mptrain, foreign, options, said):
     outcome = mptrain("diagnose", foreign.path, *options)
     assert outcome.code == Exit.USAGE
     assert said in outcome.err
+
+
+def test_a_replay_names_the_module_in_words_and_in_json(mptrain, tmp_path):
+    scale = "precision.loss_scale={kind: dynamic, init_scale: 16777216}"
+    run, _ = run_small(tmp_path, "precision.mode=fp16", scale, "train.steps=2")
+    outcome = mptrain("diagnose", run.path, "--replay", "--json")
+    assert outcome.code == 0
+    replayed = outcome.json["evidence"]["replay"]
+    assert replayed["step"] == 1
+    assert replayed["origin"]["phase"] == "backward"
+    assert "; step 1 again: inf made in " in outcome.json["verdict"]
+    text = mptrain("diagnose", run.path, "--replay")
+    assert "Step 1 again\n" in text.out
+    assert "Beside fp32\n" in text.out
+    assert text.out.splitlines()[-1].endswith(outcome.json["verdict"])
+    assert "comparing step 1" in text.err
+
+
+def test_a_replay_of_a_checkpoint_is_a_mistake(mptrain, run):
+    outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4", "--replay")
+    assert outcome.code == Exit.USAGE
+    assert "not a run" in outcome.err
