@@ -85,7 +85,7 @@ def _trouble(row: LayerRecord) -> tuple[float, ...]:
 
 def _show_sampled(rows: Sequence[LayerRecord]) -> None:
     """The last sampled step; what was flushed is known only beside a shadow."""
-    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "NaN, inf")
+    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "not finite")
     ranked = sorted(rows, key=_trouble)
     cells = [_sampled(row) for row in ranked]
     if any(row.shadow for row in rows):
@@ -152,7 +152,7 @@ def _show_weights(weights: WeightFacts, where: str) -> None:
         for name, found in total.formats.items()
     ]  # fmt: skip
     show("Share of the values that a format cannot hold", header, formats)
-    columns = ("layer", "max", "headroom", "over", "to 0", "subnormal", "NaN, inf", "fits")
+    columns = ("layer", "max", "headroom", "over", "to zero", "subnormal", "not finite", "fits")
     show("Layers in fp16", columns, map(_layer, sorted(weights.layers, key=_tightness)))
 
 
@@ -176,7 +176,7 @@ def _layer(layer: TensorFacts) -> _Row:
 def _show_optimizer(optimizer: OptimizerFacts) -> None:
     show(
         "Optimizer's state",
-        ("tensor", "how many", "values", "largest", "NaN, inf", "all zero"),
+        ("tensor", "how many", "values", "largest", "not finite", "all zero"),
         [
             (state.key, str(state.tensors), f"{state.elements:,}", number_text(state.max),
              f"{state.nan + state.inf:,}", str(len(state.zero)))

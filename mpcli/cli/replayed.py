@@ -31,7 +31,7 @@ def show_replay(replay: Replay) -> None:
     if not replay.same_random_numbers:
         rows.append(("random numbers", "not those of the run in the shadows"))
     show_table(f"Step {replay.step} again", ("", ""), rows)
-    header = ("module", "output: error", "to 0", "over", "gradient: error", "to 0", "over")
+    header = ("module", "output: error", "to zero", "over", "gradient: error", "to zero", "over")
     show("Beside fp32", header, map(_module, sorted(replay.modules, key=_difference)))
 
 

@@ -226,7 +226,7 @@ def test_on_a_narrow_terminal_no_name_is_cut(foreign, monkeypatch):
     assert main(["diagnose", str(foreign.path)]) == 0
     lines = terminal.getvalue().splitlines()
     assert (
-        "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, NaN, inf 3"
+        "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, not finite 3"
         in lines[lines.index("Tensors of step 2") + 1]
     )
 
