@@ -257,6 +257,65 @@ class ForeignRun(Record):
     every: int = Field(description="steps from one sampled step to the next")
 
 
+class ReplayedModule(Record):
+    """One call of a module in a step that was run again, beside the same call in fp32.
+
+    Gradients are of the module's outputs, and of its own parameters together, without the loss
+    scale. Of each tensor at most 262,144 elements are compared.
+    """
+
+    module: str = Field(description="its name in the model; empty: the model itself")
+    call: int
+    type: str = Field(description="its class")
+    output: ShadowComparison | None = Field(description="in the run's precision")
+    output_max: float | None = Field(description="largest magnitude of what is not NaN")
+    grad_output: ShadowComparison | None
+    grad_output_max: float | None
+    parameter_grad: ShadowComparison | None
+    bf16_output: ShadowComparison | None = Field(
+        description="in bf16 (autocast); null where torch cannot compute it"
+    )
+    bf16_grad_output: ShadowComparison | None
+
+
+class Parting(Record):
+    """The first module whose result is far from that in fp32 while what it was given is not."""
+
+    module: str = Field(description="its name in the model; `loss` outside its forward")
+    call: int
+    phase: Literal["forward", "backward"]
+    error: float = Field(description="L2 norm of the difference over that in fp32")
+
+
+class Replay(Record):
+    """A step of a run that was run again, and its shadows."""
+
+    version: int = SCHEMA_VERSION
+    step: int
+    attempt: int
+    why: str = Field(description="that this step was chosen")
+    checkpoint: int | None = Field(description="step of the state that was gone on from, or null")
+    steps_again: int = Field(description="run before it, without a shadow")
+    mode: str
+    scale: float
+    loss: float
+    recorded_loss: float | None = Field(description="of `steps.jsonl`")
+    reproduced: bool | None = Field(description="both losses are the same fp32 number")
+    finite: bool = Field(description="all gradients of the step, in the run's precision")
+    micro_batch: int = Field(description="the one that was compared, from 0")
+    micro_batches: int
+    origin: NonFiniteOrigin | None
+    shadow_losses: dict[str, float] = Field(description="of that micro-batch, and `run`'s own")
+    shadow_origins: dict[str, NonFiniteOrigin | None]
+    parting: Parting | None
+    nondeterministic: tuple[str, ...] = Field(
+        description="modules that gave other bits when the step was run twice with deterministic "
+        "kernels"
+    )
+    same_random_numbers: bool = Field(description="the shadows had those of the run")
+    modules: tuple[ReplayedModule, ...] = Field(description="in the order of returning")
+
+
 class EvalRecord(Record):
     """One row of `evals.jsonl`: beside these fields, the metrics that the task has."""
 

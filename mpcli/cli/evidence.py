@@ -1,0 +1,217 @@
+"""The evidence of `mptrain diagnose` as tables: what tells most; `--json` has all of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from mpcli.cli.console import show_table, write
+from mpcli.diagnose.facts import (
+    Facts,
+    OptimizerFacts,
+    RunFacts,
+    ScalerFacts,
+    TensorFacts,
+    TrainerFacts,
+    WeightFacts,
+)
+from mpcli.records import FlightRecord, LayerRecord, ModuleTypes, StepRecord
+
+ROWS = 20  # of a table
+
+_Row = tuple[str, ...]
+
+
+def show_evidence(evidence: Facts) -> None:
+    """Print everything that was found, on stdout."""
+    if evidence.run:
+        _show_run(evidence.run)
+    if evidence.trainer:
+        _show_trainer(evidence.trainer)
+    if evidence.weights:
+        _show_weights(evidence.weights, evidence.weights_from or evidence.path)
+    if evidence.optimizer:
+        _show_optimizer(evidence.optimizer)
+    if evidence.scaler:
+        _show_scaler(evidence.scaler)
+    if evidence.not_read:
+        rows = [(left.file, left.why) for left in evidence.not_read]
+        show("Not read", ("file", "why"), rows)
+
+
+def _show_run(run: RunFacts) -> None:
+    rows = [("steps", f"{run.steps}, of which {run.skipped} skipped")]
+    if run.result:
+        rows.append(("ended", " ".join(filter(None, (run.result.status, run.result.reason)))))
+    if row := run.first_nonfinite:
+        rows.append(("loss", f"not finite in {run.nonfinite_losses} steps, first in {row.step}"))
+    if foreign := run.foreign:
+        rows += [
+            ("recorded", f"a {foreign.loop} loop, every {foreign.every} steps sampled"),
+            ("model", f"{foreign.model}, {foreign.parameters:,} parameters"),
+            ("optimizer", f"{foreign.optimizer}, scaler: {foreign.scaler or 'none'}"),
+        ]
+    show_table("Run", ("", ""), rows)
+    show("Last steps", _STEP, map(_step, run.last))
+    if run.sampled:
+        _show_sampled(run.sampled)
+    header = (*_STEP, "first NaN or infinity")
+    show("Steps that went wrong", header, map(_flight, run.flights))
+    columns = ("modules", "such as", "stored", "computed", "gradient")
+    show("Types in the first step", columns, _types(run.types))
+
+
+_STEP = ("step", "loss", "grad norm", "scale", "applied")
+
+
+def _step(row: StepRecord | FlightRecord) -> _Row:
+    numbers = map(number_text, (row.loss, row.grad_norm, row.scale))
+    return str(row.step), *numbers, "yes" if row.applied else "no"
+
+
+def _flight(row: FlightRecord) -> _Row:
+    origin = f"{row.origin.module}, {row.origin.phase}" if row.origin else "not known"
+    return *_step(row), origin
+
+
+def _trouble(row: LayerRecord) -> tuple[float, ...]:
+    """Sorts what is worst first."""
+    shadow = row.shadow
+    lost = shadow.flushed + shadow.overflowed if shadow else row.would_flush or 0.0
+    subnormal = row.subnormal / (1.0 - row.zeros) if row.zeros < 1.0 else 0.0
+    return -(row.nan + row.inf), -row.at_least_65520, -lost, -subnormal, -row.zeros, -row.max
+
+
+def _show_sampled(rows: Sequence[LayerRecord]) -> None:
+    """The last sampled step; what was flushed is known only beside a shadow."""
+    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "not finite")
+    ranked = sorted(rows, key=_trouble)
+    cells = [_sampled(row) for row in ranked]
+    if any(row.shadow for row in rows):
+        header = (*header, "flushed")
+        shadows = [row.shadow for row in ranked]
+        flushed = [share_text(shadow.flushed if shadow else None) for shadow in shadows]
+        cells = [(*row, share) for row, share in zip(cells, flushed, strict=True)]
+    show(f"Tensors of step {rows[0].step}", header, cells)
+
+
+def _sampled(row: LayerRecord) -> _Row:
+    return (
+        row.name, row.tensor, row.dtype, number_text(row.max), share_text(row.zeros),
+        share_text(row.subnormal), f"{row.nan + row.inf:,}",
+    )  # fmt: skip
+
+
+def _types(types: dict[str, ModuleTypes]) -> Iterator[_Row]:
+    """A row for each combination of types, the most common one first."""
+    combinations = {
+        name: (seen.stored, seen.computed, seen.gradient) for name, seen in types.items()
+    }
+    for combination, number in Counter(combinations.values()).most_common():
+        first = next(name for name, found in combinations.items() if found == combination)
+        yield str(number), first or "(the model)", *combination
+
+
+def _show_trainer(trainer: TrainerFacts) -> None:
+    of = f" of {trainer.max_steps}" if trainer.max_steps else ""
+    epoch = "" if trainer.epoch is None else f", epoch {trainer.epoch:g}"
+    rows = [("steps", f"{trainer.global_step}{of}{epoch}")]
+    if row := trainer.first_nonfinite:
+        rows.append(("not finite", f"first logged at step {row.step}"))
+    show_table("Trainer", ("", ""), rows)
+    show(
+        "Last log entries",
+        ("step", "loss", "grad norm", "learning rate"),
+        [
+            (str(row.step), *map(number_text, (row.loss, row.grad_norm, row.learning_rate)))
+            for row in trainer.last
+        ],
+    )
+
+
+def _show_weights(weights: WeightFacts, where: str) -> None:
+    total = weights.total
+    types = ", ".join(f"{number:,} in {dtype}" for dtype, number in total.dtypes.items())
+    rows = [
+        ("read from", where),
+        ("values", types or "none"),
+        ("NaN, infinite", f"{total.nan:,}, {total.inf:,}"),
+        ("zero", f"{total.zeros:,}"),
+        ("largest", f"{number_text(total.max)}, {_bits(total.headroom_bits)} to fp16's overflow"),
+    ]
+    if weights.tied:
+        rows.append(("tied", f"{len(weights.tied)} tensors, counted once"))
+    if weights.not_examined:
+        rows.append(("no floats", f"{len(weights.not_examined)} tensors"))
+    show_table("Weights", ("", ""), rows)
+    header = ("format", "overflow", "round to 0", "subnormal", "rounding error")
+    formats = [
+        (name, share_text(found.above), share_text(found.below), share_text(found.subnormal),
+         "-" if found.error is None else f"{found.error:.1e}")
+        for name, found in total.formats.items()
+    ]  # fmt: skip
+    show("Share of the values that a format cannot hold", header, formats)
+    columns = ("layer", "max", "headroom", "over", "to zero", "subnormal", "not finite", "fits")
+    show("Layers in fp16", columns, map(_layer, sorted(weights.layers, key=_tightness)))
+
+
+def _tightness(layer: TensorFacts) -> tuple[float, ...]:
+    """Sorts what fits worst first."""
+    found, headroom = layer.formats["fp16"], layer.headroom_bits
+    lost = (found.above or 0.0) + (found.below or 0.0)
+    fits = layer.fits is None or layer.fits["fp16"]
+    return fits, -(layer.nan + layer.inf), -lost, math.inf if headroom is None else headroom
+
+
+def _layer(layer: TensorFacts) -> _Row:
+    found = layer.formats["fp16"]
+    return (
+        layer.name, number_text(layer.max), _bits(layer.headroom_bits), share_text(found.above),
+        share_text(found.below), share_text(found.subnormal), f"{layer.nan + layer.inf:,}",
+        "no" if layer.fits and not layer.fits["fp16"] else "yes",
+    )  # fmt: skip
+
+
+def _show_optimizer(optimizer: OptimizerFacts) -> None:
+    show(
+        "Optimizer's state",
+        ("tensor", "how many", "values", "largest", "not finite", "all zero"),
+        [
+            (state.key, str(state.tensors), f"{state.elements:,}", number_text(state.max),
+             f"{state.nan + state.inf:,}", str(len(state.zero)))
+            for state in optimizer.states
+        ],
+    )  # fmt: skip
+
+
+def _show_scaler(scaler: ScalerFacts) -> None:
+    of = f" of {scaler.growth_interval}" if scaler.growth_interval else ""
+    rows = [("scale", number_text(scaler.scale)), ("good steps", f"{scaler.growth_tracker}{of}")]
+    show_table("Loss scale", ("", ""), rows)
+
+
+def show(title: str, header: Sequence[str], rows: Iterable[_Row]) -> None:
+    """The first rows of a table, which has some, and how many more there are."""
+    rows = list(rows)
+    if not rows:
+        return
+    show_table(title, header, rows[:ROWS])
+    if len(rows) > ROWS:
+        write(f"and {len(rows) - ROWS} more: `--json` has all\n")
+
+
+def number_text(value: float | None) -> str:
+    """In four digits."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def share_text(value: float | None) -> str:
+    """In percent; a share that is small is not called zero."""
+    if not value:
+        return "-" if value is None else "0"
+    return f"{value:.2%}" if value >= 1e-4 else "<0.01%"
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} bits" if value >= 0 else "none"

@@ -1,0 +1,290 @@
+"""A step of a run once more, beside shadows in bf16 and fp32."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpcli.data.batch import Batch
+from mpcli.diagnose.passes import Moment, Pass, compared, differing, follow, module_rows, parting
+from mpcli.diagnose.stage import Stage, check_device
+from mpcli.engines.local import LocalEngine
+from mpcli.launch import explained
+from mpcli.precision.convert import convert
+from mpcli.precision.loss_scale import at_floor
+from mpcli.precision.numerics import autocast, numerics
+from mpcli.precision.observe import LOSS
+from mpcli.precision.tape import RandomTape
+from mpcli.precision.trace import ModuleTrace, first_defect
+from mpcli.recipe.errors import UserError, user_error
+from mpcli.recipe.load import load_recipe
+from mpcli.recipe.plugin import PluginFile, plugin_error
+from mpcli.recipe.precision import DynamicScale, LossScale, Mode
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import NonFiniteOrigin, Replay, StepRecord
+from mpcli.rundir import RunDirectory
+from mpcli.trainer import settings
+
+logger = logging.getLogger(__name__)
+
+
+def replay(
+    run: RunDirectory,
+    *,
+    plugin: PluginFile | None = None,
+    step: int | None = None,
+    tell: Callable[[str], None] = logger.info,
+) -> Replay:
+    """Run a step again as it was, then in bf16 and fp32 from the same weights and random numbers.
+
+    The state is that of the nearest checkpoint before the step, or fresh weights from the seed, and
+    the steps from there on are run again. Shadows have the exact weights of the run, its fp32
+    masters where it has any, and their gradients are not scaled. Where the loss is scaled, the
+    run's own precision is tried at a scale of 1 too. Nothing is written to the run.
+
+    Args:
+        plugin: the file whose task the run has.
+        step: attempted, from 1; None: the first non-finite step that a lower dynamic scale cannot
+            mend, if the run ended with such steps; else the first that was skipped, else the last.
+        tell: what takes time.
+
+    Raises:
+        UserError: exit 2, the run is not ours or has no such step; 3, the run's device or data
+            are missing, or memory; besides what a plug-in raises.
+    """
+    run.refuse_foreign("--replay ")
+    recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
+    row, why = chosen_step(run, recipe.precision.loss_scale, step)
+    past = RunDirectory(run.path, row.attempt if row else run.attempt)
+    recipe = load_recipe(past.recipe_path, plugin=plugin).recipe
+    try:
+        return _replayed(past, recipe, row, why, tell)
+    except UserError:
+        raise
+    except Exception as error:
+        if told := explained(error) or plugin_error(error, recipe.task):
+            raise told from error
+        raise
+
+
+def chosen_step(
+    run: RunDirectory, loss_scale: LossScale, step: int | None
+) -> tuple[StepRecord | None, str]:
+    """The row of the step to run again, and why that one; None: there are no rows yet.
+
+    Raises:
+        UserError: exit 2, the run has no such step.
+    """
+    last = skipped = broken = None
+    for row in run.steps():
+        if row.step == step:
+            return row, "it was asked for"
+        last = row
+        if _is_bad(row):
+            skipped = skipped or row
+            if not _may_mend(loss_scale, row):
+                broken = broken or row
+    if step is not None:
+        there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
+        raise user_error(f"the run has no step {step:,}", there)
+    result = run.result()
+    ended_broken = (last and _is_bad(last)) or (result and result.status == "diverged")
+    if broken and ended_broken:
+        return broken, "the first non-finite step that a lower loss scale cannot mend"
+    if skipped:
+        return skipped, "the first step that was skipped, or whose loss is not finite"
+    return last, "the last step" if last else "the first step: there are no rows"
+
+
+def _is_bad(row: StepRecord) -> bool:
+    return not row.applied or not math.isfinite(row.loss)
+
+
+def _may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
+    """Whether a dynamic scale was still to fall, which may keep the gradients finite."""
+    falls = isinstance(loss_scale, DynamicScale) and not at_floor(
+        loss_scale, row.scale, row.step - 1
+    )
+    return falls and math.isfinite(row.loss)
+
+
+def _replayed(
+    run: RunDirectory,
+    recipe: Recipe,
+    row: StepRecord | None,
+    why: str,
+    tell: Callable[[str], None],
+) -> Replay:
+    step, plan = row.step if row else 1, run.plan()
+    check_device(plan)
+    with settings(recipe, plan):
+        tell(f"loading {plan.data_source}")
+        stage = Stage(recipe, plan)
+        start, again = stage.bring_to(run, step, tell)
+        seen = _run_once(stage, step)
+        tell(f"comparing step {step:,} with bf16 and fp32")
+        with _deterministic_kernels():
+            tape = RandomTape()
+            own = seen.follow_again(stage, seen.scale, tape)
+            nondeterministic = differing(
+                stage.model, own, seen.follow_again(stage, seen.scale, RandomTape())
+            )
+            shadows = {}
+            if seen.scale != 1:
+                shadows["unscaled"] = seen.follow_again(stage, 1.0, RandomTape(tape.draws))
+            stage.give_exact_weights()
+            tapes = [RandomTape(tape.draws), RandomTape(tape.draws)]
+            shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0])
+            try:
+                shadows["bf16"] = seen.follow_shadow(stage, "bf16", tapes[1])
+            except RuntimeError as error:
+                if "not implemented for" not in str(error):
+                    raise
+                tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
+    recorded = row.loss if row else None
+    return Replay(
+        step=step,
+        attempt=run.attempt,
+        why=why,
+        checkpoint=start.checkpoint.step if start.checkpoint else None,
+        steps_again=again,
+        mode=recipe.precision.mode,
+        scale=seen.scale,
+        loss=seen.loss,
+        recorded_loss=recorded,
+        reproduced=None if recorded is None else str(recorded) == str(seen.loss),
+        finite=seen.finite,
+        micro_batch=seen.number,
+        micro_batches=seen.micro_batches,
+        origin=seen.origin,
+        shadow_losses={"run": own.loss, **{name: one.loss for name, one in shadows.items()}},
+        shadow_origins={name: one.origin for name, one in shadows.items()},
+        parting=parting(compared(stage.model, own, shadows["fp32"])),
+        nondeterministic=tuple(nondeterministic),
+        same_random_numbers=all(given.matched for given in tapes),
+        modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A step as the engine ran it, but for the update, and its micro-batch to look at closely.
+
+    That is the first one with a non-finite value, or else the first one.
+    """
+
+    loss: float
+    scale: float
+    finite: bool  # the gradients of the whole step
+    origin: NonFiniteOrigin | None
+    micro_batch: Batch
+    number: int
+    micro_batches: int
+    total_weight: int
+    moment: Moment
+
+    def follow_again(self, stage: Stage, scale: float, tape: RandomTape) -> Pass:
+        """The micro-batch in the run's own precision."""
+        return self._follow(stage, stage.model, scale, stage.engine.autocast, tape)
+
+    def follow_shadow(self, stage: Stage, mode: Mode, tape: RandomTape) -> Pass:
+        """The micro-batch in another precision; fp32 before others, which convert the model."""
+        precision = stage.recipe.precision.model_copy(update={"mode": mode})
+        meaning, device = numerics(mode), stage.device
+        convert(stage.exact, meaning, device, stage.plan.fp32_modules)
+        with settings(stage.recipe.model_copy(update={"precision": precision}), stage.plan):
+            region = autocast(meaning, device)
+            return self._follow(stage, stage.exact, 1.0, region, tape)
+
+    def _follow(
+        self,
+        stage: Stage,
+        model: nn.Module,
+        scale: float,
+        region: contextlib.AbstractContextManager[object],
+        tape: RandomTape,
+    ) -> Pass:
+        self.moment.give(model)
+        batch, weight = self.micro_batch, self.total_weight
+        return follow(model, stage.loss, batch, weight, scale, region, tape)
+
+
+def _run_once(stage: Stage, step: int) -> _Seen:
+    """The step as the run ran it; what was compiled runs operation by operation."""
+    engine, model = stage.engine, stage.model
+    engine.compile, model._compiled_call_impl = False, None
+    scale = float(engine.scaler.scale)
+    batch = stage.batch(step)
+    parts = stage.micro_batches(batch)
+    moments: list[Moment] = []
+    losses, origin, chosen = [], None, 0
+    for number, part in enumerate(parts):
+        moment = Moment(model, stage.device)
+        with ModuleTrace(model) as trace:
+
+            def watched(model: nn.Module, part: Batch) -> tuple[Tensor, int]:
+                loss, weight = stage.loss(model, part)
+                trace.watch(loss)
+                return loss, weight
+
+            last = number + 1 == len(parts)
+            losses.append(engine.accumulate(watched, part, batch.weight, last=last))
+        found = with_batch(trace.origin, part) or in_sums(engine)
+        if not moments or (found and not origin):
+            moments, chosen, origin = [moment], number, found
+    finite = in_sums(engine) is None
+    for tensor in (*engine.masters, *engine.parameters):
+        tensor.grad = None
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return _Seen(
+        loss=float(loss),
+        scale=scale,
+        finite=finite,
+        origin=origin,
+        micro_batch=parts[chosen],
+        number=chosen,
+        micro_batches=len(parts),
+        total_weight=batch.weight,
+        moment=moments[0],
+    )
+
+
+def with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
+    """A loss that is not finite because its targets are not has a bad batch."""
+    floating = [t for t in batch.tensors.values() if t.is_floating_point()]
+    if origin and (origin.module, origin.phase) == (LOSS, "forward") and first_defect(floating):
+        return origin.model_copy(update={"phase": "input"})
+    return origin
+
+
+def in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
+    """The last parameter whose gradients, each finite, add up to something that is not."""
+    for name, master in reversed(list(zip(engine.names, engine.masters, strict=True))):
+        if master.grad is not None and (value := first_defect([master.grad], masks=False)):
+            return NonFiniteOrigin(
+                module=name.rpartition(".")[0],
+                phase="backward",
+                value=value,
+                operation="sum of micro-batches",
+            )
+    return None
+
+
+@contextlib.contextmanager
+def _deterministic_kernels() -> Iterator[None]:
+    """Where there are any."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that have no other
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)

@@ -1,0 +1,154 @@
+"""A run's model, data and engine, brought to where a step of it began."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from mpcli import checkpoint
+from mpcli.checkpoint import Checkpoint
+from mpcli.data.batch import Batch
+from mpcli.engines.local import LocalEngine
+from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import Plan, TrainingState
+from mpcli.rundir import RunDirectory
+from mpcli.tasks import apply_activation_checkpointing, task_of
+
+
+class Start(NamedTuple):
+    """A state to go on from: that of a checkpoint (None: fresh weights), after so many steps."""
+
+    attempted: int
+    checkpoint: Checkpoint | None
+
+
+class Stage:
+    """What a run trains with, made as the trainer makes it; `trainer.settings` surround it.
+
+    Attributes:
+        model: which the engine has converted.
+        exact: another one in fp32, with all else that the task and the recipe give it.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        self.recipe, self.plan = recipe, plan
+        self.device = torch.device(plan.device)
+        task, options = task_of(recipe.task), recipe.task
+        self.data = task.load_data(options, recipe.data)
+        self.data.prepare(self.device)
+        torch.manual_seed(recipe.train.seed)
+        self.model = task.build_model(options, self.data.info).to(self.device)
+        if recipe.engine.activation_checkpointing:
+            apply_activation_checkpointing(self.model)
+        self.exact = copy.deepcopy(self.model)
+        self.engine = LocalEngine(recipe, self.model, self.device, plan.steps, plan.fp32_modules)
+        self.loss = functools.partial(task.loss, options)
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of an attempted step, from 1."""
+        train = self.recipe.train
+        return self.data.train_batch(train.seed, step - 1, train.global_batch_size)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """As the run cut them."""
+        return batch.split(self.plan.micro_batch_size)
+
+    def bring_to(
+        self, run: RunDirectory, step: int, tell: Callable[[str], None]
+    ) -> tuple[Start, int]:
+        """Get the state in which an attempted step began.
+
+        From the nearest checkpoint that can be used the steps before it are run again, and go back
+        where the run did (`rollbacks.jsonl`).
+
+        Returns:
+            the state that was gone on from, and how many steps were run again.
+        """
+        rows = run.rollbacks()
+        backs = {row.step: row.checkpoint for row in rows if row.step < step}
+        start = next(s for s in _starts(run, step, backs) if self._can_restore(s, tell))
+        backs = {end: to for end, to in backs.items() if end > start.attempted}
+        seen: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        again = step - 1 - start.attempted
+        if again:
+            name = start.checkpoint.path.name if start.checkpoint else "the beginning"
+            steps = (
+                f"step {step - 1:,}" if again == 1 else f"steps {step - again:,} to {step - 1:,}"
+            )
+            tell(f"running {steps} again, from {name}")
+        for attempted in range(start.attempted, step):
+            if attempted > start.attempted:
+                self._run(attempted)
+            if attempted in backs:
+                tensors, state = seen[backs[attempted]]
+                self.engine.restore(tensors, state | {"attempted": attempted})
+            if attempted in backs.values():
+                tensors, state = self.engine.checkpoint()
+                seen[attempted] = {name: t.clone() for name, t in tensors.items()}, state
+        return start, again
+
+    def _run(self, step: int) -> None:
+        batch = self.batch(step)
+        for number, part in enumerate(self.micro_batches(batch), 1):
+            last = number == self.plan.accumulation
+            self.engine.accumulate(self.loss, part, batch.weight, last=last)
+        self.engine.step()
+
+    def _can_restore(self, start: Start, tell: Callable[[str], None]) -> bool:
+        if start.checkpoint is None:
+            return True
+        try:
+            tensors, found = checkpoint.load(start.checkpoint)
+            state = TrainingState.model_validate(found)
+            self.engine.restore(tensors, state.engine | {"attempted": start.attempted})
+        except (UserError, ValidationError) as error:
+            why = error.problems[0].what if isinstance(error, UserError) else "no state of a run"
+            tell(f"{start.checkpoint.path.name} is passed over: {why}")
+            return False
+        return True
+
+    @torch.no_grad()
+    def give_exact_weights(self) -> None:
+        """Bring `exact` to the weights as the run keeps them: its masters, if it has any."""
+        weights = self.engine.weights()
+        for name, parameter in self.exact.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _starts(run: RunDirectory, step: int, backs: dict[int, int]) -> list[Start]:
+    """States to begin a step from, the nearest first; the last one always can be.
+
+    Args:
+        backs: steps after which the run went back, and the steps of the checkpoints it went to.
+    """
+    found = {saved.step: saved for saved in checkpoint.completed(run.checkpoints_path)}
+    starts = [Start(saved.step, saved) for saved in found.values() if saved.step < step]
+    starts += [Start(end, found[to]) for end, to in backs.items() if to in found]
+    starts.sort(key=lambda start: start.attempted, reverse=True)
+    return [
+        start
+        for start in [*starts, Start(0, None)]
+        # What the run went back to later has to come by.
+        if all(to >= start.attempted for end, to in backs.items() if end > start.attempted)
+    ]
+
+
+def check_device(plan: Plan) -> None:
+    """Check that the run's device is here.
+
+    Raises:
+        UserError: exit 3.
+    """
+    if plan.device.startswith("cuda") and not torch.cuda.is_available():
+        raise user_error(
+            f"the run was on {plan.device}, and there is no GPU here: its steps would be others",
+            "copy the run directory to a machine with a GPU",
+            exit_code=Exit.ENVIRONMENT,
+        )

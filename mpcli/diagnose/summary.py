@@ -1,0 +1,44 @@
+"""The evidence in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpcli.diagnose.facts import Facts
+from mpcli.records import Replay
+
+
+def verdict(evidence: Facts, replay: Replay | None = None) -> str:
+    """What was found, in a sentence: facts, not causes."""
+    facts = [*_facts(evidence), *(_replayed(replay) if replay else ())]
+    return "; ".join(facts) or "it holds no numbers"
+
+
+def _replayed(replay: Replay) -> Iterator[str]:
+    if origin := replay.origin:
+        place = f"{origin.module or 'the model'}, {origin.phase}"
+        yield f"step {replay.step} again: {origin.value} made in {place}"
+    elif parting := replay.parting:
+        place = f"{parting.module or 'the model'}, {parting.phase}"
+        yield f"step {replay.step} again: parts from fp32 in {place}"
+    else:
+        yield f"step {replay.step} again: close to fp32 in every module"
+
+
+def _facts(evidence: Facts) -> Iterator[str]:
+    if run := evidence.run:
+        if run.result:
+            yield run.result.status
+        yield f"{run.skipped} of {run.steps} steps skipped"
+        if row := run.first_nonfinite:
+            yield f"{run.nonfinite_losses} losses not finite, the first at step {row.step}"
+    if evidence.trainer and (logged := evidence.trainer.first_nonfinite):
+        yield f"loss or gradient norm is not finite, first logged at step {logged.step}"
+    if evidence.weights:
+        yield f"weights: {evidence.weights.verdict}"
+    if evidence.optimizer:
+        states = [state for state in evidence.optimizer.states if state.nonfinite]
+        found = [f"NaN or infinity in `{state.key}` of {len(state.nonfinite)}" for state in states]
+        yield f"optimizer: {', '.join(found) or 'all of its state is finite'}"
+    if evidence.scaler:
+        yield f"loss scale: {evidence.scaler.scale:g}"

@@ -1,0 +1,266 @@
+"""`mptrain diagnose`: tables and JSON of the evidence in one place."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from mpcli.cli import console
+from mpcli.cli.app import main
+from mpcli.recipe.errors import Exit
+from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin, ShadowComparison, StepRecord
+from mpcli.rundir import RunDirectory
+from tests.small import run_small
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunDirectory:
+    """A finished run of four steps, with rows of a probe."""
+    run, _ = run_small(tmp_path_factory.mktemp("run"), "precision.mode=bf16")
+    return run
+
+
+def layer(step: int, name: str, **changed: object) -> LayerRecord:
+    return LayerRecord.model_validate({
+        "step": step, "attempt": 1, "module": name, "tensor": "output", "name": name,
+        "dtype": "fp16", "scale": 1.0, "elements": 10, "sampled": 10, "max": 1.0, "rms": 1.0,
+        "zeros": 0.25, "nan": 0, "inf": 0, "at_least_65520": 0.0, "subnormal": 0.5,
+        "would_flush": None, "lowest_exponent": -1, "exponents": (10,),
+        "lowest_unscaled_exponent": -1.0, **changed,
+    })  # fmt: skip
+
+
+def step(number: int, **changed: object) -> StepRecord:
+    return StepRecord.model_validate({
+        "step": number, "attempt": 1, "loss": 0.5, "lr": 0.1, "grad_norm": 1.0, "scale": 8.0,
+        "applied": True, "samples_per_second": 1.0, "memory_allocated_bytes": 1,
+        "memory_peak_bytes": 1, **changed,
+    })  # fmt: skip
+
+
+def test_the_json_has_the_shape_of_the_contract(mptrain, run):
+    outcome = mptrain("diagnose", run.path, "--json")
+    assert outcome.code == 0
+    found = outcome.json
+    assert list(found)[:3] == ["verdict", "findings", "margins"]
+    assert (found["findings"], found["margins"]) == ([], {})
+    assert (found["status"], found["exit_code"]) == ("done", 0)
+    assert found["verdict"] == (
+        "done; 0 of 4 steps skipped; weights: fits fp16; "
+        "optimizer: all of its state is finite; loss scale: 1"
+    )
+    evidence = found["evidence"]
+    assert evidence["kind"] == "run"
+    assert [row["step"] for row in evidence["run"]["last"]] == [1, 2, 3, 4]
+    assert evidence["run"]["types"]["head"]["computed"] == "bf16"
+    assert evidence["weights_from"] == str(run.path / "checkpoints" / "step-4")
+    assert {state["key"] for state in evidence["optimizer"]["states"]} == {"momentum_buffer"}
+
+
+def test_the_tables_show_what_tells_most(mptrain, run):
+    outcome = mptrain("diagnose", run.path)
+    assert outcome.code == 0
+    for title in ("Run", "Last steps", "Types in the first step", "Weights", "Layers in fp16",
+                  "Optimizer's state", "Loss scale"):  # fmt: skip
+        assert f"{title}\n" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith(f"{run.path}: done; 0 of 4 steps skipped; ")
+
+
+def test_without_a_path_it_is_the_newest_run(mptrain, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mptrain("diagnose").code == Exit.USAGE
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "latest").symlink_to(run.path)
+    assert mptrain("diagnose", "--json").json["evidence"]["run"]["steps"] == 4
+
+
+def test_a_checkpoint_and_the_trained_model_of_a_run(mptrain, run):
+    checkpoint = mptrain("diagnose", run.path / "checkpoints" / "step-4", "--json").json["evidence"]
+    final = mptrain("diagnose", run.path / "final", "--json").json["evidence"]
+    assert (checkpoint["kind"], final["kind"]) == ("checkpoint", "folder")
+    for fact in ("elements", "max", "zeros", "dtypes"):
+        assert checkpoint["weights"]["total"][fact] == final["weights"]["total"][fact]
+    assert checkpoint["optimizer"] and not final["optimizer"]
+
+
+def recorded(run: RunDirectory) -> None:
+    """Rows as a recorder writes them: two sampled steps, a step that went wrong."""
+    run.append_steps([step(1), step(2, loss=math.nan, applied=False), step(3, scale=4.0)])
+    run.append_layers([layer(1, "old")])
+    shadow = ShadowComparison(flushed=0.57, overflowed=0.0, error=0.5)
+    rows = [layer(2, f"layer.{number}") for number in range(30)]
+    run.append_layers([*rows, layer(2, "bad", nan=3), layer(2, "flushed", shadow=shadow)])
+    flight = run.flights_path / "step-2"
+    flight.mkdir(parents=True)
+    origin = NonFiniteOrigin(module="encoder.3", phase="backward", value="inf")
+    about = FlightRecord(step=2, attempt=1, loss=math.nan, grad_norm=math.inf, scale=8.0,
+                         applied=False, batch="stored", origin=origin)  # fmt: skip
+    (flight / "flight.json").write_text(about.to_json())
+
+
+@pytest.fixture
+def foreign(tmp_path) -> RunDirectory:
+    """A run of somebody's own loop."""
+    from mpcli.records import ForeignRun
+
+    about = ForeignRun(loop="pytorch", model="Net", parameters=1234, optimizer="AdamW",
+                       scaler="GradScaler", every=2)  # fmt: skip
+    run = RunDirectory.create_foreign(about, {}, tmp_path / "foreign")
+    recorded(run)
+    run.close()
+    return run
+
+
+def test_a_recorded_run_shows_where_it_went_wrong(mptrain, foreign):
+    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    table = lines[lines.index("Tensors of step 2") :]
+    assert table[1].split()[0] == "tensor"
+    assert table[2].split() == ["bad", "output", "fp16", "1", "25.00%", "50.00%", "3", "-"]
+    assert table[3].split()[0] == "flushed" and "57.00%" in table[3]
+    assert "and 12 more: `--json` has all" in table
+    assert "old" not in "\n".join(table)
+    assert any(line.split()[-2:] == ["encoder.3,", "backward"] for line in lines)
+    assert any("a pytorch loop, every 2 steps sampled" in line for line in lines)
+    assert lines[-1].endswith("1 of 3 steps skipped; 1 losses not finite, the first at step 2")
+
+
+def test_a_recorded_run_is_whole_in_json(mptrain, foreign):
+    found = mptrain("diagnose", foreign.path, "--json").json["evidence"]["run"]
+    assert len(found["sampled"]) == 32
+    assert found["last"][1]["loss"] == "nan"
+    assert (found["steps"], found["skipped"], found["nonfinite_losses"]) == (3, 1, 1)
+    assert found["flights"][0]["origin"]["module"] == "encoder.3"
+    assert found["foreign"]["model"] == "Net"
+    assert found["result"] is None
+
+
+def test_of_a_long_run_the_last_steps_are_kept(mptrain, foreign):
+    run = RunDirectory(foreign.path)
+    run.append_steps([step(number) for number in range(4, 2000)])
+    run.close()
+    with (foreign.path / "steps.jsonl").open("ab") as file:
+        file.write(b'{"step": 2000, "torn')
+    found = mptrain("diagnose", foreign.path, "--json").json["evidence"]["run"]
+    assert found["steps"] == 1999
+    assert [row["step"] for row in found["last"]] == list(range(1990, 2000))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(mptrain, tmp_path):
+    run, _ = run_small(tmp_path, "output.checkpoint_every=2 steps")
+    (run.path / "checkpoints" / "step-4" / "state.json").write_text("x")
+    found = mptrain("diagnose", run.path, "--json").json["evidence"]
+    assert found["weights_from"].endswith("step-2")
+    assert [left["file"] for left in found["not_read"]] == ["checkpoints/step-4"]
+
+
+def test_a_run_whose_weights_are_all_damaged_exits_4(mptrain, tmp_path):
+    run, _ = run_small(tmp_path, "output.checkpoint_every=4 steps")
+    for path in run.path.glob("checkpoints/*/state.json"):
+        path.write_text("x")
+    (run.path / "final" / "model.safetensors").write_bytes(b"x")
+    outcome = mptrain("diagnose", run.path, "--json")
+    assert outcome.code == outcome.json["exit_code"] == Exit.CHECKPOINT
+    assert outcome.json["status"] == "failed"
+
+
+def test_reading_a_run_leaves_it_as_it_was(mptrain, run):
+    def listing() -> list[tuple[str, int, int]]:
+        paths = sorted(run.path.rglob("*"))
+        return [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in paths]
+
+    before = listing()
+    mptrain("diagnose", run.path)
+    assert listing() == before
+
+
+def test_it_exits_0_whatever_it_finds(mptrain, tmp_path):
+    weights = {"a.w": torch.tensor([math.nan, math.inf, 1e30])}
+    safetensors.torch.save_file(weights, tmp_path / "x.safetensors")
+    outcome = mptrain("diagnose", tmp_path / "x.safetensors", "--json")
+    assert outcome.code == 0
+    assert outcome.json["verdict"] == ("weights: NaN or infinity in these layers: [a]; needs bf16")
+    assert json.dumps(outcome.json, allow_nan=False)
+
+
+def test_a_file_without_floats_has_no_verdict(mptrain, tmp_path):
+    safetensors.torch.save_file({"n": torch.arange(3)}, tmp_path / "x.safetensors")
+    outcome = mptrain("diagnose", tmp_path / "x.safetensors")
+    assert outcome.code == 0
+    assert outcome.out.endswith("x.safetensors: weights: no floating-point values\n")
+
+
+def test_an_evil_file_ends_in_one_line(mptrain, tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    outcome = mptrain("diagnose", tmp_path / "x.bin")
+    assert outcome.code == Exit.CHECKPOINT
+    assert "Traceback" not in outcome.err
+    assert "x.bin: cannot be read: it asks for `os.system`" in outcome.err
+
+
+def test_names_that_would_move_the_cursor_are_escaped(mptrain, tmp_path):
+    torch.save({"\x1b[31mred\n": torch.tensor([1e9, 1.0])}, tmp_path / "x.pt")
+    outcome = mptrain("diagnose", tmp_path / "x.pt")
+    assert outcome.code == 0
+    assert "\x1b" not in outcome.out
+    assert "\\x1b[31mred" in outcome.out
+
+
+def test_on_a_narrow_terminal_no_name_is_cut(foreign, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(console.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    assert main(["diagnose", str(foreign.path)]) == 0
+    lines = terminal.getvalue().splitlines()
+    assert (
+        "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, not finite 3"
+        in lines[lines.index("Tensors of step 2") + 1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--plugin", "x.py"], "only a replay runs code"),
+        (["--replay"], "--replay"),
+    ],
+)
+def test_a_replay_needs_a_run_of_ours(mptrain, foreign, options, said):
+    outcome = mptrain("diagnose", foreign.path, *options)
+    assert outcome.code == Exit.USAGE
+    assert said in outcome.err
+
+
+def test_a_replay_names_the_module_in_words_and_in_json(mptrain, tmp_path):
+    scale = "precision.loss_scale={kind: dynamic, init_scale: 16777216}"
+    run, _ = run_small(tmp_path, "precision.mode=fp16", scale, "train.steps=2")
+    outcome = mptrain("diagnose", run.path, "--replay", "--json")
+    assert outcome.code == 0
+    replayed = outcome.json["evidence"]["replay"]
+    assert replayed["step"] == 1
+    assert replayed["origin"]["phase"] == "backward"
+    assert "; step 1 again: inf made in " in outcome.json["verdict"]
+    text = mptrain("diagnose", run.path, "--replay")
+    assert "Step 1 again\n" in text.out
+    assert "Beside fp32\n" in text.out
+    assert text.out.splitlines()[-1].endswith(outcome.json["verdict"])
+    assert "comparing step 1" in text.err
+
+
+def test_a_replay_of_a_checkpoint_is_a_mistake(mptrain, run):
+    outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4", "--replay")
+    assert outcome.code == Exit.USAGE
+    assert "not a run" in outcome.err
