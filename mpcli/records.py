@@ -293,6 +293,7 @@ class Replay(Record):
     version: int = SCHEMA_VERSION
     step: int
     attempt: int
+    rank: int = 0
     why: str = Field(description="that this step was chosen")
     checkpoint: int | None = Field(description="step of the state that was gone on from, or null")
     steps_again: int = Field(description="run before it, without a shadow")
@@ -300,7 +301,10 @@ class Replay(Record):
     scale: float
     loss: float
     recorded_loss: float | None = Field(description="of `steps.jsonl`")
-    reproduced: bool | None = Field(description="both losses are the same fp32 number")
+    reproduced: bool | None = Field(
+        description="both losses are the same fp32 number; null without a recorded one, and where "
+        "the run was compiled: it is followed as it was before that"
+    )
     finite: bool = Field(description="all gradients of the step, in the run's precision")
     micro_batch: int = Field(description="the one that was compared, from 0")
     micro_batches: int

@@ -182,16 +182,11 @@ def parting(calls: dict[Call, ComparedCall]) -> Parting | None:
     if whole and _error(whole.gradients) > PARTED:
         error = _error(whole.gradients)
         return Parting(module=LOSS, call=0, phase="backward", error=error)
-    parted = {
-        place: max(_error(call.input_gradients), _error(call.parameters))
-        for place, call in reversed(calls.items())
-        if call.gradients
-    }
-    parted = {
-        place: error
-        for place, error in parted.items()
-        if error > PARTED >= _error(calls[place].gradients)
-    }
+    parted: dict[Call, float] = {}
+    for place, call in reversed(calls.items()):
+        error = max(_error(call.input_gradients), _error(call.parameters))
+        if call.gradients and error > PARTED >= _error(call.gradients):
+            parted[place] = error
     for (name, number), error in parted.items():
         if not any(other != name and is_inside(other, name) for other, _ in parted):
             return Parting(module=name, call=number, phase="backward", error=error)
@@ -202,7 +197,7 @@ def differing(model: nn.Module, one: Pass, two: Pass) -> list[str]:
     """Modules whose outputs, gradients of outputs or own parameters' gradients differ in a bit."""
     names = []
     for call, kept in one.kept.items():
-        other = two.kept[call]
+        other = two.kept.get(call, Kept([], []))
         pairs = [
             (_numbered(kept.outputs), _numbered(other.outputs)),
             (kept.gradients, other.gradients),

@@ -23,12 +23,12 @@ from mpcli.precision.numerics import autocast, numerics
 from mpcli.precision.observe import LOSS
 from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import ModuleTrace, first_defect
-from mpcli.recipe.errors import UserError, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
 from mpcli.recipe.precision import DynamicScale, LossScale, Mode
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import NonFiniteOrigin, Replay, StepRecord
+from mpcli.records import NonFiniteOrigin, Plan, Replay, StepRecord
 from mpcli.rundir import RunDirectory
 from mpcli.trainer import settings
 
@@ -57,7 +57,7 @@ def replay(
 
     Raises:
         UserError: exit 2, the run is not ours or has no such step; 3, the run's device or data
-            are missing, or memory; besides what a plug-in raises.
+            are missing, or memory; 4, its plan cannot be read; besides what a plug-in raises.
     """
     run.refuse_foreign("--replay ")
     recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
@@ -122,7 +122,7 @@ def _replayed(
     why: str,
     tell: Callable[[str], None],
 ) -> Replay:
-    step, plan = row.step if row else 1, run.plan()
+    step, plan = row.step if row else 1, _plan(run)
     check_device(plan)
     with settings(recipe, plan):
         tell(f"loading {plan.data_source}")
@@ -149,6 +149,7 @@ def _replayed(
                     raise
                 tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
     recorded = row.loss if row else None
+    uncomparable = recorded is None or recipe.engine.compile
     return Replay(
         step=step,
         attempt=run.attempt,
@@ -159,7 +160,7 @@ def _replayed(
         scale=seen.scale,
         loss=seen.loss,
         recorded_loss=recorded,
-        reproduced=None if recorded is None else str(recorded) == str(seen.loss),
+        reproduced=None if uncomparable else str(recorded) == str(seen.loss),
         finite=seen.finite,
         micro_batch=seen.number,
         micro_batches=seen.micro_batches,
@@ -171,6 +172,17 @@ def _replayed(
         same_random_numbers=all(given.matched for given in tapes),
         modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),
     )
+
+
+def _plan(run: RunDirectory) -> Plan:
+    try:
+        return run.plan()
+    except (OSError, ValueError) as error:
+        raise user_error(
+            f"the plan of attempt {run.attempt} cannot be read",
+            "restore it from a copy of the run",
+            exit_code=Exit.CHECKPOINT,
+        ) from error
 
 
 @dataclass(frozen=True)

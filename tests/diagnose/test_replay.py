@@ -242,6 +242,18 @@ def test_only_steps_of_the_run_can_be_asked_for(tmp_path: Path) -> None:
     assert error.value.problems[0].hint == "there are the steps 1 to 3"
 
 
+@pytest.mark.parametrize("text", [None, "{", "\udcff"])
+def test_a_plan_that_cannot_be_read_is_the_users_matter(tmp_path: Path, text: str | None) -> None:
+    run, _ = run_small(tmp_path, *SHORT)
+    plan = run.attempt_path / "plan.json"
+    plan.unlink()
+    if text is not None:
+        plan.write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError) as error:
+        replayed(run)
+    assert error.value.exit_code == 4
+
+
 def test_a_loop_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     about = ForeignRun(
         loop="pytorch", model="M", parameters=1, optimizer="SGD", scaler=None, every=1
