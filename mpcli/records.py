@@ -317,7 +317,9 @@ class LoopEvent(Record):
     output: str | None = Field(default=None, description="types of what a forward returned")
     loss: float | None = Field(default=None, description="of a backward, not scaled")
     scale: float | None = None
-    norm: float | None = Field(default=None, description="of the gradients, as the event found them")
+    norm: float | None = Field(
+        default=None, description="of the gradients, as the event found them"
+    )
     limit: float | None = Field(default=None, description="that gradients were clipped to")
 
 

@@ -13,18 +13,18 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
 
+from mpcli.precision.probe import MAX_CALLS, parameter_key, probed_modules
 from mpcli.precision.statistics import Key, Samples, sampled
 
 logger = logging.getLogger(__name__)
-
-MAX_CALLS = 4
-"""Of a module in one step, that get rows of their own; further micro-batches tell little new."""
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
 _CASTS = ("ToCopyBackward0", "ToBackward0")  # autocast makes one of a weight, for all of its uses
@@ -34,12 +34,12 @@ class LocalShadows:
     """Adds activations and their gradients to the samples of a step, each beside its shadow.
 
     Shadows have the modules of `torch.nn` without children and without random numbers, whose
-    output is one tensor, where anything is not fp32. Those of parameters' gradients are kept in
-    `of_gradients`, for whoever adds the gradients once they are whole.
+    output is one tensor, where anything is not fp32. Those of parameters' gradients are added up,
+    for whoever adds the gradients once they are whole.
 
     Args:
         samples: begun with `shadows`.
-        shadows: where the samples find the shadows.
+        shadows: where the samples find the shadows of gradients.
         scale: that the loss is multiplied by; None where it is not.
     """
 
@@ -50,23 +50,15 @@ class LocalShadows:
         shadows: dict[Key, Tensor],
         scale: Tensor | float | None,
     ) -> None:
-        self._names = {
-            module: name
-            for name, module in model.named_modules()
-            if not any(True for _ in module.children()) or module._parameters
-        }
+        self._names = {module: name for name, module in probed_modules(model).items()}
+        self._keys = {id(p): parameter_key(name, "grad") for name, p in model.named_parameters()}
         self._samples, self._shadows = samples, shadows
         self._scaled = scale is not None
         self._scale = torch.as_tensor(1.0 if scale is None else scale).clone()
-        self._keys: dict[int, Key] = {}  # of parameters, by id
-        self._is_shadowed: Counter[int] = Counter()
+        self._is_shadowed: Counter[int] = Counter()  # by id of the parameter
         self._uses: Counter[int] = Counter()
         self._calls: Counter[nn.Module] = Counter()
         self._entered = False
-        for module, name in self._names.items():
-            for own, parameter in module.named_parameters(recurse=False):
-                full = f"{name}.{own}" if name else own
-                self._keys.setdefault(id(parameter), Key(name, "grad", full))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,15 +76,16 @@ class LocalShadows:
                 handle.remove()
 
     def before_backward(self, roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Before the first backward: what gradients hold already, they will hold in the end."""
-        for parameter in parameters:
-            key = self._keys.get(id(parameter))
-            if key and parameter.grad is not None and not parameter.grad.is_sparse:
-                self._shadows[key] = sampled(parameter.grad.detach()) / self._on(parameter)
-        self.count_uses(roots)
+        """Before each backward: note how its graph uses parameters, and what they have already.
 
-    def count_uses(self, roots: Sequence[Tensor]) -> None:
-        """Before each backward: a gradient has a shadow if no use of its parameter lacks one."""
+        Args:
+            roots: that the backward begins at.
+        """
+        if not self._uses:
+            for parameter in parameters:
+                key = self._keys.get(id(parameter))
+                if key and parameter.grad is not None and not parameter.grad.is_sparse:
+                    self._shadows[key] = sampled(parameter.grad.detach()) / self._on(parameter)
         self._uses += _uses([root.grad_fn for root in roots if root.grad_fn is not None])
 
     def keep_whole(self) -> None:
@@ -102,39 +95,37 @@ class LocalShadows:
                 self._shadows.pop(key, None)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._entered or torch._C._current_graph_task_id() != -1:
+        if not self._entered or not torch.is_grad_enabled():
             return
-        output = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+        if torch._C._current_graph_task_id() != -1:  # computed again, in backward
             return
         name, call = self._names[module], self._calls[module]
         self._calls[module] += 1
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         shadowed = not kwargs and _can_be_shadowed(module, args, output)
-        if call < MAX_CALLS:
-            key = Key(name, "output", name, call)
-            shadow = _forward(module, args) if shadowed else None
-            self._samples.add(output, key, shadow=shadow)
-        if output.requires_grad and (shadowed or call < MAX_CALLS):
-            hook = self._gradient_hook(module, args if shadowed else None, call)
-            output.register_hook(hook)
+        for number, tensor in enumerate(filter(torch.is_floating_point, tensors)):
+            key = Key(name, "output", name if number == 0 else f"{name}[{number}]", call)
+            if call < MAX_CALLS:
+                shadow = _forward(module, args) if shadowed else None
+                self._samples.add(tensor, key, shadow=shadow)
+            if tensor.requires_grad and (shadowed or call < MAX_CALLS):
+                tensor.register_hook(self._of_gradient(module, args if shadowed else None, key))
 
-    def _gradient_hook(
-        self, module: nn.Module, args: tuple[Any, ...] | None, call: int
+    def _of_gradient(
+        self, module: nn.Module, args: tuple[Any, ...] | None, output: Key
     ) -> Callable[[Tensor], None]:
-        versions = [arg._version for arg in args or () if isinstance(arg, Tensor)]
-        name = self._names[module]
+        versions = _versions(args)
 
-        def hook(gradient: Tensor) -> None:
+        def look(gradient: Tensor) -> None:
             if not self._entered:
                 return
-            if call < MAX_CALLS:
-                key = Key(name, "grad_output", name, call)
+            if output.call < MAX_CALLS:
+                key = replace(output, kind="grad_output")
                 self._samples.add(gradient, key, scaled=self._scaled)
-            now = [arg._version for arg in args or () if isinstance(arg, Tensor)]
-            if args is not None and now == versions:
+            if args is not None and _versions(args) == versions:  # nobody wrote to them since
                 self._add_gradients(module, args, gradient)
 
-        return hook
+        return look
 
     def _add_gradients(self, module: nn.Module, args: tuple[Any, ...], gradient: Tensor) -> None:
         own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -153,8 +144,10 @@ class LocalShadows:
         return self._scale.to(tensor.device, torch.float32)
 
 
-def _can_be_shadowed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
+def _can_be_shadowed(module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
     if not type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    if not isinstance(output, Tensor):
         return False
     if isinstance(module, (*_RANDOM, nn.SyncBatchNorm)) or getattr(module, "inplace", False):
         return False
@@ -177,6 +170,10 @@ def _copied(module: nn.Module) -> nn.Module:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             twin.__dict__[name] = type(value)()
     return twin
+
+
+def _versions(args: tuple[Any, ...] | None) -> list[int]:
+    return [arg._version for arg in args or () if isinstance(arg, Tensor)]
 
 
 def _in_fp32(value: Any) -> Any:

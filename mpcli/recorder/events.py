@@ -44,6 +44,7 @@ class StepEvents:
         stepped_optimizer: whether the optimizer's step ran; `fused_skip` whether it decides inside
             that a step with gradients that are not finite is left out.
         autocast: what forwards ran in: `fp16`, `bf16`, `off`.
+        paused: nothing is noted: what runs is not the loop's.
         losses: of every backward, without the scale; after `read`.
         norm: of the gradients, before clipping and without the scale; after `read`.
         scale: of the loss; 1 without a scaler; after `read`.
@@ -65,6 +66,7 @@ class StepEvents:
         self.has_gradients = False  # of this step
         self.stepped_optimizer = False
         self.fused_skip = False
+        self.paused = False
         self.autocast: set[str] = set()
         self.losses: list[float] = []
         self.norm = 0.0
@@ -73,7 +75,7 @@ class StepEvents:
         self.before_change: Callable[[], None] = _nothing
         self.before_update: Callable[[], None] = _nothing
         self._model, self._optimizer = model, optimizer
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self._parameters, self._stepped = parameters, stepped
         self._watch_modules = watch_modules
         self._forward_autocast: set[str] = set()
@@ -155,11 +157,11 @@ class StepEvents:
         self._numbers, self._losses, self._norm = [], [], None
 
     def _see_autocast(self, module: nn.Module, args: Any) -> None:
-        if not in_backward():
+        if not self.paused and not in_backward():
             self._forward_autocast.add(_autocast_type(self._parameters[0].device.type))
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or in_backward():
+        if self.paused or not torch.is_grad_enabled() or in_backward():
             return
         autocast = "+".join(sorted(self._forward_autocast)) or None
         self.autocast |= self._forward_autocast
@@ -178,6 +180,8 @@ class StepEvents:
     def _backward(
         self, original: Any, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        if self.paused:
+            return original(tensors, grad_tensors, *args, **kwargs)
         self._notice_changes()
         if not self.has_gradients:
             self._notice_stale()
@@ -352,7 +356,9 @@ def _called_first(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     for child in model.children():
-        found += _called_first(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+        found += (
+            _called_first(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+        )
     return found or [model]
 
 

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -137,7 +138,7 @@ class _Gradients(torch.autograd.Function):
         return torch.zeros((), device=outputs[0].device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.gradients
 
 
@@ -181,7 +182,7 @@ def _copied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
-        if hasattr(forward, "__closure__") and forward.__closure__:
+        if isinstance(forward, FunctionType) and forward.__closure__:
             raise TypeError(f"the forward of {name or 'the model'} was replaced by a closure")
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:

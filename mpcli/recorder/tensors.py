@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
         norms += torch._foreach_norm(group, 2, dtype=wide)
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    together = torch.stack([norm.to(norms[0].device) for norm in norms])
+    return cast(Tensor, torch.linalg.vector_norm(together))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
