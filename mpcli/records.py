@@ -236,7 +236,7 @@ class FlightRecord(Record):
     grad_norm: float
     scale: float
     applied: bool
-    batch: str = Field(description="`stored`, or why not")
+    batch: str = Field(default="stored", description="or why it is not")
     weights: tuple[int, ...] | None = Field(
         default=None, description="how many things the loss sums over each sample"
     )

@@ -18,7 +18,9 @@ from mpcli.data.batch import Batch
 from mpcli.data.workers import BatchQueue
 from mpcli.engines.base import Engine
 from mpcli.engines.local import LocalEngine
+from mpcli.evidence import Evidence
 from mpcli.final import write_final
+from mpcli.flight import forget_flights
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
@@ -93,6 +95,14 @@ def train(
             steps=progress.attempted,
             applied=progress.applied,
         )
+        evidence = Evidence(
+            recipe,
+            run,
+            engine,
+            data,
+            device,
+            lambda: task.build_model(options, data.info).to(device),
+        )
         board = None
         if recipe.output.tensorboard:
             board = TensorBoard(run.tensorboard_path, progress.attempted)
@@ -105,11 +115,13 @@ def train(
             reason = None
             for number, row in enumerate(rows, 1):
                 progress.add(row, recipe.precision.loss_scale)
+                evidence.add(row)
                 reason = reason or next(divergence(recipe, row, progress), None)
                 if isinstance(reason, NonFinite):
                     rows = rows[:number]  # what ran since then will be as if it never had
                     break
             run.append_steps(rows)
+            evidence.write(progress.attempted, wait=wait or reason is not None)
             display.steps(rows)
             if board:
                 with run.recording():
@@ -184,6 +196,7 @@ def train(
                 what = f"step {found.step}: {found}, and there is no checkpoint to go back to"
                 raise user_error(what, exit_code=Exit.CHECKPOINT)
             log.go_back(found.step, state.applied)
+            evidence.go_back()
             progress.go_back(state, found)
             run.append_rollback(
                 RollbackRecord(
@@ -228,17 +241,20 @@ def train(
                 finish_step(step - 1)  # saves, and leaves
                 raise
             progress.input_seconds += time.monotonic() - asked
+            micro_batches = batch.split(plan.micro_batch_size)
+            evidence.before_step(step, loss_function, micro_batches, batch.weight)
             losses = [
                 engine.accumulate(
                     loss_function, micro_batch, batch.weight, last=index == plan.accumulation
                 )
-                for index, micro_batch in enumerate(batch.split(plan.micro_batch_size), 1)
+                for index, micro_batch in enumerate(micro_batches, 1)
             ]
             if engine.observed and not compared:
                 _compare_types(plan, engine, run, progress)
                 compared = True
             outcome = engine.step()
             log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
+            evidence.after_step(step, outcome)
             try:
                 record()
                 finish_step(step)
@@ -274,11 +290,13 @@ def _go_on(
         progress.warn(problem)
     if state is None:
         run.cut(0, 0)
+        forget_flights(run, 0)
         what = "the run has no checkpoint yet: it begins again"
         progress.warn(Problem(what, severity="warning"))
         return False
     progress.restore(state)
     last_row = run.cut(state.attempted, state.evaluated)
+    forget_flights(run, state.attempted)
     logger.info("attempt %d goes on from step %d", run.attempt, state.attempted)
     if last_row < state.attempted:
         what = f"steps.jsonl has no rows of the steps {last_row + 1} to {state.attempted}"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
+from mpcli.precision.statistics import Key, Pending
 from mpcli.records import ModuleTypes
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int]]
@@ -24,11 +25,13 @@ class Outcome:
         grad_norm: global L2 norm of the unscaled gradients, before clipping.
         scale: loss scale that the step used.
         found_inf: 1 where a gradient was NaN or infinite and the step changed nothing, else 0.
+        layers: the tensors of the step, if it was sampled.
     """
 
     grad_norm: Tensor
     scale: Tensor
     found_inf: Tensor
+    layers: Pending | None = None
 
 
 class Engine(Protocol):
@@ -40,6 +43,19 @@ class Engine(Protocol):
     """
 
     observed: dict[str, ModuleTypes] | None
+
+    def sample(self, shadow: Mapping[Key, Tensor] | None = None) -> None:
+        """Look at the tensors of the coming step, which is the same for that.
+
+        Args:
+            shadow: what they would be in fp32, sampled and not scaled.
+        """
+
+    def weights(self) -> dict[str, Tensor]:
+        """The exact weights and the buffers that the next forward has, by name: no averages."""
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Of the generators that a forward draws from, by device."""
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool

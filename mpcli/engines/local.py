@@ -20,8 +20,10 @@ from mpcli.precision.clipping import clip_
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numerics
 from mpcli.precision.observe import TypesObserver, observed_types
+from mpcli.precision.probe import ActivationHooks, parameter_key
 from mpcli.precision.scaler import LossScaler
 from mpcli.precision.sensitive import last_layer
+from mpcli.precision.statistics import Key, Samples
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
@@ -104,13 +106,25 @@ class LocalEngine:
         self.compile = recipe.engine.compile
         self.observed: dict[str, ModuleTypes] | None = None
         self._observe = True
+        self.samples = Samples(device, through_fp16=meaning.compute == torch.float16)
+        self._sampling = False
+        self._hooks: ActivationHooks | None = None  # of the next micro-batch
+
+    def sample(self, shadow: Mapping[Key, Tensor] | None = None) -> None:
+        """Look at the tensors of the coming step: activations are of its first micro-batch."""
+        self._sampling = True
+        self.samples.begin(self.scaler.scale, shadow)
+        self._hooks = ActivationHooks(self.model, self.samples)
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
     ) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up as the mode says."""
         observer = TypesObserver(self.model) if self._observe else None
-        with observer or _NOTHING, self.autocast:
+        hooks, self._hooks = self._hooks, None
+        # What is compiled runs no hooks.
+        eager = torch.compiler.set_stance("force_eager") if hooks and self.compile else _NOTHING
+        with observer or _NOTHING, hooks or _NOTHING, eager, self.autocast:
             loss_sum, _ = loss_function(self.model, batch)
         # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
         loss_sum.backward(self.scaler.scale / total_weight)
@@ -139,6 +153,10 @@ class LocalEngine:
 
     def step(self) -> Outcome:
         """Unscale, check, clip, update or skip, advance loss scale and averages."""
+        sampling, self._sampling = self._sampling, False
+        if sampling:
+            self._sample_weights_and_gradients()
+            before = [master.detach().clone() for master in self.masters]
         gradients = self._gradients()
         present = [gradient for gradient in gradients if gradient is not None]
         found_inf = self.scaler.unscale_(present)
@@ -154,9 +172,24 @@ class LocalEngine:
         if self.ema:
             self._move_average(self.ema, found_inf)
 
-        outcome = Outcome(grad_norm, self.scaler.scale, found_inf)
+        layers = None
+        if sampling:
+            self._sample_updates(before, gradients)
+            layers = self.samples.finish(found_inf)
+        outcome = Outcome(grad_norm, self.scaler.scale, found_inf, layers)
         self.scaler.update(found_inf)
         return outcome
+
+    def _sample_weights_and_gradients(self) -> None:
+        for name, master in zip(self.names, self.masters, strict=True):
+            self.samples.add(master, parameter_key(name, "weight"))
+            if master.grad is not None:
+                self.samples.add(master.grad, parameter_key(name, "grad"), scaled=True)
+
+    def _sample_updates(self, before: list[Tensor], gradients: list[Tensor | None]) -> None:
+        stepped = zip(self.names, before, self.masters, gradients, strict=True)
+        for name, old, master, gradient in stepped:
+            self.samples.add_update(parameter_key(name, "update"), old, master, gradient)
 
     def _gradients(self) -> list[Tensor | None]:
         """fp32, still scaled, one per master; None where the loss does not depend on it."""
@@ -230,10 +263,15 @@ class LocalEngine:
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""
-        random = {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        random = {f"rng.{name}": state for name, state in self.random_state().items()}
         return self._state() | random, {"attempted": self.scaler.attempted}
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Of the generators that a forward draws from, by device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Become what `checkpoint` was taken of, on this device or another."""
@@ -283,6 +321,12 @@ class LocalEngine:
         state |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
         state["applied"] = self.applied
         return {name: value.detach() for name, value in state.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The exact weights and the buffers that the next forward has, by name: no averages."""
+        weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        weights |= dict(zip(self.names, self.masters, strict=True)) | self.frozen
+        return {name: value.detach() for name, value in weights.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's weights and buffers: averages or masters in fp32 where there are any."""

@@ -24,6 +24,7 @@ from mpcli.recipe.optim import Optim
 from mpcli.recipe.output import Output
 from mpcli.recipe.plugin import Plugin
 from mpcli.recipe.precision import Precision
+from mpcli.recipe.probe import Probe
 from mpcli.recipe.task import Task
 from mpcli.recipe.train import Train
 
@@ -57,6 +58,7 @@ class Recipe(Section):
     train: Train
     eval: Eval = Eval()
     engine: Engine = Local(kind="local")
+    probe: Probe = Probe()
     output: Output = Output()
 
     @model_validator(mode="after")
