@@ -12,13 +12,14 @@ import contextlib
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from mpcli.precision.probe import MAX_CALLS, parameter_key, probed_modules
@@ -34,25 +35,18 @@ class LocalShadows:
     """Adds activations and their gradients to the samples of a step, each beside its shadow.
 
     Shadows have the modules of `torch.nn` without children and without random numbers, whose
-    output is one tensor, where anything is not fp32. Those of parameters' gradients are added up,
-    for whoever adds the gradients once they are whole.
+    output is one tensor, where anything is not fp32. Those of a parameter's gradient are added up
+    over its uses and kept as samples, for whoever adds the gradient once it is whole.
 
     Args:
-        samples: begun with `shadows`.
-        shadows: where the samples find the shadows of gradients.
+        samples: of this step, begun.
         scale: that the loss is multiplied by; None where it is not.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: Samples,
-        shadows: dict[Key, Tensor],
-        scale: Tensor | float | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, samples: Samples, scale: Tensor | float | None) -> None:
         self._names = {module: name for name, module in probed_modules(model).items()}
-        self._keys = {id(p): parameter_key(name, "grad") for name, p in model.named_parameters()}
-        self._samples, self._shadows = samples, shadows
+        self._gradients: dict[int, Tensor] | None = None  # sampled, by id of the parameter
+        self._samples = samples
         self._scaled = scale is not None
         self._scale = torch.as_tensor(1.0 if scale is None else scale).clone()
         self._is_shadowed: Counter[int] = Counter()  # by id of the parameter
@@ -75,24 +69,33 @@ class LocalShadows:
             for handle in handles:
                 handle.remove()
 
-    def before_backward(self, roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Before each backward: note how its graph uses parameters, and what they have already.
+    def before_backward(self, roots: Sequence[Tensor], parameters: Iterable[Tensor]) -> None:
+        """Before each backward of the step: note how its graph uses the parameters.
 
         Args:
             roots: that the backward begins at.
+            parameters: of the model. What is in their gradients before the first backward will
+                be in them in the end.
         """
-        if not self._uses:
-            for parameter in parameters:
-                key = self._keys.get(id(parameter))
-                if key and parameter.grad is not None and not parameter.grad.is_sparse:
-                    self._shadows[key] = sampled(parameter.grad.detach()) / self._on(parameter)
+        if self._gradients is None:
+            self._gradients = {
+                id(parameter): sampled(parameter.grad.detach()) / self._on(parameter)
+                for parameter in parameters
+                if parameter.grad is not None and not parameter.grad.is_sparse
+            }
         self._uses += _uses([root.grad_fn for root in roots if root.grad_fn is not None])
 
-    def keep_whole(self) -> None:
-        """After the last backward: forget shadows that only some uses of a parameter have."""
-        for number, key in self._keys.items():
-            if self._is_shadowed[number] != self._uses[number] or not self._uses[number]:
-                self._shadows.pop(key, None)
+    def of_gradient(self, parameter: Tensor) -> Tensor | None:
+        """The shadow of a parameter's gradient, after the last backward of the step.
+
+        Returns:
+            The elements that `sampled` takes, unscaled, fp32. None where it is not known: some
+            use of the parameter has no shadow, such as one by a function instead of its module.
+        """
+        uses = self._uses[id(parameter)]
+        if not uses or self._is_shadowed[id(parameter)] != uses:
+            return None
+        return (self._gradients or {}).get(id(parameter))
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._entered or not torch.is_grad_enabled():
@@ -134,10 +137,11 @@ class LocalShadows:
         found = _backward(module, args, gradient, list(own))
         if found is None:
             return
+        gradients = self._gradients if self._gradients is not None else {}
         for parameter, shadow in zip(own.values(), found, strict=True):
-            if shadow is not None and (key := self._keys.get(id(parameter))):
-                part = sampled(shadow) / self._on(shadow)
-                self._shadows[key] = self._shadows[key] + part if key in self._shadows else part
+            if shadow is not None:
+                part, before = sampled(shadow) / self._on(shadow), gradients.get(id(parameter))
+                gradients[id(parameter)] = part if before is None else before + part
                 self._is_shadowed[id(parameter)] += 1
 
     def _on(self, tensor: Tensor) -> Tensor:
@@ -241,9 +245,13 @@ def _uses(roots: Sequence[Node]) -> Counter[int]:
 
 
 def _function_of(method: Callable[..., None]) -> Callable[..., None]:
-    """A function: `copy.deepcopy` of a model leaves functions as they are, and copies methods."""
+    """A function: `copy.deepcopy` of a model leaves functions as they are, and copies methods.
+
+    What it computes is no operation of the loop, for an observer of those.
+    """
 
     def function(*args: Any) -> None:
-        method(*args)
+        with _disable_current_modes():
+            method(*args)
 
     return function

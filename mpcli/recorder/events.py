@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.utils.clip_grad  # as a module: its functions find each other in it
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _has_foreach_support
@@ -37,13 +38,15 @@ class StepEvents:
             again.
 
     Attributes:
-        before_backward, before_change, before_update: called before the first backward; before
+        before_backward, before_change, before_update: called before every backward; before
             something reads or writes finished gradients (unscaling, clipping, the optimizer);
             before the weights may change.
         gradients: what they are now.
         stepped_optimizer: whether the optimizer's step ran; `fused_skip` whether it decides inside
             that a step with gradients that are not finite is left out.
         autocast: what forwards ran in: `fp16`, `bf16`, `off`.
+        backward_alone: gradients are what backward added up: nobody else wrote to them yet, and
+            no other process had a part in them.
         paused: nothing is noted: what runs is not the loop's.
         losses: of every backward, without the scale; after `read`.
         norm: of the gradients, before clipping and without the scale; after `read`.
@@ -66,6 +69,7 @@ class StepEvents:
         self.has_gradients = False  # of this step
         self.stepped_optimizer = False
         self.fused_skip = False
+        self.backward_alone = not (dist.is_available() and dist.is_initialized())
         self.paused = False
         self.autocast: set[str] = set()
         self.losses: list[float] = []
@@ -190,8 +194,7 @@ class StepEvents:
             grad_tensors = list(grad_tensors)
         roots = [tensors] if isinstance(tensors, Tensor) else tensors
         seeds = grad_tensors if isinstance(grad_tensors, list) else [grad_tensors] * len(roots)
-        if not self.has_gradients:
-            self.before_backward([root for root in roots if isinstance(root, Tensor)])
+        self.before_backward([root for root in roots if isinstance(root, Tensor)])
         loss = self._loss(roots, seeds)
         self._losses.append(loss)
         before = self.gradients
@@ -229,6 +232,7 @@ class StepEvents:
         self._notice_changes()
         result = original(*args, **kwargs)
         self.add(LoopEvent(event="zero_grad", gradients=self.gradients))
+        self.backward_alone = self.backward_alone and not self.has_gradients
         self.gradients = "none"
         self._versions = self._gradient_versions()
         return result
@@ -250,7 +254,7 @@ class StepEvents:
             self.gradients = "none"
         else:
             self.add(LoopEvent(event="gradients_changed", gradients=self.gradients))
-            self.has_gradients = True
+            self.has_gradients, self.backward_alone = True, False
         self._versions = versions
 
     @contextlib.contextmanager

@@ -63,6 +63,7 @@ class HFRecorder:
                 self._end_step(None)
 
         self._callback = Callback()
+        self._is_attached = True
         trainer.add_callback(self._callback)
         self._train, self._training_step = trainer.train, trainer.training_step
         self._trainer.train = self._recorded_train
@@ -70,9 +71,10 @@ class HFRecorder:
 
     def close(self) -> None:
         """Write `result.json` and leave the trainer as it was; nothing happens a second time."""
-        self._trainer.remove_callback(self._callback)
-        for name in ("train", "training_step"):
-            vars(self._trainer).pop(name, None)
+        if self._is_attached:
+            self._is_attached = False
+            self._trainer.remove_callback(self._callback)
+            del self._trainer.train, self._trainer.training_step
         if self._recorder is not None:
             self._recorder.close()
 

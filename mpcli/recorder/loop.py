@@ -53,8 +53,8 @@ class Recorder:
     recorder.close()
     ```
     It writes a run directory with `foreign.json`, which `mptrain diagnose` reads. Weights and
-    random numbers are bit for bit those of the loop without it. A step costs one host read, of the loss
-    and the norm of the gradients right before the optimizer; hooks, statistics and shadows
+    random numbers are bit for bit those of the loop without it. A step costs one host read, of the
+    loss and the norm of the gradients right before the optimizer; statistics and shadows
     (`precision/local_shadow.py`) are of sampled steps. When a loss or a gradient is not finite, the
     step's forward and backward are repeated on a copy of the model, to name the module that made
     the first NaN or infinity.

@@ -170,9 +170,8 @@ class WatchedStep:
             if scaler is not None and scaler.is_enabled():
                 scale = scaler._get_scale_async()
                 scale = scaler.get_scale() if scale is None else scale  # the first one, no read
-            shadows: dict[Key, Tensor] = {}
-            self._samples.begin(1.0 if scale is None else scale, shadows)
-            self._shadows = LocalShadows(self._watched.model, self._samples, shadows, scale)
+            self._samples.begin(1.0 if scale is None else scale)
+            self._shadows = LocalShadows(self._watched.model, self._samples, scale)
             self._modules.enter_context(self._shadows.watching())
         if self._observer:
             self._observer.__enter__()
@@ -187,7 +186,7 @@ class WatchedStep:
     def _before_backward(self, roots: list[Tensor]) -> None:
         self._stop_observing()
         if self._shadows:
-            self._shadows.before_backward(roots, list(self._watched.model.parameters()))
+            self._shadows.before_backward(roots, self._watched.model.parameters())
 
     def _before_change(self) -> None:
         """The gradients are whole, and nobody has changed them yet."""
@@ -198,14 +197,15 @@ class WatchedStep:
             self._observed = observed_types(self._watched.model, self._observer)
         if self._samples is None:
             return
-        if self._shadows:
-            self._shadows.keep_whole()
         scaled = self._events.gradients == "scaled"
+        shadows = self._shadows if self._events.backward_alone else None
         for parameter in self._watched.parameters:
             tensor, gradient = parameter.tensor, parameter.tensor.grad
             if gradient is not None and not gradient.is_sparse:
+                shadow = shadows.of_gradient(tensor) if shadows else None
                 self._samples.add(tensor, parameter_key(parameter.name, "weight"))
-                self._samples.add(gradient, parameter_key(parameter.name, "grad"), scaled=scaled)
+                key = parameter_key(parameter.name, "grad")
+                self._samples.add(gradient, key, scaled=scaled, shadow=shadow)
 
     def _before_update(self) -> None:
         """The one host read of a step, while the weights are still those that it began with."""

@@ -27,9 +27,7 @@ def test_weights_and_random_numbers_are_those_of_the_loop_alone(
     name: str, every: int, recording: Recording
 ) -> None:
     alone, random_alone = trained(name, unrecorded)
-    recorded, random_recorded = trained(
-        name, lambda *args: recording.record(*args, every=every)
-    )
+    recorded, random_recorded = trained(name, lambda *args: recording.record(*args, every=every))
     recording.close()
     assert torch.equal(random_recorded, random_alone)
     for key, value in alone.items():
