@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mpcli.precision.probe import MAX_CALLS, parameter_key, probed_modules
+from mpcli.precision.probe import MAX_CALLS, probed_modules
 from mpcli.precision.statistics import Key, Samples, sampled
 
 logger = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ class HFRecorder:
         if not isinstance(trainer, Trainer):
             what = f"HFRecorder takes a Hugging Face Trainer, not a {type(trainer).__name__}"
             raise user_error(what, "`Recorder(model, optimizer)` records any other loop")
-        self._trainer = trainer
+        self._trainer: Any = trainer  # whose methods are replaced
         self._out, self._every = out, every
         self._recorder: Recorder | None = None
         self._batches: list[Any] = []
