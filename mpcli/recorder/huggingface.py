@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 from mpcli.recipe.errors import user_error
 from mpcli.recorder.loop import Recorder
+
+logger = logging.getLogger("mpcli.recorder")
 
 _SETTINGS = (
     *("fp16", "bf16", "learning_rate", "optim", "max_grad_norm", "weight_decay"),
@@ -93,6 +96,10 @@ class HFRecorder:
         return self._training_step(model, inputs, *args, **kwargs)
 
     def _begin(self, args: Any, model: Any, optimizer: Any) -> None:
+        if self._recorder is not None:  # with another batch size, `auto_find_batch_size`
+            logger.warning("the Trainer began again: what follows is not recorded")
+            self.close()
+            return
         accelerator = self._trainer.accelerator
         settings = {name: getattr(args, name, None) for name in _SETTINGS}
         self._recorder = Recorder(
@@ -107,7 +114,7 @@ class HFRecorder:
 
     def _begin_step(self) -> None:
         self._end_step(None)
-        if self._recorder is not None:
+        if self._recorder is not None and self._is_attached:
             self._batches = []
             self._step = self._recorder.step(self._batches)
             self._step.__enter__()

@@ -149,10 +149,7 @@ class Recorder:
             self._failure = error
             raise
         finally:
-            try:
-                self._write(watched.findings(self._failure), batch)
-            except Exception:
-                logger.exception("step %d could not be recorded whole", self._step)
+            self._watched.failures.safe(self._write)(watched, batch)
 
     def close(self) -> None:
         """Write `result.json` and give the run directory back; nothing happens a second time.
@@ -191,7 +188,8 @@ class Recorder:
         finally:
             self._run.close()
 
-    def _write(self, found: StepFindings, batch: Any) -> None:
+    def _write(self, watched: WatchedStep, batch: Any) -> None:
+        found = watched.findings(self._failure)
         allocated, peak = self._memory()
         row = StepRecord(
             step=self._step,

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from mpcli.precision.observe import LOSS
 from mpcli.precision.trace import ModuleTrace
-from mpcli.recorder.patches import function_of, in_backward
+from mpcli.recorder.patches import Failures, in_backward
 from mpcli.recorder.tensors import all_finite, floating_tensors
 from mpcli.records import NonFiniteOrigin
 
@@ -44,8 +44,9 @@ class ForwardCalls:
         calls: in their order; those without gradients are left out.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, failures: Failures) -> None:
         self.calls: list[ForwardCall] = []
+        self._failures = failures
         self._model, self._device = model, device
         self._running: list[ForwardCall] = []
 
@@ -54,9 +55,9 @@ class ForwardCalls:
         """Note forwards in the block."""
         handles = [
             self._model.register_forward_pre_hook(
-                function_of(self._before), prepend=True, with_kwargs=True
+                self._failures.safe(self._before), prepend=True, with_kwargs=True
             ),
-            self._model.register_forward_hook(function_of(self._after)),
+            self._model.register_forward_hook(self._failures.safe(self._after)),
         ]
         try:
             yield

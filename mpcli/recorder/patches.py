@@ -1,31 +1,72 @@
-"""Attributes of others' objects that are replaced for the time of one step, and put back."""
+"""Functions of others that are watched for the time of one step, and put back.
+
+What they do is not touched: they get the arguments they are called with, once, and what they return
+or raise is what the loop gets. A failure of the watcher is told and ends no training.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+logger = logging.getLogger("mpcli.recorder")
+
+MAX_TOLD = 3
+"""Failures of one recorder that are told; it would be the same one, in every step."""
+
+After = Callable[[Any], None] | None
+Before = Callable[..., After]
+"""Called with a function's arguments, before it; returns what to call with its result, or None."""
+
 _MISSING = object()
 
-Around = Callable[..., Any]
-"""Called with the original and its arguments; calls it once and returns what it returned."""
+
+class Failures:
+    """Tells what a recorder could not do, while the training goes on."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def tell(self) -> None:
+        """Log the exception that is being handled, the first few times."""
+        self._count += 1
+        level = logging.ERROR if self._count <= MAX_TOLD else logging.DEBUG
+        message = "something could not be recorded; the training goes on"
+        logger.log(level, message, exc_info=True)
+
+    def safe(self, function: Callable[..., Any]) -> Callable[..., None]:
+        """A hook that does what `function` does, without a result and without failing.
+
+        It is a plain function, which `copy.deepcopy` of what it hangs on leaves as it is.
+        """
+
+        def hook(*args: Any) -> None:
+            try:
+                function(*args)
+            except Exception:
+                self.tell()
+
+        return hook
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, around: Around, only: Any = None) -> Iterator[None]:
-    """In the block, `owner.name(...)` is `around(original, ...)`.
+def watched(
+    owner: Any, name: str, before: Before, failures: Failures, only: Any = None
+) -> Iterator[None]:
+    """In the block, `before` is called before every `owner.name(...)`.
 
-    Only for this thread, and not inside of a backward: there nobody's loop calls anything, but
-    activation checkpointing does.
+    Only for this thread, and not inside of a backward: there no loop calls anything, but activation
+    checkpointing does.
 
     Args:
         owner: an instance, a module or a class.
-        only: of a class, the instance that is meant. An attribute of the instance itself would be
-            copied with it, by `copy.deepcopy` for an average of the weights, say.
+        only: of a class, the instance that is meant, which `before` does not get. An attribute of
+            the instance itself would be copied with it, for an average of the weights, say.
     """
     own = vars(owner).get(name, _MISSING)
     original = getattr(owner, name)
@@ -33,13 +74,18 @@ def replaced(owner: Any, name: str, around: Around, only: Any = None) -> Iterato
     entered = True
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not entered or threading.get_ident() != thread or in_backward():
+        is_other = only is not None and args[0] is not only
+        if not entered or is_other or threading.get_ident() != thread or in_backward():
             return original(*args, **kwargs)
-        if only is not None:
-            if args[0] is not only:
-                return original(*args, **kwargs)
-            return around(original.__get__(only), *args[1:], **kwargs)
-        return around(original, *args, **kwargs)
+        after = None
+        try:
+            after = before(*(args if only is None else args[1:]), **kwargs)
+        except Exception:
+            failures.tell()
+        result = original(*args, **kwargs)
+        if after is not None:
+            failures.safe(after)(result)
+        return result
 
     setattr(owner, name, wrapper)
     try:
@@ -58,12 +104,3 @@ def in_backward() -> bool:
 def defining_class(instance: object, name: str) -> type:
     """The class of an instance that a method comes from."""
     return next(kind for kind in type(instance).__mro__ if name in vars(kind))
-
-
-def function_of(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what a method does: `copy.deepcopy` leaves functions as they are."""
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
-
-    return function

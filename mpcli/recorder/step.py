@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,12 @@ from mpcli.precision.statistics import Key, Samples
 from mpcli.recorder.describe import SteppedParameter
 from mpcli.recorder.events import StepEvents
 from mpcli.recorder.origin import ForwardCalls, find_origin
+from mpcli.recorder.patches import Failures
 from mpcli.recorder.tensors import all_finite
 from mpcli.records import LayerRecord, LoopEvent, ModuleTypes, NonFiniteOrigin
 
-logger = logging.getLogger("mpcli.recorder")
+_NO_ROOM = (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit)
+"""Ends of a step after which nothing is computed again."""
 
 MAX_NAMED_BUFFERS = 10
 """That are not finite, of one step."""
@@ -40,6 +41,7 @@ class Watched:
     parameters: list[SteppedParameter]
     device: torch.device
     modules: bool
+    failures: Failures = field(default_factory=Failures)
 
 
 @dataclass
@@ -92,7 +94,7 @@ class WatchedStep:
         self._observing = False
         self._observed: dict[str, ModuleTypes] | None = None
         self._shadows: LocalShadows | None = None
-        self._calls = ForwardCalls(watched.model, watched.device)
+        self._calls = ForwardCalls(watched.model, watched.device, watched.failures)
         self._before: dict[Key, tuple[Tensor, Tensor | None]] = {}
         self._lr: Any = watched.optimizer.param_groups[0]["lr"]
         self._is_read = self._is_sampled = False
@@ -109,6 +111,7 @@ class WatchedStep:
             watched.scaler,
             list(every.values()),
             stepped,
+            watched.failures,
             watch_modules=watched.modules,
         )
 
@@ -116,40 +119,41 @@ class WatchedStep:
     def watching(self) -> Iterator[None]:
         """Watch the loop in the block."""
         self._started = time.perf_counter()
-        self._events.before_backward = self._safely(self._before_backward)
-        self._events.before_change = self._safely(self._before_change)
-        self._events.before_update = self._safely(self._before_update)
+        safe = self._watched.failures.safe
+        self._events.before_backward = safe(self._before_backward)
+        self._events.before_change = safe(self._before_change)
+        self._events.before_update = safe(self._before_update)
         with self._events.watching(), self._modules:
-            self._safely(self._watch_modules)()
+            safe(self._watch_modules)()
             try:
                 yield
             finally:
-                self._stop_observing()
+                safe(self._stop_observing)()
 
     def findings(self, error: BaseException | None) -> StepFindings:
         """After the block, which an error may have ended."""
-        events = self._events
-        if isinstance(error, Exception) and not self._is_read and self._watched.modules:
-            # Loops often look at the loss themselves, and end before its backward.
-            self._origin, _ = find_origin(self._watched.model, self._calls.calls, [])
+        events, log = self._events, self._events.log
+        if not (events.has_gradients or isinstance(error, _NO_ROOM)):
+            # Loops often look at the loss themselves, and go no further.
+            self._search_without_backward()
         if not self._is_read:
             events.measure()
         events.read()
         self._judge()
         applied = events.stepped_optimizer and not (events.fused_skip and not self._is_finite)
         if events.stepped_optimizer and not applied:
-            events.add(LoopEvent(event="skipped_step", gradients=events.gradients))
+            events.log.add(LoopEvent(event="skipped_step", gradients=events.gradients))
         if self._samples is not None or not self._is_finite:
             for name in self._nonfinite_buffers():
-                events.add(LoopEvent(event="buffer_nonfinite", name=name))
+                events.log.add(LoopEvent(event="buffer_nonfinite", name=name))
         calls = self._calls.calls
         return StepFindings(
-            events=[e for e in events.events if e.event != "stale_gradients" or e.norm != 0],
-            left_out=events.left_out,
-            loss=sum(events.losses) if events.losses else math.nan,
+            events=[e for e in log.events if e.event != "stale_gradients" or e.norm != 0],
+            left_out=log.left_out,
+            loss=sum(log.losses) if log.losses else math.nan,
             lr=float(self._lr),
-            grad_norm=events.norm,
-            scale=events.scale,
+            grad_norm=log.norm,
+            scale=log.scale,
             applied=applied,
             is_finite=self._is_finite,
             seconds=time.perf_counter() - self._started,
@@ -226,7 +230,7 @@ class WatchedStep:
                     self._before[key] = (parameter.tensor.detach().clone(), gradient)
 
     def _judge(self) -> None:
-        losses, norm = self._events.losses, self._events.norm
+        losses, norm = self._events.log.losses, self._events.log.norm
         self._is_loss_finite = all(map(math.isfinite, losses))
         is_norm_finite = math.isfinite(norm) or all_finite(self._gradients())  # it may overflow
         self._is_finite = self._is_finite and self._is_loss_finite and is_norm_finite
@@ -241,10 +245,15 @@ class WatchedStep:
         elif not self._wants_origin(self._is_loss_finite):
             self._no_origin = "it was looked for in earlier steps already"
         else:
-            calls, losses = self._calls.calls, self._events.losses
+            calls, losses = self._calls.calls, self._events.log.losses
             self._events.paused = True
             self._origin, self._no_origin = find_origin(self._watched.model, calls, losses)
             self._events.paused = False
+
+    def _search_without_backward(self) -> None:
+        calls = self._calls.calls
+        if self._watched.modules and calls and self._wants_origin(False):
+            self._origin, _ = find_origin(self._watched.model, calls, [])
 
     def _nonfinite_buffers(self) -> list[str]:
         named = self._watched.model.named_buffers()
@@ -263,14 +272,3 @@ class WatchedStep:
         self._samples.through_fp16 = "fp16" in self._events.autocast or torch.float16 in stored
         pending = self._samples.finish(0.0 if applied else 1.0)
         return pending.records(self._step, self._attempt) or []
-
-    def _safely(self, function: Callable[..., None]) -> Callable[..., None]:
-        """`function`, whose failure is told and ends no training."""
-
-        def safe(*args: Any) -> None:
-            try:
-                function(*args)
-            except Exception:
-                logger.exception("step %d could not be recorded whole", self._step)
-
-        return safe

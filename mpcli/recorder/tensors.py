@@ -49,8 +49,7 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
-        values = gradient.detach()
-        values = values.coalesce().values() if values.layout == torch.sparse_coo else values
+        values = _stored(gradient)
         groups.setdefault((values.device, values.dtype), []).append(values)
     norms: list[Tensor] = []
     for (_, dtype), group in groups.items():
@@ -64,4 +63,10 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every element is; reads each tensor on the host."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(_stored(tensor)).all()) for tensor in tensors)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The elements that are there, of a sparse tensor too."""
+    tensor = tensor.detach()
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor

@@ -225,6 +225,15 @@ def test_an_exception_closes_the_record_and_is_the_trainer_s_own(tmp_path: Path)
     assert "train" not in vars(training)
 
 
+def test_a_second_training_is_the_trainer_s_alone(tmp_path: Path) -> None:
+    training = trainer(tmp_path, bert())
+    recorder = HFRecorder(training, out=tmp_path / "run")
+    training.train()
+    training.train()
+    recorder.close()
+    assert len(list(RunDirectory.read(tmp_path / "run").steps())) == 4
+
+
 def test_what_is_no_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes a Hugging Face Trainer, not a Linear") as refused:
         HFRecorder(nn.Linear(1, 1), out=tmp_path)

@@ -241,6 +241,21 @@ def test_a_loop_that_looks_at_its_loss_and_ends_is_still_explained(recording: Re
     assert (result.status, result.reason) == ("failed", "ValueError: diverged")
 
 
+def test_a_loop_that_leaves_a_step_out_by_itself_is_explained(recording: Recording) -> None:
+    model = Net("forward nan")
+    step = recording.record(model, torch.optim.SGD(model.parameters()))
+    model.faulty.on = True
+    for _ in range(5):
+        with step({"x": torch.ones(2, 16)}):
+            loss = model(torch.ones(2, 16))["logits"].mean()
+            if loss.isfinite():
+                loss.backward()
+    found = flights(recording.close())
+    assert [(flight.step, flight.origin and flight.origin.module) for flight in found] == [
+        *((1, "faulty"), (2, "faulty"), (3, "faulty"))  # it is not searched for ever
+    ]
+
+
 def test_skipped_steps_do_not_use_up_the_searches_for_a_loss(recording: Recording) -> None:
     model = Net("forward nan")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -113,16 +113,26 @@ def test_another_thread_trains_on_unseen(recording: Recording) -> None:
     assert [event.event for event in recording.events()].count("backward") == 1
 
 
-def test_a_failure_of_the_recorder_is_told_and_ends_no_training(
-    recording: Recording, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *("step.find_origin", "step.observed_types", "loop.keep_flight", "loop.num_samples"),
+        *("events.gradient_norm", "events.floating_tensors", "events.LoopEvent"),
+        *("origin.floating_tensors", "log.EventLog.read"),
+    ],
+)
+def test_a_failure_of_the_recorder_is_told_and_changes_no_training(
+    broken: str, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug of the recorder")
 
-    monkeypatch.setattr("mpcli.recorder.step.find_origin", fail)
+    monkeypatch.setattr(f"mpcli.recorder.{broken}", fail)
     alone, _ = trained("fp16", unrecorded)
     model = conv_net()
     fp16(model, recording.record)
+    errors = [r for r in recording.caplog.records if r.levelname == "ERROR"]
+    assert 1 <= len(errors) <= 3
     assert "a bug of the recorder" in recording.caplog.text
     recording.caplog.clear()
     for key, value in model.state_dict().items():
