@@ -46,7 +46,7 @@ class HFRecorder:
         if not isinstance(trainer, Trainer):
             what = f"HFRecorder takes a Hugging Face Trainer, not a {type(trainer).__name__}"
             raise user_error(what, "`Recorder(model, optimizer)` records any other loop")
-        self._trainer: Any = trainer  # whose methods are replaced
+        self._trainer = trainer
         self._out, self._every = out, every
         self._recorder: Recorder | None = None
         self._batches: list[Any] = []
@@ -69,8 +69,9 @@ class HFRecorder:
         self._is_attached = True
         trainer.add_callback(self._callback)
         self._train, self._training_step = trainer.train, trainer.training_step
-        self._trainer.train = self._recorded_train
-        self._trainer.training_step = self._recorded_training_step
+        replacements = {"train": self._recorded_train, "training_step": self._recorded_training_step}
+        for name, method in replacements.items():
+            setattr(trainer, name, method)
 
     def close(self) -> None:
         """Write `result.json` and leave the trainer as it was; nothing happens a second time."""
