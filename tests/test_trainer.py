@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from mpcli.data.images import ImageInfo
 from mpcli.engines.local import LocalEngine
 from mpcli.launch import launch
 from mpcli.plan import make_plan
+from mpcli.precision.statistics import Samples
 from mpcli.recipe.load import load_recipe
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification as task
@@ -76,6 +78,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, mode: str) -> None
         "recipe.source.yaml",
         "attempts",
         "steps.jsonl",
+        "layers.jsonl",
         "evals.jsonl",
         "checkpoints",
         "final",
@@ -380,9 +383,20 @@ def test_slow_steps_are_in_the_file_and_shown_one_by_one(tmp_path: Path) -> None
         "{mode: bf16-pure, stochastic_rounding: true, sensitive_layers: [norm]}",
     ],
 )
-def test_steps_between_due_records_read_nothing_on_the_host(tmp_path: Path, mode: str) -> None:
+def test_steps_between_due_records_read_nothing_on_the_host(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole loop, records included: the only reads are the evaluation's."""
-    recipe = small_recipe(tmp_path, f"precision={mode}", "train.steps=24", "train.ema=0.9")
+    as_on_a_gpu = functools.partial(Samples, on_host=False)
+    monkeypatch.setattr("mpcli.engines.local.Samples", as_on_a_gpu)
+    monkeypatch.setattr("mpcli.engines.shadow.Samples", as_on_a_gpu)
+    recipe = small_recipe(
+        tmp_path,
+        f"precision={mode}",
+        "train.steps=24",
+        "train.ema=0.9",
+        "probe={every: 5, shadow_every: 10}",
+    )
     run = RunDirectory.create(recipe, make_plan(recipe.recipe, CPU), {}, tmp_path / "run")
     display = Silent()
     counts: list[int] = []

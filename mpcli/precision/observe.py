@@ -57,6 +57,9 @@ class TypesObserver(TorchDispatchMode):
         self.mixed_products_in: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._types: dict[str, set[str]] = {}
+        self._operands: dict[str, set[str]] = {}
+        self._inputs: dict[str, set[str]] = {}
+        self._outputs: dict[str, set[str]] = {}
         self._running: list[str] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -70,11 +73,25 @@ class TypesObserver(TorchDispatchMode):
         names = dict.fromkeys((*self._names.values(), LOSS))
         return {name: "+".join(sorted(self._types[name])) for name in names if name in self._types}
 
+    def module_types(self, name: str) -> dict[str, str]:
+        """What a module computed, multiplied, got and gave: fields of `ModuleTypes`."""
+        seen = {
+            "computed": self._types,
+            "operands": self._operands,
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+        }
+        return {
+            field: "+".join(sorted(types.get(name, ()))) or "-" for field, types in seen.items()
+        }
+
     def __enter__(self) -> Self:
         for module in self._names:
             # Around the other hooks of a module: what they compute belongs to it.
             self._hooks += [
-                module.register_forward_pre_hook(self._enter_module, prepend=True),
+                module.register_forward_pre_hook(
+                    self._enter_module, prepend=True, with_kwargs=True
+                ),
                 module.register_forward_hook(self._leave_module, always_call=True),
             ]
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -85,19 +102,24 @@ class TypesObserver(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _enter_module(self, module: nn.Module, inputs: object) -> None:
+    def _enter_module(self, module: nn.Module, inputs: object, named: object) -> None:
         self._running.append(self._names[module])
+        _add_types(self._inputs, self._names[module], (inputs, named))
 
     def _leave_module(self, module: nn.Module, inputs: object, output: object) -> None:
         self._running.pop()
+        _add_types(self._outputs, self._names[module], output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = func.overloadpacket.__name__
-        if operation in PRODUCTS and len({tensor.dtype for tensor in _floating(args)}) > 1:
-            self.mixed_products_in.add(self._running[-1] if self._running else LOSS)
-        result = func(*args, **kwargs)
+        running = self._running[-1] if self._running else LOSS
         in_backward = torch._C._current_graph_task_id() != -1
+        if operation in PRODUCTS and len({tensor.dtype for tensor in _floating(args)}) > 1:
+            self.mixed_products_in.add(running)
+        if (operation in PRODUCTS or "attention" in operation) and not in_backward:
+            _add_types(self._operands, running, args)
+        result = func(*args, **kwargs)
         if in_backward or func.is_view or operation in MOVES or not _floating((args, kwargs)):
             return result
         if outputs := _floating(result):
@@ -119,6 +141,11 @@ def _floating(values: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point]
 
 
+def _add_types(types: dict[str, set[str]], name: str, values: Any) -> None:
+    found = {dtype_name(tensor.dtype) for tensor in _floating(values)}
+    types.setdefault(name, set()).update(found)
+
+
 def types_of(tensors: Iterable[Tensor]) -> str:
     """Their types, joined by `+`; `-` without tensors."""
     return "+".join(sorted({dtype_name(tensor.dtype) for tensor in tensors})) or "-"
@@ -126,16 +153,15 @@ def types_of(tensors: Iterable[Tensor]) -> str:
 
 def observed_types(model: nn.Module, observer: TypesObserver) -> dict[str, ModuleTypes]:
     """Types of every module after the first forward and backward, and of the loss."""
-    computed = observer.computed
     modules = {
         name: ModuleTypes(
             stored=types_of(module.parameters(recurse=False)),
-            computed=computed.get(name, "-"),
+            **observer.module_types(name),
             gradient=types_of(
                 p.grad for p in module.parameters(recurse=False) if p.grad is not None
             ),
         )
         for name, module in model.named_modules()
     }
-    loss = ModuleTypes(stored="-", computed=computed.get(LOSS, "-"), gradient="-")
+    loss = ModuleTypes(stored="-", gradient="-", **observer.module_types(LOSS))
     return {**modules, LOSS: loss}

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -67,7 +68,8 @@ class ActivationHooks:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for number, tensor in enumerate(filter(torch.is_floating_point, tensors)):
             label = name if number == 0 else f"{name}[{number}]"
-            self._samples.add(tensor, Key(name, "output", label, call))
+            with _disable_current_modes():  # an observer counts the model's own operations
+                self._samples.add(tensor, Key(name, "output", label, call))
             if tensor.requires_grad:
                 tensor.register_hook(self._of_gradient(Key(name, "grad_output", label, call)))
 

@@ -261,12 +261,12 @@ def exact_on_host(tensor: Tensor) -> tuple[float, float, float]:
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """At most `SAMPLED` of the elements, in the order of their indices, as fp32.
+    """A copy of at most `SAMPLED` of the elements, in the order of their indices, as fp32.
 
     Tensors of one shape give the same elements, however they lie in memory.
     """
     if tensor.numel() <= SAMPLED:
-        return tensor.reshape(-1).float()
+        return tensor.reshape(-1).to(torch.float32, copy=True)
     offsets = _offsets(tensor.shape, tensor.stride(), tensor.device)
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span,), (1,)).index_select(0, offsets).float()
