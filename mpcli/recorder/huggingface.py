@@ -69,7 +69,10 @@ class HFRecorder:
         self._is_attached = True
         trainer.add_callback(self._callback)
         self._train, self._training_step = trainer.train, trainer.training_step
-        replacements = {"train": self._recorded_train, "training_step": self._recorded_training_step}
+        replacements = {
+            "train": self._recorded_train,
+            "training_step": self._recorded_training_step,
+        }
         for name, method in replacements.items():
             setattr(trainer, name, method)
 

@@ -69,7 +69,7 @@ class EventLog:
             tensors.append(self._norm[0])
         if not tensors:
             return
-        tensors.append(torch.ones(()) if scale is None else scale)
+        tensors.append(torch.ones((), device=self._device) if scale is None else scale)
         together = [tensor.detach().to(self._device).double().reshape(()) for tensor in tensors]
         *values, self.scale = torch.stack(together).tolist()
         if self._norm:

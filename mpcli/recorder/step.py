@@ -136,10 +136,12 @@ class WatchedStep:
         if not (events.has_gradients or isinstance(error, _NO_ROOM)):
             # Loops often look at the loss themselves, and go no further.
             self._search_without_backward()
-        if not self._is_read:
-            events.measure()
+        if not (self._is_read or events.stepped_optimizer):
+            self._before_update()
         events.read()
         self._judge()
+        if not (self._is_finite or self._is_read):  # an optimizer that calls the loop's closure
+            self._no_origin = "the weights had changed when it was noticed"
         applied = events.stepped_optimizer and not (events.fused_skip and not self._is_finite)
         if events.stepped_optimizer and not applied:
             events.log.add(LoopEvent(event="skipped_step", gradients=events.gradients))

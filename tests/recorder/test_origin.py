@@ -256,6 +256,37 @@ def test_a_loop_that_leaves_a_step_out_by_itself_is_explained(recording: Recordi
     ]
 
 
+def test_a_step_without_an_update_is_explained_too(recording: Recording) -> None:
+    model = Net("backward")
+    step = recording.record(model, torch.optim.SGD(model.parameters()))
+    model.faulty.on = True
+    with step(None):
+        model(torch.ones(2, 16))["logits"].sum().backward()
+    (found,) = flights(recording.close())
+    assert found.origin is not None
+    assert (found.origin.module, found.applied) == ("faulty", False)
+
+
+def test_an_optimizer_that_calls_a_closure_is_recorded(recording: Recording) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    step = recording.record(model, optimizer)
+    for factor in (1.0, torch.nan):
+
+        def closure(factor: float = factor) -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(torch.ones(1, 2)) * factor).square().sum()
+            loss.backward()
+            return loss
+
+        with step(None):
+            optimizer.step(closure)
+    run = recording.close()
+    assert [row.applied for row in run.steps()] == [True, True]
+    (found,) = flights(run)
+    assert (found.step, found.no_origin) == (2, "the weights had changed when it was noticed")
+
+
 def test_skipped_steps_do_not_use_up_the_searches_for_a_loss(recording: Recording) -> None:
     model = Net("forward nan")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

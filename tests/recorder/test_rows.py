@@ -204,6 +204,48 @@ def test_an_optimizer_of_accelerate_is_unwrapped(recording: Recording) -> None:
     assert all(row.applied for row in recording.close().steps())
 
 
+def test_the_scaler_of_an_optimizer_of_accelerate_is_found(recording: Recording) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.Accelerator(cpu=True)
+    model = conv_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-14)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(adam(model), scaler=scaler)
+    step = recording.record(model, optimizer)
+    for batch in batches(2):
+        with step(batch):
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = loss_of(model, batch)
+            scaler.scale(loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    rows = list(recording.close().steps())
+    assert [(row.applied, row.scale) for row in rows] == [(False, 2.0**24), (True, 2.0**10)]
+    assert [event.event for event in recording.events(2)] == [
+        *("forward", "scale", "backward", "unscale", "optimizer_step", "scaler_update"),
+        "zero_grad",
+    ]
+
+
+def test_a_scaler_that_is_switched_off_is_none(recording: Recording) -> None:
+    model = conv_net()
+    optimizer, scaler = adam(model), torch.amp.GradScaler("cpu", enabled=False)
+    step = recording.record(model, optimizer, scaler)
+    with step(None):
+        scaler.scale(loss_of(model, next(batches()))).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert [event.event for event in recording.events()] == [
+        "forward",
+        "backward",
+        "optimizer_step",
+    ]
+    about = recording.close().foreign()
+    assert about is not None
+    assert about.settings["scaler.enabled"] is False
+
+
 def test_a_full_disk_ends_no_training(
     recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
