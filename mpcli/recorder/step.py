@@ -167,17 +167,18 @@ class WatchedStep:
         )
 
     def _watch_modules(self) -> None:
-        if not self._watched.modules:
-            return
-        self._modules.enter_context(self._calls.watching())
+        model, scaler = self._watched.model, self._watched.scaler
+        scale = None
         if self._samples is not None:
-            scaler = self._watched.scaler
-            scale = None
             if scaler is not None and scaler.is_enabled():
                 scale = scaler._get_scale_async()
                 scale = scaler.get_scale() if scale is None else scale  # the first one, no read
             self._samples.begin(1.0 if scale is None else scale)
-            self._shadows = LocalShadows(self._watched.model, self._samples, scale)
+        if not self._watched.modules:
+            return
+        self._modules.enter_context(self._calls.watching())
+        if self._samples is not None:
+            self._shadows = LocalShadows(model, self._samples, scale)
             self._modules.enter_context(self._shadows.watching())
         if self._observer:
             self._observer.__enter__()

@@ -123,6 +123,9 @@ def test_a_skipped_step_is_seen_and_its_row_says_so(fused: bool, recording: Reco
     assert skipped[0] and not skipped[-1]
     assert [row.scale for row in rows[:2]] == [2.0**24, 2.0**17]
     assert "skipped_step" in names(recording.events(step=1))
+    # What the recorder computed again to explain it is no part of the step.
+    assert names(recording.events(step=1)).count("forward") == 1
+    assert names(recording.events(step=1)).count("backward") == 1
     assert "skipped_step" not in names(recording.events(step=4))
 
 

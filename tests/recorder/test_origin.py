@@ -372,16 +372,23 @@ def test_a_compiled_model_is_recorded_from_outside(recording: Recording) -> None
     compiled = torch.compile(model, backend="eager")
     optimizer = adam(model)
     step = recording.record(compiled, optimizer, every=1)
-    images, labels = next(batches())
-    with step((images, labels)):
-        loss_of(compiled, (images * torch.nan, labels)).backward()
-        optimizer.step()
+    for number, (images, labels) in enumerate(batches(3)):
+        with step((images, labels)):
+            optimizer.zero_grad()
+            loss_of(compiled, (images * (torch.nan if number == 2 else 1), labels)).backward()
+            optimizer.step()
     run = recording.close()
     about = run.foreign()
-    assert about is not None and about.compiled
+    assert about is not None
+    assert about.compiled
     (found,) = flights(run)
-    assert found.no_origin == "the model is compiled"
-    assert [event.event for event in recording.events()][:2] == ["backward", "optimizer_step"]
+    assert (found.step, found.no_origin) == (3, "the model is compiled")
+    assert [event.event for event in recording.events()] == [
+        *("zero_grad", "backward", "optimizer_step")
+    ]
+    rows = [row for row in run.layers() if row.step == 2]
+    assert {row.tensor for row in rows} == {"weight", "grad", "update"}
+    assert len(rows) == 3 * len(list(model.parameters()))
 
 
 def test_the_dynamic_scale_s_search_is_in_the_flights(recording: Recording) -> None:
