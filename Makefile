@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -42,6 +42,9 @@ bench-checkpoint: $(INSTALLED)
 
 bench-input: $(INSTALLED)
 	$(BIN)/python benchmarks/input.py
+
+bench-probe: $(INSTALLED)
+	$(BIN)/python benchmarks/probe.py
 
 clean:
 	rm -rf .venv build dist

@@ -1,0 +1,128 @@
+"""CPU time that the probe adds to a step, per sampled step and at one in a hundred.
+
+Per recipe, in fp32, where steps are fastest: steps with and without sampling, in turn, in one
+process on one thread, everything included that a run does for a sampled step (hooks, statistics,
+copies of the weights, records, the file). Each pair of steps gives a difference; the interval is
+that of its mean. `make bench-input` says how CIFAR-10 is found.
+
+    make bench-probe
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mpcli.engines.local import LocalEngine
+from mpcli.evidence import Evidence
+from mpcli.machine import detect_machine
+from mpcli.plan import make_plan
+from mpcli.recipe.load import load_recipe
+from mpcli.recipe.packaged import templates
+from mpcli.records import StepRecord
+from mpcli.rundir import RunDirectory
+from mpcli.tasks import task_of
+from mpcli.trainer import settings
+
+RECIPES = {
+    "cifar10-fp32": [],
+    "cifar10-resnet18": ["precision.mode=fp32", "train.global_batch_size=64"],
+    "bert-tiny-mlm": [],
+}
+EVERY = 100
+
+
+def measure(name: str, overrides: list[str], seconds: float) -> tuple[list[float], list[float]]:
+    """Seconds of (plain steps, sampled steps) in pairs: of the process's CPU, or on a GPU."""
+    loaded = load_recipe(templates()[name], [*RECIPES[name], "probe.every=1", *overrides])
+    recipe, plan = loaded.recipe, make_plan(loaded.recipe, detect_machine())
+    device, task = torch.device(plan.device), task_of(recipe.task)
+    with settings(recipe, plan), tempfile.TemporaryDirectory() as folder:
+        data = task.load_data(recipe.task, recipe.data)
+        data.prepare(device)
+        model = task.build_model(recipe.task, data.info).to(device)
+        engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
+        run = RunDirectory.create(loaded, plan, {}, Path(folder, "run"))
+        never = recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
+        probes = [
+            Evidence(which, run, engine, data, device, lambda: model) for which in (never, recipe)
+        ]
+        batch = data.train_batch(0, 0, recipe.train.global_batch_size)
+        loss = partial(task.loss, recipe.task)
+        row = StepRecord(
+            step=1, attempt=1, loss=0.0, lr=0.0, grad_norm=0.0, scale=1.0, applied=True,
+            samples_per_second=0.0, memory_allocated_bytes=0, memory_peak_bytes=0,
+        )  # fmt: skip
+
+        def seconds_of_step(number: int, evidence: Evidence) -> float:
+            started = now(device)
+            evidence.before_step(number, loss, [batch], batch.weight)
+            engine.accumulate(loss, batch, batch.weight, last=True)
+            evidence.after_step(number, engine.step())
+            evidence.add(row.model_copy(update={"step": number}))
+            evidence.write(number, wait=True)
+            engine.applied.zero_()  # however many steps: at the first learning rate
+            return now(device) - started
+
+        for number in range(1, 7):  # the first of each kind make what the others use again
+            seconds_of_step(number, probes[number % 2])
+        pairs, end = [], time.monotonic() + seconds
+        while time.monotonic() < end or len(pairs) < 10:
+            number += 1
+            order = [0, 1] if random.random() < 0.5 else [1, 0]
+            times = {which: seconds_of_step(number, probes[which]) for which in order}
+            pairs.append((times[0], times[1]))
+        run.close()
+    plain, sampled = zip(*pairs, strict=True)
+    return list(plain), list(sampled)
+
+
+def now(device: torch.device) -> float:
+    """CPU time of the process; on a GPU the time when all work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean."""
+    generator = random.Random(0)
+    means = sorted(
+        statistics.fmean(generator.choices(differences, k=len(differences))) for _ in range(2000)
+    )
+    return means[50], means[1949]
+
+
+def main() -> None:
+    """Print a row per recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", action="append", choices=list(RECIPES))
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'recipe':18} {'pairs':>5} {'step':>9} {'sampled':>9}   at 1 in {EVERY} (95% interval)")
+    for name in arguments.recipe or RECIPES:
+        plain, sampled = measure(name, arguments.set, arguments.seconds)
+        step = statistics.fmean(plain)
+        extra = [b - a for a, b in zip(plain, sampled, strict=True)]
+        share, low, high = (
+            value / step / EVERY for value in (statistics.fmean(extra), *interval(extra))
+        )
+        print(
+            f"{name:18} {len(plain):5} {1e3 * step:6.1f} ms {1 + share * EVERY:8.2f}x   "
+            f"{share:.2%} ({low:.2%} to {high:.2%})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
