@@ -243,6 +243,18 @@ class FlightRecord(Record):
     origin: NonFiniteOrigin | None = Field(
         default=None, description="found on the spot, in a loop that cannot be repeated"
     )
+    no_origin: str | None = Field(
+        default=None, description="why it was looked for on the spot and not found"
+    )
+
+
+class ForeignModule(Record):
+    """A module of a model that is not ours; `stored` are the types of its own parameters."""
+
+    name: str
+    type: str
+    parameters: int
+    stored: str
 
 
 class ForeignRun(Record):
@@ -255,6 +267,74 @@ class ForeignRun(Record):
     optimizer: str
     scaler: str | None
     every: int = Field(description="steps from one sampled step to the next")
+    device: str = "cpu"
+    settings: dict[str, float | bool | str | None] = Field(
+        default={}, description="of the optimizer's first group, the scaler and the Trainer"
+    )
+    modules: tuple[ForeignModule, ...] = Field(
+        default=(), description="those with parameters of their own"
+    )
+    masters: bool = Field(
+        default=False, description="whether the optimizer steps copies of the model's weights"
+    )
+    compiled: bool = Field(
+        default=False, description="whether the model is compiled: its modules cannot be watched"
+    )
+
+
+class LoopEvent(Record):
+    """What happened in a step of somebody's loop, as it happened; fields that apply are there.
+
+    `stale_gradients`: at the first backward there were gradients of an earlier step.
+    `gradients_changed`: something that is not recorded wrote to them (by hand, for example).
+    `skipped_step`: the scaler left the optimizer's step out. `buffer_nonfinite`: a buffer of the
+    model held NaN or infinity after the step.
+    """
+
+    event: Literal[
+        "zero_grad",
+        "stale_gradients",
+        "forward",
+        "scale",
+        "backward",
+        "gradients_changed",
+        "unscale",
+        "clip_norm",
+        "clip_value",
+        "optimizer_step",
+        "skipped_step",
+        "scaler_update",
+        "buffer_nonfinite",
+    ]
+    gradients: Literal["none", "scaled", "unscaled", "mixed"] | None = Field(
+        default=None, description="as the event found them; those that a backward left"
+    )
+    by: str | None = Field(default=None, description="who did it, where it is not the loop")
+    name: str | None = None
+    autocast: str | None = Field(
+        default=None, description="type that autocast computes in inside a forward, or `off`"
+    )
+    output: str | None = Field(default=None, description="types of what a forward returned")
+    loss: float | None = Field(default=None, description="of a backward, not scaled")
+    scale: float | None = None
+    norm: float | None = Field(
+        default=None, description="of the gradients, as the event found them"
+    )
+    limit: float | None = Field(default=None, description="that gradients were clipped to")
+
+
+class LoopRecord(Record):
+    """One row of `events.jsonl`: a step in which other things happened than in the one before."""
+
+    step: int
+    attempt: int
+    rank: int = 0
+    events: tuple[LoopEvent, ...]
+    left_out: int = Field(default=0, description="events after those")
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Strict JSON text, without the fields that do not apply."""
+        return strict_json(self.model_dump(exclude_none=True), indent)
 
 
 class ReplayedModule(Record):

@@ -39,6 +39,7 @@ from mpcli.records import (
     EvalRecord,
     ForeignRun,
     LayerRecord,
+    LoopRecord,
     ModuleTypes,
     Plan,
     PluginRecord,
@@ -366,6 +367,14 @@ class RunDirectory:
             if path.exists() and path.stat().st_size > MAX_LAYER_BYTES:
                 self._files.pop("layers.jsonl").close()
                 thin(path)
+
+    def append_events(self, row: LoopRecord) -> None:
+        """Write a row to `events.jsonl`."""
+        self._append("events.jsonl", [row])
+
+    def events(self) -> Iterator[LoopRecord]:
+        """The rows of `events.jsonl` that can be read, in order."""
+        return read_rows(self.path / "events.jsonl", LoopRecord)
 
     def steps(self) -> Iterator[StepRecord]:
         """The rows of `steps.jsonl` that can be read, in order."""
