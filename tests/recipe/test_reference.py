@@ -18,7 +18,7 @@ def test_the_schema_knows_every_section_and_use() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == {
         *("use", "name", "task", "data", "precision", "optim"),
-        *("train", "eval", "engine", "output"),
+        *("train", "eval", "engine", "probe", "output"),
     }
     assert schema["additionalProperties"] is False
 
