@@ -31,6 +31,7 @@ FIRST, NEWEST = 4, 4
 MAX_BATCH_BYTES = 2**25
 """A larger batch is not stored. A run of ours can make it again, from its seed and the step."""
 
+_LONGEST_RECORD = 2**22
 _RECORD, _BATCH, _LAYERS = "flight.json", "batch.safetensors", "layers.jsonl"
 
 
@@ -75,9 +76,10 @@ def flights(run: RunDirectory) -> list[FlightRecord]:
     """The steps that were kept, in order; those that cannot be read are left out."""
     found = []
     for step in sorted(_steps(run.flights_path)):
+        path = run.flights_path / f"step-{step}" / _RECORD
         with contextlib.suppress(OSError, ValidationError):
-            text = (run.flights_path / f"step-{step}" / _RECORD).read_bytes()
-            found.append(FlightRecord.model_validate_json(text))
+            if path.is_file() and path.stat().st_size <= _LONGEST_RECORD:  # no pipe
+                found.append(FlightRecord.model_validate_json(path.read_bytes()))
     return found
 
 

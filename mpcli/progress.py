@@ -228,7 +228,7 @@ def divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[
         yield Diverged(
             f"step {row.step}: NaN or infinite gradients, and `train.on_nonfinite` is `stop`"
         )
-    if recipe.train.on_nonfinite == "rollback" and not _may_mend(recipe.precision.loss_scale, row):
+    if recipe.train.on_nonfinite == "rollback" and not may_mend(recipe.precision.loss_scale, row):
         if progress.rollbacks < recipe.train.max_rollbacks:
             yield NonFinite(row)
         yield Diverged(
@@ -251,7 +251,7 @@ def divergence(recipe: Recipe, row: StepRecord, progress: Progress) -> Iterator[
         )
 
 
-def _may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
+def may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
     """Whether a lower loss scale, which is coming, may keep the gradients finite."""
     falls = isinstance(loss_scale, DynamicScale) and not at_floor(
         loss_scale, row.scale, row.step - 1

@@ -18,15 +18,15 @@ from mpcli.diagnose.stage import Stage, check_device
 from mpcli.engines.local import LocalEngine
 from mpcli.launch import explained
 from mpcli.precision.convert import convert
-from mpcli.precision.loss_scale import at_floor
 from mpcli.precision.numerics import autocast, numerics
 from mpcli.precision.observe import LOSS
 from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import ModuleTrace, first_defect
+from mpcli.progress import may_mend
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
-from mpcli.recipe.precision import DynamicScale, LossScale, Mode
+from mpcli.recipe.precision import LossScale, Mode
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import NonFiniteOrigin, Plan, Replay, StepRecord
 from mpcli.rundir import RunDirectory
@@ -89,7 +89,7 @@ def chosen_step(
         last = row
         if _is_bad(row):
             skipped = skipped or row
-            if not _may_mend(loss_scale, row):
+            if not may_mend(loss_scale, row):
                 broken = broken or row
     if step is not None:
         there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
@@ -105,14 +105,6 @@ def chosen_step(
 
 def _is_bad(row: StepRecord) -> bool:
     return not row.applied or not math.isfinite(row.loss)
-
-
-def _may_mend(loss_scale: LossScale, row: StepRecord) -> bool:
-    """Whether a dynamic scale was still to fall, which may keep the gradients finite."""
-    falls = isinstance(loss_scale, DynamicScale) and not at_floor(
-        loss_scale, row.scale, row.step - 1
-    )
-    return falls and math.isfinite(row.loss)
 
 
 def _replayed(

@@ -31,6 +31,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
+
 from mpcli.recipe.dump import resolved_yaml
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.load import LoadedRecipe
@@ -68,6 +70,7 @@ logger = logging.getLogger(__name__)
 MAX_LAYER_BYTES = 2**25
 """Of `layers.jsonl`: when it grows beyond, every second sampled step is taken out."""
 _LONGEST_RESULT = 2**20
+_OBSERVED = TypeAdapter(dict[str, ModuleTypes])
 
 
 class RunDirectory:
@@ -390,11 +393,9 @@ class RunDirectory:
 
     def observed(self) -> dict[str, ModuleTypes]:
         """The types of every module in the first step of this attempt; empty if unknown."""
-        path = self.attempt_path / "observed.json"
         try:
-            found = json.loads(path.read_bytes())
-            return {name: ModuleTypes.model_validate(seen) for name, seen in found.items()}
-        except (OSError, ValueError, AttributeError):
+            return _OBSERVED.validate_json((self.attempt_path / "observed.json").read_bytes())
+        except (OSError, ValueError):
             return {}
 
     def append_evaluation(self, row: EvalRecord) -> None:
