@@ -106,5 +106,5 @@ class Evidence:
 
 
 def _due(every: int, step: int) -> bool:
-    """The first step, and every N-th after it."""
-    return every > 0 and (step - 1) % every == 0
+    """The first step, and every N-th."""
+    return every > 0 and (step == 1 or step % every == 0)

@@ -42,6 +42,7 @@ def eval(
     from mpcli.rundir import RunDirectory, newest_run
 
     run = RunDirectory.read(newest_run() if run_dir is None else Path(run_dir))
+    run.refuse_foreign()
     file = plugin_of_run(run, plugin)
     own = load_recipe(run.recipe_path, plugin=file).recipe
     loaded = load_recipe(run.recipe_path, overrides, file)

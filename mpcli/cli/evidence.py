@@ -16,7 +16,15 @@ from mpcli.diagnose.facts import (
     TrainerFacts,
     WeightFacts,
 )
-from mpcli.records import FlightRecord, LayerRecord, ModuleTypes, StepRecord
+from mpcli.records import (
+    FlightRecord,
+    LayerRecord,
+    LoopEvent,
+    LoopRecord,
+    ModuleTypes,
+    NonFiniteOrigin,
+    StepRecord,
+)
 
 ROWS = 20  # of a table
 
@@ -58,7 +66,8 @@ def _show_run(run: RunFacts) -> None:
         _show_sampled(run.sampled)
     header = (*_STEP, "first NaN or infinity")
     show("Steps that went wrong", header, map(_flight, run.flights))
-    columns = ("modules", "such as", "stored", "computed", "gradient")
+    show("What the loop does", ("from step", "events"), map(_events, run.events))
+    columns = ("modules", "such as", "stored", "operands", "computed", "gradient")
     show("Types in the first step", columns, _types(run.types))
 
 
@@ -66,13 +75,12 @@ _STEP = ("step", "loss", "grad norm", "scale", "applied")
 
 
 def _step(row: StepRecord | FlightRecord) -> _Row:
-    numbers = map(number_text, (row.loss, row.grad_norm, row.scale))
-    return str(row.step), *numbers, "yes" if row.applied else "no"
+    numbers = map(number_text, (row.loss, row.grad_norm))
+    return str(row.step), *numbers, f"{row.scale:g}", "yes" if row.applied else "no"
 
 
 def _flight(row: FlightRecord) -> _Row:
-    origin = f"{row.origin.module}, {row.origin.phase}" if row.origin else "not known"
-    return *_step(row), origin
+    return *_step(row), "not known" if row.origin is None else origin_text(row.origin)
 
 
 def _trouble(row: LayerRecord) -> tuple[float, ...]:
@@ -94,6 +102,9 @@ def _show_sampled(rows: Sequence[LayerRecord]) -> None:
         flushed = [share_text(shadow.flushed if shadow else None) for shadow in shadows]
         cells = [(*row, share) for row, share in zip(cells, flushed, strict=True)]
     show(f"Tensors of step {rows[0].step}", header, cells)
+    updates = sorted((row for row in rows if row.tensor == "update"), key=_least_moved)
+    columns = ("parameter", "update / weight", "unchanged though it has a gradient")
+    show(f"Updates of step {rows[0].step}", columns, map(_update, updates))
 
 
 def _sampled(row: LayerRecord) -> _Row:
@@ -103,10 +114,38 @@ def _sampled(row: LayerRecord) -> _Row:
     )  # fmt: skip
 
 
+def _least_moved(row: LayerRecord) -> tuple[float, float]:
+    return -(row.lost or 0.0), row.update_ratio or 0.0
+
+
+def _update(row: LayerRecord) -> _Row:
+    ratio = "-" if row.update_ratio is None else f"{row.update_ratio:.1e}"
+    return row.name, ratio, share_text(row.lost)
+
+
+def _events(row: LoopRecord) -> _Row:
+    """A step of the loop, in the order in which it happened."""
+    return str(row.step), ", ".join(map(_event, row.events))
+
+
+def _event(event: LoopEvent) -> str:
+    facts = {
+        "": event.name,
+        "by ": event.by,
+        "autocast ": event.autocast,
+        "gradients: ": event.gradients,
+        "scale ": event.scale and f"{event.scale:g}",
+        "limit ": event.limit and f"{event.limit:g}",
+    }
+    about = ", ".join(f"{label}{value}" for label, value in facts.items() if value)
+    return f"{event.event} ({about})" if about else event.event
+
+
 def _types(types: dict[str, ModuleTypes]) -> Iterator[_Row]:
     """A row for each combination of types, the most common one first."""
     combinations = {
-        name: (seen.stored, seen.computed, seen.gradient) for name, seen in types.items()
+        name: (seen.stored, seen.operands, seen.computed, seen.gradient)
+        for name, seen in types.items()
     }
     for combination, number in Counter(combinations.values()).most_common():
         first = next(name for name, found in combinations.items() if found == combination)
@@ -187,7 +226,7 @@ def _show_optimizer(optimizer: OptimizerFacts) -> None:
 
 def _show_scaler(scaler: ScalerFacts) -> None:
     of = f" of {scaler.growth_interval}" if scaler.growth_interval else ""
-    rows = [("scale", number_text(scaler.scale)), ("good steps", f"{scaler.growth_tracker}{of}")]
+    rows = [("scale", f"{scaler.scale:g}"), ("good steps", f"{scaler.growth_tracker}{of}")]
     show_table("Loss scale", ("", ""), rows)
 
 
@@ -199,6 +238,13 @@ def show(title: str, header: Sequence[str], rows: Iterable[_Row]) -> None:
     show_table(title, header, rows[:ROWS])
     if len(rows) > ROWS:
         write(f"and {len(rows) - ROWS} more: `--json` has all\n")
+
+
+def origin_text(origin: NonFiniteOrigin) -> str:
+    """Where the first NaN or infinity came from."""
+    if origin.phase == "input":
+        return f"{origin.value} in the batch"
+    return f"{origin.value} made in {origin.module or 'the model'}, {origin.phase}"
 
 
 def number_text(value: float | None) -> str:

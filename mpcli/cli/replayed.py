@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mpcli.cli.console import show_table
-from mpcli.cli.evidence import number_text, share_text, show
+from mpcli.cli.evidence import number_text, origin_text, share_text, show
 from mpcli.records import NonFiniteOrigin, Replay, ReplayedModule, ShadowComparison
 
 
@@ -36,9 +36,7 @@ def show_replay(replay: Replay) -> None:
 
 
 def _origin(origin: NonFiniteOrigin | None) -> str:
-    if origin is None:
-        return "none"
-    return f"{origin.value} made in {origin.module or 'the model'}, {origin.phase}"
+    return "none" if origin is None else origin_text(origin)
 
 
 def _difference(module: ReplayedModule) -> float:

@@ -11,6 +11,7 @@ from mpcli.records import (
     FlightRecord,
     ForeignRun,
     LayerRecord,
+    LoopRecord,
     ModuleTypes,
     Record,
     Result,
@@ -123,6 +124,7 @@ class RunFacts(Record):
     last: tuple[StepRecord, ...]
     sampled: tuple[LayerRecord, ...] = Field(description="the newest sampled step")
     flights: tuple[FlightRecord, ...]
+    events: tuple[LoopRecord, ...] = Field(description="of a loop that is not ours")
     types: dict[str, ModuleTypes] = Field(description="in the first step of the newest attempt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import islice
 
 from mpcli import checkpoint
 from mpcli.diagnose.contents import checkpoint_facts, folder_facts
@@ -14,6 +15,8 @@ from mpcli.records import LayerRecord, StepRecord
 from mpcli.rundir import RunDirectory
 
 LAST = 10
+EVENTS = 100
+"""Rows of events: more say that something new happens in every step."""
 
 
 def run_facts(run: RunDirectory) -> Facts:
@@ -53,6 +56,7 @@ def _recorded(run: RunDirectory) -> RunFacts:
         last=tuple(last),
         sampled=tuple(_newest_sample(run)),
         flights=tuple(flights(run)),
+        events=tuple(islice(run.events(), EVENTS)),
         types=run.observed(),
     )
 

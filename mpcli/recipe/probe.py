@@ -15,7 +15,7 @@ class Probe(Section):
     """What `layers.jsonl` holds. The training is the same with it and without it."""
 
     every: _Interval = Field(
-        default=100, description="the first step and every N-th after it are sampled; 0: none"
+        default=100, description="the first step and every N-th are sampled; 0: none"
     )
     shadow_every: _Interval = Field(
         default=0,
