@@ -313,9 +313,9 @@ def test_updates_that_were_lost_come_first(mptrain, foreign):
 
 
 def test_a_batch_that_held_an_infinity_is_named_as_such(mptrain, foreign):
+    origin = NonFiniteOrigin(module="", phase="input", value="inf")
     about = FlightRecord(step=3, attempt=1, loss=math.nan, grad_norm=math.nan, scale=8.0,
-                         applied=False, origin=NonFiniteOrigin(module="", phase="input", value="inf")
-                         )  # fmt: skip
+                         applied=False, origin=origin)  # fmt: skip
     (foreign.flights_path / "step-3").mkdir()
     (foreign.flights_path / "step-3" / "flight.json").write_text(about.to_json())
     lines = mptrain("diagnose", foreign.path).out.splitlines()
