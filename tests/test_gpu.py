@@ -10,6 +10,7 @@ import torch
 from mpcli.launch import launch
 from mpcli.machine import detect_machine
 from mpcli.plan import make_plan
+from mpcli.precision.statistics import Key, Samples
 from mpcli.rundir import RunDirectory
 from tests import small
 from tests.engines.test_local import MODES as CPU_MODES
@@ -98,3 +99,30 @@ def test_a_killed_run_ends_with_the_same_bits(
         run = killed_run(tmp_path, *overrides)
     assert small.resume_small(run).status == "done"
     assert_same_run(run, whole)
+
+
+def test_a_table_of_tensors_is_that_of_a_cpu_and_nobody_waits_for_it() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) for shape in ((10,), (70, 300), (8, 16, 32, 32))]
+    tensors[1][3, 4] = float("inf")
+    tables = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        on_device = [tensor.to(device) for tensor in tensors]
+        samples = Samples(device)
+        for again in (False, True):  # as in every later step
+            samples.begin(torch.full((), 4.0, device=device))
+            torch.cuda.set_sync_debug_mode("error" if again else "default")
+            try:
+                for number, tensor in enumerate(on_device):
+                    samples.add(tensor, Key("", "grad", str(number)), scaled=True)
+                    samples.add_update(Key("", "update", str(number)), tensor, tensor + 1, tensor)
+                pending = samples.finish(torch.zeros((), device=device))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        tables.append(pending.records(1, 1))
+    host, gpu = tables
+    assert host is not None
+    assert gpu is not None
+    for own, other in zip(host, gpu, strict=True):
+        assert own.rms == pytest.approx(other.rms, rel=1e-6)
+        assert own.model_copy(update={"rms": 0}) == other.model_copy(update={"rms": 0})

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,12 +105,12 @@ class Samples:
             shadow: `kept` of the same step's fp32 shadow, unscaled.
             keep: the samples themselves, as `kept`.
         """
-        self._scale = torch.as_tensor(scale, dtype=torch.float64, device=self.device)
+        self._scale = self._number(scale)
         self._shadow = shadow or {}
         self._keep = keep
         self.kept: dict[Key, Tensor] = {}
         self._rows: list[_Row] = []
-        self._waiting: list[tuple[int, Tensor]] = []
+        self._waiting: list[Tensor] = []  # a sample for each row
         self._values: list[NDArray[np.float64]] = []
         self._table.zero_()
 
@@ -148,7 +148,7 @@ class Samples:
         place[_MAX : _INF + 1] = exact(tensor)
         if compared is not None:
             place[_FLUSHED : _SHADOW + 1] = compared
-        self._waiting.append((len(self._rows) - 1, sample))
+        self._waiting.append(sample)
 
     def add_update(self, key: Key, before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         """What an optimizer step changed, of one parameter as it is stored.
@@ -180,20 +180,14 @@ class Samples:
             found_inf: 1 where the step was skipped.
         """
         rows = tuple(self._rows)
-        outcome = torch.stack(
-            [self._scale, torch.as_tensor(found_inf, device=self.device).double()]
-        )
+        outcome = torch.stack([self._scale, self._number(found_inf)])
         if self._on_host:
             for values in self._values:
                 values[_SCALE : _FOUND_INF + 1] = outcome.numpy()
             return Pending(rows, self._values, None, self.through_fp16)
         table = self._table[: len(rows)]
         if self._waiting:
-            places, samples = zip(*self._waiting, strict=True)
-            counts, bins = _counted_together(samples)
-            index = torch.tensor(places, device=self.device)
-            table[index, _SQUARES : _TIES + 1] = counts
-            table[index, _FIRST_BIN:] = bins
+            table[:, _SQUARES : _TIES + 1], table[:, _FIRST_BIN:] = _counted_together(self._waiting)
         table[:, _SCALE : _FOUND_INF + 1] = outcome
         if self.device.type != "cuda":
             return Pending(rows, table.clone(), None, self.through_fp16)
@@ -202,6 +196,12 @@ class Samples:
         ready = torch.cuda.Event()
         ready.record()
         return Pending(rows, host, ready, self.through_fp16)
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        """As a scalar on the device, which nobody waits for."""
+        if isinstance(value, Tensor):
+            return value.detach().to(self.device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def _next_place(self) -> Tensor:
         """The row of the table for the tensor that was noted last."""
@@ -321,17 +321,16 @@ def _counted(sample: Tensor) -> tuple[list[float], NDArray[np.int64]]:
     return counts, bins
 
 
-def _counted_together(samples: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def _counted_together(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The same of many samples, [rows, 4] and [rows, 256], with few kernels and no host read.
 
     `bincount` would wait for a GPU; adding ones in place does not.
     """
-    samples = list(samples)
     values = torch.cat(samples)
-    lengths = [len(sample) for sample in samples]
-    row = torch.repeat_interleave(
-        torch.tensor(lengths, device=values.device), output_size=len(values)
-    )
+    lengths = torch.tensor([len(sample) for sample in samples])
+    if values.is_cuda:  # from other memory the copy would wait
+        lengths = lengths.pin_memory().to(values.device, non_blocking=True)
+    row = torch.repeat_interleave(lengths, output_size=len(values))
     bits = values.view(torch.int32) & _MAGNITUDE
     exponent = bits >> _MANTISSA
     key = row * _BINS + exponent
