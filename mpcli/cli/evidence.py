@@ -174,16 +174,20 @@ def _show_weights(weights: WeightFacts, where: str) -> None:
     types = ", ".join(f"{number:,} in {dtype}" for dtype, number in total.dtypes.items())
     rows = [
         ("read from", where),
-        ("values", types or "none"),
+        ("values", types),
         ("NaN, infinite", f"{total.nan:,}, {total.inf:,}"),
         ("zero", f"{total.zeros:,}"),
         ("largest", f"{number_text(total.max)}, {_bits(total.headroom_bits)} to fp16's overflow"),
     ]
+    if not total.elements:
+        rows = [("read from", where), ("values", "none that are floating-point numbers")]
     if weights.tied:
         rows.append(("tied", f"{len(weights.tied)} tensors, counted once"))
     if weights.not_examined:
         rows.append(("no floats", f"{len(weights.not_examined)} tensors"))
     show_table("Weights", ("", ""), rows)
+    if not total.elements:
+        return
     header = ("format", "overflow", "round to 0", "subnormal", "rounding error")
     formats = [
         (name, share_text(found.above), share_text(found.below), share_text(found.subnormal),
@@ -208,7 +212,7 @@ def _layer(layer: TensorFacts) -> _Row:
     return (
         layer.name, number_text(layer.max), _bits(layer.headroom_bits), share_text(found.above),
         share_text(found.below), share_text(found.subnormal), f"{layer.nan + layer.inf:,}",
-        "no" if layer.fits and not layer.fits["fp16"] else "yes",
+        "-" if layer.fits is None else "yes" if layer.fits["fp16"] else "no",
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from mpcli.diagnose.facts import Facts, NotRead
 from mpcli.diagnose.numbers import Numbers, is_examined, scaler_facts, stored_once
 from mpcli.diagnose.reading import inside, read_json, size_of, unreadable
 from mpcli.diagnose.trainer_state import trainer_facts
+from mpcli.recipe.errors import user_error
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 TRAINER_STATE = "trainer_state.json"
@@ -26,7 +27,7 @@ LEFT_ALONE = {
 }
 _STATES = ("optimizer.pt", "optimizer.bin", "scaler.pt")
 _INDEX = ".index.json"
-_INDEXED = ("model.safetensors", "pytorch_model.bin")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 _MAX_DEPTH = 50  # of containers in one another
 _MAX_VIEWS = 8  # bytes of tensors for each byte of a file: views may share memory, within reason
 
@@ -67,7 +68,8 @@ def folder_facts(folder: Path) -> Facts:
     safetensors, an index of pickles, pickles.
 
     Raises:
-        UserError: exit 4 for a file that cannot be read, or is not in the folder.
+        UserError: exit 2 for several files, or several indexes, of which none has the usual name;
+            4 for a file that cannot be read, or is not in the folder.
     """
     numbers, names = Numbers(), _names(folder)
     not_read = [
@@ -121,13 +123,26 @@ def _names(folder: Path) -> list[str]:
 
 def _weight_files(folder: Path, names: list[str]) -> tuple[list[str], Mapping[str, str]]:
     """Names of the files with the weights, of one form only; of an index, tensor -> file."""
-    for whole, suffixes in zip(_INDEXED, ((".safetensors",), SUFFIXES[1:]), strict=True):
-        if whole + _INDEX in names:
-            index = _index(folder, whole + _INDEX)
+    for whole, suffixes in zip(_WHOLE, ((".safetensors",), SUFFIXES[1:]), strict=True):
+        indexes = [name for name in names if name.endswith(tuple(s + _INDEX for s in suffixes))]
+        if indexes:
+            index = _index(folder, _one(folder, indexes, whole + _INDEX))
             return sorted(set(index.values())), index
         if found := [name for name in names if name.endswith(suffixes) and name not in _STATES]:
-            return [whole] if whole in found else found, {}
+            return [_one(folder, found, whole)], {}
     return [], {}
+
+
+def _one(folder: Path, names: list[str], usual: str) -> str:
+    """The one file that there is, or else the one with the usual name: several are other models."""
+    if len(names) == 1 or usual in names:
+        return usual if usual in names else names[0]
+    listed = ", ".join(f"`{name}`" for name in names[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise user_error(
+        f"{folder}: {len(names)} files may have the weights, and no index says which",
+        f"name one of: {listed}{more}",
+    )
 
 
 def _index(folder: Path, name: str) -> Mapping[str, str]:
@@ -149,10 +164,17 @@ def _read(path: Path, numbers: Numbers) -> None:
         _read_ours(path, numbers)
     elif path.suffix == ".safetensors":
         for name, tensor in safetensors_files.tensors(path):
-            numbers.weight(name, tensor)
+            _add(path, numbers, name, tensor)
     else:
         value = torch_files.load(path)
         _Walk(path, numbers).visit(value)
+
+
+def _add(path: Path, numbers: Numbers, name: str, tensor: Tensor) -> None:
+    """Two weights of one name: nobody knows which one counts, and none may hide the other."""
+    if name in numbers:
+        raise unreadable(path, f"it has `{name:.100}`, and so has what was read before")
+    numbers.weight(name, tensor)
 
 
 def _read_ours(path: Path, numbers: Numbers) -> None:
@@ -164,7 +186,7 @@ def _read_ours(path: Path, numbers: Numbers) -> None:
         if part == "master":
             masters.add(name)
         if part in ("master", "buffer") or (part == "model" and name not in masters):
-            numbers.weight(name, tensor)
+            _add(path, numbers, name, tensor)
         elif part == "optimizer":
             state, _, parameter = name.partition(".")
             numbers.state(state, parameter, tensor)
@@ -201,9 +223,9 @@ class _Walk:
         """
         if isinstance(value, Tensor):
             name = name or self._path.stem
-            if not self._numbers.tied(name, value):
+            if not self._numbers.tied(self._path, name, value):
                 self._count(value)
-                self._numbers.weight(name, value)
+                _add(self._path, self._numbers, name, value)
             return
         if not isinstance(value, dict | list | tuple) or id(value) in self._visited:
             return
@@ -216,8 +238,9 @@ class _Walk:
         elif isinstance(value, dict) and {"scale", "_growth_tracker"} <= value.keys():
             self._scaler(value)
         else:
-            for key, item in entries:
-                self.visit(item, f"{name}.{_key(key)}" if name else _key(key), depth + 1)
+            for number, (key, item) in enumerate(entries):
+                part = _key(key) or f"?{number}"
+                self.visit(item, f"{name}.{part}" if name else part, depth + 1)
 
     def _optimizer(self, state: Any) -> None:
         """`{parameter: {key: tensor}}`, as every optimizer of torch has it."""
@@ -225,7 +248,7 @@ class _Walk:
             for key, tensor in entries.items() if isinstance(entries, dict) else ():
                 if isinstance(tensor, Tensor):
                     self._count(tensor)
-                    self._numbers.state(_key(key), _key(parameter), tensor)
+                    self._numbers.state(_key(key) or "?", _key(parameter) or "?", tensor)
 
     def _scaler(self, state: dict[str, Any]) -> None:
         try:
@@ -241,4 +264,5 @@ class _Walk:
 
 
 def _key(key: object) -> str:
-    return f"{key:.200}" if isinstance(key, str) else str(key) if type(key) is int else "?"
+    """Empty where a key is neither text nor a number."""
+    return f"{key:.200}" if isinstance(key, str) else str(key) if type(key) is int else ""

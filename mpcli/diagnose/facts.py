@@ -49,14 +49,18 @@ class TensorFacts(Record):
         description="log2 of fp16's overflow limit, 65520, over `max`; null for zeros"
     )
     formats: dict[str, RangeFacts]
-    fits: dict[str, bool] | None = Field(default=None, description="of a layer: in fp16, in bf16")
+    fits: dict[str, bool] | None = Field(
+        default=None, description="of a layer with finite values: in fp16, in bf16"
+    )
 
 
 class WeightFacts(Record):
     """The static part: what weights are, and which format can hold them."""
 
     verdict: str
-    dtype: Literal["fp16", "bf16", "fp32"] = Field(description="of all but `fp32_layers`")
+    dtype: Literal["fp16", "bf16", "fp32"] | None = Field(
+        description="of all but `fp32_layers`; null without finite values"
+    )
     fp32_layers: tuple[str, ...]
     nonfinite_layers: tuple[str, ...]
     total: TensorFacts

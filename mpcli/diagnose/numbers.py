@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,12 +64,16 @@ class Numbers:
         else:
             self._others[name] = dtype_name(tensor.dtype)
 
-    def tied(self, name: str, tensor: Tensor) -> bool:
-        """Note where a tensor is, and whether it is one that was there before: it counts once."""
+    def tied(self, file: Path, name: str, tensor: Tensor) -> bool:
+        """Note where a tensor is, and whether it is one that was there before: it counts once.
+
+        Args:
+            file: that it is of; another one may come to lie where this one was in memory.
+        """
         if not is_examined(tensor) or not tensor.numel():
             return False
         place = (
-            tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype,
+            file, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype,
             tensor.shape, tensor.stride(),
         )  # fmt: skip
         first = self._places.setdefault(place, name)
@@ -105,7 +110,7 @@ class Numbers:
         for name, tensor in self._tensors.items():
             layer = layer_of(name)
             layers[layer] = layers.get(layer, Statics()) + tensor
-        verdict = judge(layers)
+        verdict = judge({name: layer for name, layer in layers.items() if layer.finite})
         nonfinite = tuple(name for name, layer in layers.items() if layer.nonfinite)
         return WeightFacts(
             verdict=_verdict_text(verdict, nonfinite) if layers else "no floating-point values",
@@ -166,6 +171,8 @@ def is_examined(tensor: Tensor) -> bool:
 
 
 def _layer(name: str, layer: Statics) -> TensorFacts:
+    if not layer.finite:
+        return tensor_facts(name, layer)
     holds = {dtype: fits(layer, dtype) for dtype in ("fp16", "bf16")}
     return tensor_facts(name, layer).model_copy(update={"fits": holds})
 

@@ -127,10 +127,14 @@ class Statics:
         return self.nan + self.inf
 
     @property
+    def finite(self) -> int:
+        """How many values are neither."""
+        return self.elements - self.nonfinite
+
+    @property
     def rms(self) -> float:
         """Root mean square of the finite values."""
-        finite = self.elements - self.nonfinite
-        return math.sqrt(self.squares / finite) if finite else 0.0
+        return math.sqrt(self.squares / self.finite) if self.finite else 0.0
 
     @property
     def headroom(self) -> float | None:
@@ -139,7 +143,7 @@ class Statics:
 
     def share(self, number: int) -> float:
         """`number` as a share of the finite values that are not zero."""
-        candidates = self.elements - self.nonfinite - self.zeros
+        candidates = self.finite - self.zeros
         return number / candidates if candidates else 0.0
 
     def error(self, name: str) -> float:

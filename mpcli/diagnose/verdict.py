@@ -19,12 +19,12 @@ class Verdict(NamedTuple):
 
     Args:
         text: for people: `fits fp16`, `needs bf16` or `needs these layers in fp32: [...]`.
-        dtype: for the layers that are not named.
+        dtype: for the layers that are not named; None where there are no layers.
         fp32_layers: that `dtype` cannot hold.
     """
 
     text: str
-    dtype: Literal["fp16", "bf16", "fp32"]
+    dtype: Literal["fp16", "bf16", "fp32"] | None
     fp32_layers: tuple[str, ...]
 
 
@@ -61,7 +61,12 @@ def judge(layers: Mapping[str, Statics]) -> Verdict:
     This says what storing the weights would do to them, and no more: activations and gradients
     may need another format. NaN and infinity are left out, and so is what was lost before: weights
     that are stored in fp16 fit fp16.
+
+    Args:
+        layers: those that have finite values.
     """
+    if not layers:
+        return Verdict("no finite values", None, ())
     unfit = [name for name, layer in layers.items() if not fits(layer, "fp16")]
     if not unfit:
         return Verdict("fits fp16", "fp16", ())

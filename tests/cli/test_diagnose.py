@@ -327,3 +327,18 @@ def test_a_recorded_loop_has_nothing_to_go_on_with_or_to_evaluate(mptrain, forei
         outcome = mptrain(*command, foreign.path)
         assert outcome.code == Exit.USAGE
         assert "the record of a loop that is not mptrain's" in outcome.err
+
+
+def test_of_whole_numbers_there_are_no_tables(mptrain, tmp_path):
+    safetensors.torch.save_file({"ids": torch.arange(3)}, tmp_path / "x.safetensors")
+    out = mptrain("diagnose", tmp_path / "x.safetensors").out
+    assert "none that are floating-point numbers" in out
+    assert "Layers in fp16" not in out and "cannot hold" not in out
+
+
+def test_a_layer_of_nan_is_not_said_to_fit(mptrain, tmp_path):
+    weights = {"a.w": torch.full((2,), math.nan), "b.w": torch.ones(2)}
+    safetensors.torch.save_file(weights, tmp_path / "x.safetensors")
+    lines = mptrain("diagnose", tmp_path / "x.safetensors").out.splitlines()
+    rows = [line.split() for line in lines[lines.index("Layers in fp16") :]]
+    assert {row[0]: row[-1] for row in rows if row and row[0] in "ab"} == {"a": "-", "b": "yes"}

@@ -227,3 +227,74 @@ def test_what_is_never_read_is_not_read_alone_either(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match="is not read"):
         gather(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_of_several_models_in_a_folder_none_is_chosen(tmp_path, form):
+    for name in ("best", "last"):
+        path = tmp_path / f"{name}.{form}"
+        save = safetensors.torch.save_file if form == "safetensors" else torch.save
+        save(WEIGHTS, path)
+    with pytest.raises(UserError, match="2 files may have the weights") as caught:
+        gather(tmp_path)
+    assert caught.value.exit_code == Exit.USAGE
+    assert caught.value.problems[0].hint == f"name one of: `best.{form}`, `last.{form}`"
+    check(gather(path))
+
+
+def test_an_index_may_have_another_name(tmp_path):
+    shards = {"a.safetensors": ["a.weight", "a.bias"], "b.safetensors": ["b.scale", "b.count"]}
+    for file, keys in shards.items():
+        safetensors.torch.save_file({key: WEIGHTS[key] for key in keys}, tmp_path / file)
+    index = {key: file for file, keys in shards.items() for key in keys}
+    for name in ("diffusion.safetensors.index.json", "other.safetensors.index.json"):
+        (tmp_path / name).write_text(json.dumps({"weight_map": index}))
+        if name.startswith("diffusion"):
+            check(gather(tmp_path))
+    with pytest.raises(UserError, match="2 files may have the weights"):
+        gather(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_shard_hides_no_tensor_of_another_one(tmp_path, form):
+    save = safetensors.torch.save_file if form == "safetensors" else torch.save
+    save({"a": torch.tensor([math.nan]), "b": torch.ones(1)}, tmp_path / f"1.{form}")
+    save({"a": torch.ones(1)}, tmp_path / f"2.{form}")
+    whole = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
+    index = {"b": f"1.{form}", "a": f"2.{form}"}
+    (tmp_path / f"{whole}.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UserError, match="it has `a`, and so has what was read before") as caught:
+        gather(tmp_path)
+    assert caught.value.exit_code == Exit.CHECKPOINT
+
+
+def test_what_lay_where_another_shard_lies_in_memory_is_not_tied_to_it(tmp_path):
+    index = {}
+    for number in range(4):  # as large as what is mapped, so that the next one takes its place
+        name, value = f"layer{number}.weight", math.nan if number == 3 else 1.0
+        torch.save({name: torch.full((1000, 1000), value)}, tmp_path / f"{number}.bin")
+        index[name] = f"{number}.bin"
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = folder_facts(tmp_path).weights
+    assert weights
+    assert (weights.tied, weights.total.nan) == ({}, 10**6)
+
+
+def test_keys_that_are_no_names_hide_no_tensor(tmp_path):
+    values = {(0, 1): torch.tensor([math.nan]), (0, 2): torch.ones(1)}
+    torch.save(values, tmp_path / "x.pt")
+    assert names(file_facts(tmp_path / "x.pt")) == ["?0", "?1"]
+
+
+def test_a_layer_without_finite_values_fits_nothing(tmp_path):
+    bad = {"a.w": torch.full((2,), math.nan), "b.w": torch.ones(2)}
+    safetensors.torch.save_file(bad, tmp_path / "x.safetensors")
+    weights = file_facts(tmp_path / "x.safetensors").weights
+    assert weights
+    assert [layer.fits for layer in weights.layers] == [None, {"fp16": True, "bf16": True}]
+    assert weights.verdict == "NaN or infinity in these layers: [a]; fits fp16"
+    safetensors.torch.save_file({"a.w": bad["a.w"]}, tmp_path / "x.safetensors")
+    weights = file_facts(tmp_path / "x.safetensors").weights
+    assert weights
+    assert weights.dtype is None
+    assert weights.verdict == "NaN or infinity in these layers: [a]; no finite values"
