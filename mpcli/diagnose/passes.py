@@ -28,7 +28,12 @@ Call = tuple[str, int]
 
 
 class Moment:
-    """What a forward follows from besides weights and batch: buffers, and random numbers."""
+    """What a forward follows from besides weights and batch: buffers, and random numbers.
+
+    A buffer that was made or has grown since (a table of positions, a mask) is a cache, which says
+    the same however large it is. It stays, for the model may remember its size elsewhere; and a
+    model that has none yet makes it itself.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
@@ -41,7 +46,9 @@ class Moment:
     def give(self, model: nn.Module) -> None:
         """Bring a model with these buffers (of any type), and torch, back to it."""
         for name, buffer in model.named_buffers():
-            buffer.copy_(self._buffers[name])
+            before = self._buffers.get(name)
+            if before is not None and before.shape == buffer.shape:
+                buffer.copy_(before)
         torch.set_rng_state(self._random)
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(self._cuda_random, self._device)

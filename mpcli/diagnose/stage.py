@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
@@ -34,22 +33,30 @@ class Stage:
 
     Attributes:
         model: which the engine has converted.
-        exact: another one in fp32, with all else that the task and the recipe give it.
+        exact: another one in fp32, built like it; `give_exact_weights` gives it the weights.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan) -> None:
         self.recipe, self.plan = recipe, plan
         self.device = torch.device(plan.device)
-        task, options = task_of(recipe.task), recipe.task
-        self.data = task.load_data(options, recipe.data)
+        self.task = task_of(recipe.task)
+        self.data = self.task.load_data(recipe.task, recipe.data)
         self.data.prepare(self.device)
-        torch.manual_seed(recipe.train.seed)
-        self.model = task.build_model(options, self.data.info).to(self.device)
-        if recipe.engine.activation_checkpointing:
-            apply_activation_checkpointing(self.model)
-        self.exact = copy.deepcopy(self.model)
+
+        self.model = self._build_model()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Not a copy: what a model holds besides parameters need not bear one.
+            self.exact = self._build_model()
         self.engine = LocalEngine(recipe, self.model, self.device, plan.steps, plan.fp32_modules)
-        self.loss = functools.partial(task.loss, options)
+        self.loss = functools.partial(self.task.loss, recipe.task)
+
+    def _build_model(self) -> nn.Module:
+        """As the run began with."""
+        torch.manual_seed(self.recipe.train.seed)
+        model = self.task.build_model(self.recipe.task, self.data.info).to(self.device)
+        if self.recipe.engine.activation_checkpointing:
+            apply_activation_checkpointing(model)
+        return model
 
     def batch(self, step: int) -> Batch:
         """The global batch of an attempted step, from 1."""

@@ -1,0 +1,81 @@
+"""Models that are sound, and hold more than parameters: replay runs them as the run did."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpcli.diagnose.replay import replay
+from mpcli.rundir import RunDirectory
+from mpcli.tasks import image_classification
+from tests.small import run_small
+
+
+class WeightNorm(nn.Module):
+    """Its `weight` is no leaf, which no deep copy takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with pytest.warns(FutureWarning):
+            self.layer = nn.utils.weight_norm(nn.Linear(64, 16))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layer(values)
+
+
+class Closure(nn.Module):
+    """A copy of its function would still call the first model's layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 16)
+        self.act = lambda values: self.inner(values)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.act(values)
+
+
+class Grows(nn.Module):
+    """A cache that is made on first use and grows with the step, as its size says elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.size, self.made = nn.Linear(64, 16), 1, False
+        self.register_buffer("table", torch.ones(1), persistent=False)
+        self.register_buffer("mask", None)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.size < 64:
+            self.size, self.table = self.size + 63, torch.linspace(1, 2, 64, dtype=values.dtype)
+        if not self.made:
+            self.made, self.mask = True, torch.ones(64, dtype=values.dtype)
+            self.register_buffer("late", torch.ones(64, dtype=values.dtype))
+        return self.inner(values * self.table[: values.shape[1]] * self.mask * self.late)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "bf16-pure"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [WeightNorm, Closure, Grows])
+def test_replay_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], mode: str, steps: int
+) -> None:
+    def build_model(options: Any, info: Any) -> nn.Module:
+        sizes = math.prod(info.input_shape), info.num_classes
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(sizes[0], 64), nn.Dropout(0.1), kind(), nn.Linear(16, sizes[1])
+        )
+
+    monkeypatch.setattr(image_classification, "build_model", build_model)
+    overrides = (f"precision.mode={mode}", f"train.steps={steps}", "output.checkpoint_every=null")
+    run, _ = run_small(tmp_path, *overrides)
+    found = replay(RunDirectory.read(run.path), tell=lambda text: None)
+    assert found.reproduced and found.same_random_numbers
+    assert (found.origin, found.parting, found.nondeterministic) == (None, None, ())
+    outputs = {row.module: row.output for row in found.modules}
+    whole = outputs[""]
+    assert whole and 0 < whole.error < 0.1  # a shadow of its own, with the same weights
