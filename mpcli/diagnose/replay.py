@@ -141,6 +141,7 @@ def _replayed(
                     raise
                 tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
     recorded = row.loss if row else None
+    compute = numerics(recipe.precision.mode).compute_name
     uncomparable = recorded is None or recipe.engine.compile
     return Replay(
         step=step,
@@ -159,7 +160,7 @@ def _replayed(
         origin=seen.origin,
         shadow_losses={"run": own.loss, **{name: one.loss for name, one in shadows.items()}},
         shadow_origins={name: one.origin for name, one in shadows.items()},
-        parting=parting(compared(stage.model, own, shadows["fp32"])),
+        parting=parting(compared(stage.model, own, shadows["fp32"]), compute),
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
         modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),

@@ -22,7 +22,19 @@ def _replayed(replay: Replay) -> Iterator[str]:
         place = f"{parting.module or 'the model'}, {parting.phase}"
         yield f"step {replay.step} again: parts from fp32 in {place}"
     else:
-        yield f"step {replay.step} again: close to fp32 in every module"
+        yield f"step {replay.step} again: no module parts from fp32 ({_largest(replay)})"
+
+
+def _largest(replay: Replay) -> str:
+    """Of a step that has more micro-batches, one was looked at."""
+    errors = {
+        seen.error: f"{whose} of {row.module or 'the model'}"
+        for row in replay.modules
+        for whose, seen in (("output", row.output), ("gradient", row.grad_output))
+        if seen
+    }
+    beside = f"at most {max(errors):.2%} off, in the {errors[max(errors)]}" if errors else "no rows"
+    return f"{beside}; one micro-batch of {replay.micro_batches}"
 
 
 def _facts(evidence: Facts) -> Iterator[str]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpcli.diagnose.places import gather
 from mpcli.diagnose.replay import replay
+from mpcli.diagnose.summary import verdict
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification
 from tests.small import run_small
@@ -79,3 +81,55 @@ def test_replay_runs_it(
     outputs = {row.module: row.output for row in found.modules}
     whole = outputs[""]
     assert whole and 0 < whole.error < 0.1  # a shadow of its own, with the same weights
+
+
+class NearlyEqual(nn.Module):
+    """Nothing but the rounding of two layers, added to what matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.diff = nn.Linear(64, 16), nn.Linear(64, 16), Difference()
+        self.two.load_state_dict(self.one.state_dict())
+        with torch.no_grad():
+            self.two.weight *= 1 + 1e-5
+
+    def forward(self, values: Tensor) -> Tensor:
+        one, two = self.one(values), self.two(values)
+        return one + self.diff(one, two)
+
+
+class Difference(nn.Module):
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return one - two
+
+
+class LastDifference(nn.Module):
+    """The model's own result is one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, values: Tensor) -> Tensor:
+        results = self.inner(values)
+        return results - results.detach() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fp16", "bf16", "bf16-pure"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_difference_of_nearly_equal_tensors_is_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, whole: bool
+) -> None:
+    def build_model(options: Any, info: Any) -> nn.Module:
+        size = math.prod(info.input_shape)
+        layers = [nn.Flatten(), nn.Linear(size, 64), NearlyEqual(), nn.Linear(16, info.num_classes)]
+        model = nn.Sequential(*layers)
+        return LastDifference(model) if whole else model
+
+    monkeypatch.setattr(image_classification, "build_model", build_model)
+    run, _ = run_small(tmp_path, f"precision.mode={mode}", "train.steps=1")
+    found = replay(RunDirectory.read(run.path), tell=lambda text: None)
+    errors = [row.output.error for row in found.modules if row.type == "Difference" and row.output]
+    assert errors and errors[0] > 1
+    assert found.parting is None
+    assert "no module parts from fp32 (at most " in verdict(gather(run.path), found)
