@@ -101,10 +101,10 @@ class Plan(Record):
     num_eval: int
     data_source: str
     sample: dict[str, str] = Field(description="name -> type and shape of a sample's tensors")
-    steps: int
+    steps: int = Field(ge=1)
     steps_per_epoch: int
-    micro_batch_size: int
-    accumulation: int = Field(description="micro-batches per optimizer step")
+    micro_batch_size: int = Field(ge=1)
+    accumulation: int = Field(ge=1, description="micro-batches per optimizer step")
     parameters: int
     modules: tuple[ModulePrecision, ...]
     fp32_modules: tuple[str, ...] = Field(
@@ -398,6 +398,11 @@ class Replay(Record):
     )
     same_random_numbers: bool = Field(description="the shadows had those of the run")
     modules: tuple[ReplayedModule, ...] = Field(description="in the order of returning")
+    flight_differs: tuple[str, ...] | None = Field(
+        default=None,
+        description="which of `batch` and `random state` were taken from the step's flight, being "
+        "others than those of the data set and of the steps before it; null without a flight",
+    )
 
 
 class EvalRecord(Record):

@@ -28,6 +28,8 @@ def show_replay(replay: Replay) -> None:
         rows.append(("parts from fp32", f"in {place}, error {parting.error:.1e}"))
     if replay.nondeterministic:
         rows.append(("not repeatable", ", ".join(replay.nondeterministic)))
+    if replay.flight_differs:
+        rows.append(("as the run kept it", ", ".join(replay.flight_differs)))
     if not replay.same_random_numbers:
         rows.append(("random numbers", "not those of the run in the shadows"))
     show_table(f"Step {replay.step} again", ("", ""), rows)

@@ -45,7 +45,8 @@ def replay(
     """Run a step again as it was, then in bf16 and fp32 from the same weights and random numbers.
 
     The state is that of the nearest checkpoint before the step, or fresh weights from the seed, and
-    the steps from there on are run again. Shadows have the exact weights of the run, its fp32
+    the steps from there on are run again; batch and random state of the step itself are those that
+    the run kept of it, if it did. Shadows have the exact weights of the run, its fp32
     masters where it has any, and their gradients are not scaled. Where the loss is scaled, the
     run's own precision is tried at a scale of 1 too. Nothing is written to the run.
 
@@ -116,11 +117,20 @@ def _replayed(
 ) -> Replay:
     step, plan = row.step if row else 1, _plan(run)
     check_device(plan)
+    if not 1 <= step <= plan.steps:
+        raise user_error(
+            f"`steps.jsonl` has a row of step {step}, and the plan has {plan.steps:,} steps",
+            "restore it from a copy of the run",
+            exit_code=Exit.CHECKPOINT,
+        )
     with settings(recipe, plan):
         tell(f"loading {plan.data_source}")
         stage = Stage(recipe, plan)
         start, again = stage.bring_to(run, step, tell)
-        seen = _run_once(stage, step)
+        batch, flight_differs = stage.board(run, step, stage.batch(step))
+        for part in flight_differs or ():
+            tell(f"the {part} of step {step:,} is not what the run kept of it: taking what it kept")
+        seen = _run_once(stage, batch)
         tell(f"comparing step {step:,} with bf16 and fp32")
         with _deterministic_kernels():
             tape = RandomTape()
@@ -163,6 +173,7 @@ def _replayed(
         parting=parting(compared(stage.model, own, shadows["fp32"]), compute),
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
+        flight_differs=flight_differs,
         modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),
     )
 
@@ -221,12 +232,11 @@ class _Seen:
         return follow(model, stage.loss, batch, weight, scale, region, tape)
 
 
-def _run_once(stage: Stage, step: int) -> _Seen:
+def _run_once(stage: Stage, batch: Batch) -> _Seen:
     """The step as the run ran it; what was compiled runs operation by operation."""
     engine, model = stage.engine, stage.model
     engine.compile, model._compiled_call_impl = False, None
     scale = float(engine.scaler.scale)
-    batch = stage.batch(step)
     parts = stage.micro_batches(batch)
     moments: list[Moment] = []
     losses, origin, chosen = [], None, 0

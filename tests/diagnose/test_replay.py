@@ -10,16 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from mpcli.data import Batch
 from mpcli.data.image_dataset import ImageDataset
 from mpcli.diagnose.replay import chosen_step, in_sums, replay, with_batch
+from mpcli.diagnose.stage import Stage
 from mpcli.precision.sensitive import last_layer
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale
-from mpcli.records import ForeignRun, NonFiniteOrigin, Replay, StepRecord
+from mpcli.records import ForeignRun, NonFiniteOrigin, Replay, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification
 from tests.diagnose.faulty_runs import faulty_run
@@ -97,6 +99,118 @@ def test_a_bad_batch_is_the_inputs_fault(tmp_path: Path, bad: dict[int, float]) 
     assert found.step == 2 and found.reproduced and not found.finite
     assert found.origin is not None
     assert (found.origin.phase, found.origin.value) == ("input", "nan")
+
+
+def test_the_batch_is_the_one_that_the_run_kept(tmp_path: Path, bad: dict[int, float]) -> None:
+    bad[2] = math.nan
+    run, _ = run_small(tmp_path, "train.on_nonfinite=stop", *SHORT)
+    assert replayed(run)[0].flight_differs == ()
+    bad.clear()  # the data set is another one now
+    found, told = replayed(run)
+    assert found.flight_differs == ("batch",)
+    assert any("the batch of step 2 is not what the run kept of it" in text for text in told)
+    assert found.reproduced and found.origin and found.origin.phase == "input"
+    assert replayed(run, 1)[0].flight_differs is None
+
+
+def test_the_random_state_is_the_one_that_the_run_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plugin = faulty_run(tmp_path, "transformer", "embed", "backward-inf")
+    original = Stage.bring_to
+
+    def bring_to(*given: Any) -> Any:
+        start = original(*given)
+        torch.rand(1)
+        return start
+
+    monkeypatch.setattr(Stage, "bring_to", bring_to)
+    found = replay(run, plugin=plugin)
+    assert found.flight_differs == ("random state",)
+    assert found.reproduced and math.isfinite(found.loss)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch.inputs": torch.zeros(0, 1, 8, 8)},
+        {"batch.inputs": torch.zeros(())},
+        {"batch.inputs": torch.zeros(3, 1, 8, 8)},
+        {"batch.targets": torch.zeros(16)},
+        {"batch.other": torch.zeros(16)},
+        {"rng.cpu": torch.zeros(3)},
+        {"rng.cpu": torch.zeros(3, dtype=torch.uint8)},
+    ],
+)
+def test_what_was_kept_and_is_not_of_the_run_is_refused(
+    tmp_path: Path, bad: dict[int, float], changed: dict[str, Tensor]
+) -> None:
+    bad[1] = math.nan
+    run, _ = run_small(tmp_path, *SHORT)
+    path = run.flights_path / "step-1" / "batch.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | changed, path)
+    with pytest.raises(UserError) as error:
+        replayed(run)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("step", [99, 0, -1])
+def test_a_row_of_no_step_of_the_plan_is_refused(tmp_path: Path, step: int) -> None:
+    run, _ = run_small(tmp_path, *SHORT)
+    run.append_steps([row(step)])
+    with pytest.raises(UserError, match=f"row of step {step}, and the plan has 3") as error:
+        replayed(run)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("checkpoint", [99, 2, -1])
+def test_a_run_that_cannot_have_gone_back_as_it_says_is_refused(
+    tmp_path: Path, checkpoint: int
+) -> None:
+    run, _ = run_small(tmp_path, *SHORT)
+    back = {"step": 2, "attempt": 1, "checkpoint": checkpoint, "reason": "x"}
+    fields = RollbackRecord.model_fields
+    back = {name: back.get(name, 1) for name in fields}
+    (run.path / "rollbacks.jsonl").write_text(json.dumps(back) + "\n")
+    assert list(run.rollbacks())
+    with pytest.raises(UserError, match="goes back to a step") as error:
+        replayed(run)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("device", "banana", 4),
+        ("device", "cuda:x", 4),
+        ("device", "cuda:999", 3),
+        ("micro_batch_size", 0, 4),
+        ("accumulation", 0, 4),
+        ("steps", 0, 4),
+        ("fp32_modules", ["nowhere"], 4),
+    ],
+)
+def test_a_plan_that_was_edited_is_refused(
+    tmp_path: Path, field: str, value: object, code: int
+) -> None:
+    run, _ = run_small(tmp_path, *SHORT)
+    path = run.attempt_path / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError) as error:
+        replayed(run)
+    assert error.value.exit_code == code
+
+
+def test_how_far_it_is_told_while_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = run_small(tmp_path, *SHORT)
+    monkeypatch.setattr("mpcli.diagnose.stage.TELL_EVERY", -1.0)
+    _, told = replayed(run)
+    assert "1 of 2 steps are run again" in told
+    monkeypatch.setattr("mpcli.diagnose.stage.TELL_EVERY", 3600.0)
+    _, told = replayed(run)
+    assert not any("steps are run again" in text for text in told)
 
 
 @pytest.mark.parametrize("kept", [True, False])
