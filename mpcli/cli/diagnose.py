@@ -40,6 +40,8 @@ def diagnose(
     """Show what a run or a file of weights says about its numbers."""
     from mpcli.rundir import RunDirectory, newest_run
 
+    if path == "":
+        raise user_error("the path is empty", "leave it out for the newest run")
     place = newest_run() if path is None else Path(path)
     run = None
     if replay:

@@ -60,12 +60,17 @@ def _show_run(run: RunFacts) -> None:
             ("model", f"{foreign.model}, {foreign.parameters:,} parameters"),
             ("optimizer", f"{foreign.optimizer}, scaler: {foreign.scaler or 'none'}"),
         ]
+    rows += [("cannot be read", f"{n:,} rows of {file}") for file, n in run.unread.items()]
     show_table("Run", ("", ""), rows)
     show("Last steps", _STEP, map(_step, run.last))
     if run.sampled:
         _show_sampled(run.sampled)
     header = (*_STEP, "first NaN or infinity")
-    show("Steps that went wrong", header, map(_flight, run.flights))
+    unknown = "not known" if run.foreign else "see --replay"
+    flights = [
+        (*_step(row), origin_text(row.origin) if row.origin else unknown) for row in run.flights
+    ]
+    show("Steps that went wrong", header, flights)
     show("What the loop does", ("from step", "events"), map(_events, run.events))
     columns = ("modules", "such as", "stored", "operands", "computed", "gradient")
     show("Types in the first step", columns, _types(run.types))
@@ -79,32 +84,36 @@ def _step(row: StepRecord | FlightRecord) -> _Row:
     return str(row.step), *numbers, f"{row.scale:g}", "yes" if row.applied else "no"
 
 
-def _flight(row: FlightRecord) -> _Row:
-    return *_step(row), "not known" if row.origin is None else origin_text(row.origin)
-
-
 def _trouble(row: LayerRecord) -> tuple[float, ...]:
-    """Sorts what is worst first."""
-    shadow = row.shadow
-    lost = shadow.flushed + shadow.overflowed if shadow else row.would_flush or 0.0
-    subnormal = row.subnormal / (1.0 - row.zeros) if row.zeros < 1.0 else 0.0
-    return -(row.nan + row.inf), -row.at_least_65520, -lost, -subnormal, -row.zeros, -row.max
+    """Sorts what is worst first, by what the table shows."""
+    lost = (_flushed(row) or 0.0, row.would_flush or 0.0)
+    return -(row.nan + row.inf), -row.at_least_65520, -max(lost), -row.subnormal, -row.max
+
+
+def _flushed(row: LayerRecord) -> float | None:
+    return row.shadow.flushed if row.shadow else None
 
 
 def _show_sampled(rows: Sequence[LayerRecord]) -> None:
     """The last sampled step; what was flushed is known only beside a shadow."""
-    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "not finite")
     ranked = sorted(rows, key=_trouble)
+    header: _Row = ("tensor", "of", "type", "max", "zeros", "subnormal", "not finite")
     cells = [_sampled(row) for row in ranked]
-    if any(row.shadow for row in rows):
-        header = (*header, "flushed")
-        shadows = [row.shadow for row in ranked]
-        flushed = [share_text(shadow.flushed if shadow else None) for shadow in shadows]
-        cells = [(*row, share) for row, share in zip(cells, flushed, strict=True)]
-    show(f"Tensors of step {rows[0].step}", header, cells)
+    columns: dict[str, list[float | None]] = {
+        ">= 65520": [row.at_least_65520 for row in ranked],
+        "fp16 flushes": [row.would_flush for row in ranked],
+        "flushed": [_flushed(row) for row in ranked],
+    }
+    for title, shares in columns.items():
+        if any(shares):  # most have none
+            header = (*header, title)
+            cells = [(*row, share_text(x)) for row, x in zip(cells, shares, strict=True)]
+    scale = rows[0].scale
+    scaled = "" if scale == 1 else f" (gradients times the scale {scale:g})"
+    show(f"Tensors of step {rows[0].step}{scaled}", header, cells)
     updates = sorted((row for row in rows if row.tensor == "update"), key=_least_moved)
-    columns = ("parameter", "update / weight", "unchanged though it has a gradient")
-    show(f"Updates of step {rows[0].step}", columns, map(_update, updates))
+    names = ("parameter", "update / weight", "unchanged though it has a gradient")
+    show(f"Updates of step {rows[0].step}", names, map(_update, updates))
 
 
 def _sampled(row: LayerRecord) -> _Row:

@@ -130,6 +130,7 @@ class RunFacts(Record):
     flights: tuple[FlightRecord, ...]
     events: tuple[LoopRecord, ...] = Field(description="of a loop that is not ours")
     types: dict[str, ModuleTypes] = Field(description="in the first step of the newest attempt")
+    unread: dict[str, int] = Field(description="file -> how many of its rows cannot be read")
 
 
 class NotRead(Record):

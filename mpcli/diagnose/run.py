@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from itertools import islice
 
 from mpcli import checkpoint
@@ -39,7 +39,8 @@ def _recorded(run: RunDirectory) -> RunFacts:
     last: deque[StepRecord] = deque(maxlen=LAST)
     steps = skipped = nonfinite = 0
     first_nonfinite = None
-    for row in run.steps():
+    unread: Counter[str] = Counter()
+    for row in run.steps(unread):
         last.append(row)
         steps += 1
         skipped += not row.applied
@@ -54,17 +55,18 @@ def _recorded(run: RunDirectory) -> RunFacts:
         nonfinite_losses=nonfinite,
         first_nonfinite=first_nonfinite,
         last=tuple(last),
-        sampled=tuple(_newest_sample(run)),
+        sampled=tuple(_newest_sample(run, unread)),
         flights=tuple(flights(run)),
-        events=tuple(islice(run.events(), EVENTS)),
+        events=tuple(islice(run.events(unread), EVENTS)),
         types=run.observed(),
+        unread=dict(unread),
     )
 
 
-def _newest_sample(run: RunDirectory) -> list[LayerRecord]:
+def _newest_sample(run: RunDirectory, unread: Counter[str]) -> list[LayerRecord]:
     """Rows of the last sampled step."""
     rows: list[LayerRecord] = []
-    for row in run.layers():
+    for row in run.layers(unread):
         if rows and (row.step, row.attempt) != (rows[0].step, rows[0].attempt):
             rows.clear()
         rows.append(row)

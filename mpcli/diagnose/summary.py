@@ -42,6 +42,8 @@ def _facts(evidence: Facts) -> Iterator[str]:
         if run.result:
             yield run.result.status
         yield f"{run.skipped} of {run.steps} steps skipped"
+        for file, number in run.unread.items():
+            yield f"{number} rows of {file} cannot be read"
         if row := run.first_nonfinite:
             yield f"{run.nonfinite_losses} losses not finite, the first at step {row.step}"
     if evidence.trainer and (logged := evidence.trainer.first_nonfinite):

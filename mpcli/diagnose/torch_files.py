@@ -8,7 +8,9 @@ tensors and containers may be asked for.
 from __future__ import annotations
 
 import itertools
+import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -50,6 +52,11 @@ def load(path: Path) -> Any:
         raise unreadable(path, str(error)) from error
     except MemoryError as error:
         raise unreadable(path, "it needs more memory than a file of its size may") from error
+    except pickle.UnpicklingError as error:
+        # Its own words are advice for programmers, with escapes for a terminal.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = _is_code(asked[1]) if asked else "its pickle is damaged"
+        raise unreadable(path, why) from error
     except Exception as error:  # a damaged file can end in any of torch's and Python's errors
         lines = str(error).splitlines() or [type(error).__name__]
         raise unreadable(path, lines[0]) from error
@@ -60,6 +67,8 @@ def _check_archive(path: Path, size: int) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+            raise _Refused("it is a TorchScript program, which is code and not data")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise _Refused("its archive is compressed")
         if len({name.casefold() for name in names}) < len(names):
@@ -73,6 +82,10 @@ def _check_archive(path: Path, size: int) -> None:
             _check_pickle(file)
 
 
+def _is_code(name: str) -> str:
+    return f"it asks for `{name:.80}`, which is code and not data"
+
+
 def _check_pickle(file: IO[bytes]) -> None:
     """Look through one pickle, up to its end, without doing what it says."""
     count = 0
@@ -81,7 +94,7 @@ def _check_pickle(file: IO[bytes]) -> None:
         if operation.name in ("GLOBAL", "INST"):
             if argument not in _DATA and not str(argument).startswith("torch"):
                 asked = str(argument).replace(" ", ".")
-                raise _Refused(f"it asks for `{asked:.80}`, which is code and not data")
+                raise _Refused(_is_code(asked))
         elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
             raise _Refused("it asks for Python objects in a way that `torch.save` does not")
     if count == MAX_OPERATIONS:

@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -375,17 +376,17 @@ class RunDirectory:
         """Write a row to `events.jsonl`."""
         self._append("events.jsonl", [row])
 
-    def events(self) -> Iterator[LoopRecord]:
-        """The rows of `events.jsonl` that can be read, in order."""
-        return read_rows(self.path / "events.jsonl", LoopRecord)
+    def events(self, unread: Counter[str] | None = None) -> Iterator[LoopRecord]:
+        """The rows of `events.jsonl` that can be read, in order; `unread` counts the others."""
+        return read_rows(self.path / "events.jsonl", LoopRecord, unread)
 
-    def steps(self) -> Iterator[StepRecord]:
-        """The rows of `steps.jsonl` that can be read, in order."""
-        return read_rows(self.path / "steps.jsonl", StepRecord)
+    def steps(self, unread: Counter[str] | None = None) -> Iterator[StepRecord]:
+        """The rows of `steps.jsonl` that can be read, in order; `unread` counts the others."""
+        return read_rows(self.path / "steps.jsonl", StepRecord, unread)
 
-    def layers(self) -> Iterator[LayerRecord]:
-        """The rows of `layers.jsonl` that can be read, in order."""
-        return read_rows(self.path / "layers.jsonl", LayerRecord)
+    def layers(self, unread: Counter[str] | None = None) -> Iterator[LayerRecord]:
+        """The rows of `layers.jsonl` that can be read, in order; `unread` counts the others."""
+        return read_rows(self.path / "layers.jsonl", LayerRecord, unread)
 
     def rollbacks(self) -> Iterator[RollbackRecord]:
         """The rows of `rollbacks.jsonl` that can be read, in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,12 +18,21 @@ LONGEST_ROW = 65536
 Row = TypeVar("Row", bound=Record)
 
 
-def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """The rows of a file, one at a time: it may be long. Those that cannot be read are left out."""
+def read_rows(path: Path, kind: type[Row], unread: Counter[str] | None = None) -> Iterator[Row]:
+    """The rows of a file, one at a time: it may be long.
+
+    Args:
+        unread: counts, by the file's name, the lines that cannot be read, which are left out.
+    """
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         while line := file.readline(LONGEST_ROW):
-            with contextlib.suppress(ValueError):
-                yield kind.model_validate_json(line)
+            try:
+                row = kind.model_validate_json(line)
+            except ValueError:
+                if unread is not None and (line.endswith(b"\n") or len(line) < LONGEST_ROW):
+                    unread[path.name] += 1
+            else:
+                yield row
 
 
 def cut(path: Path, last: int, *, several: bool = False) -> int:

@@ -342,3 +342,45 @@ def test_a_layer_of_nan_is_not_said_to_fit(mptrain, tmp_path):
     lines = mptrain("diagnose", tmp_path / "x.safetensors").out.splitlines()
     rows = [line.split() for line in lines[lines.index("Layers in fp16") :]]
     assert {row[0]: row[-1] for row in rows if row and row[0] in "ab"} == {"a": "-", "b": "yes"}
+
+
+def test_rows_that_cannot_be_read_are_told(mptrain, foreign):
+    with (foreign.path / "steps.jsonl").open("ab") as file:
+        file.write(b"junk\n{}\n" + b"x" * 200_000 + b"\n" + b'{"step": 4')
+    (foreign.path / "layers.jsonl").write_bytes(b"\xff\n")
+    outcome = mptrain("diagnose", foreign.path)
+    assert outcome.code == 0
+    assert "4 rows of steps.jsonl" in outcome.out and "1 rows of layers.jsonl" in outcome.out
+    found = mptrain("diagnose", foreign.path, "--json").json
+    assert found["evidence"]["run"]["unread"] == {"steps.jsonl": 4, "layers.jsonl": 1}
+    assert "of 3 steps skipped; 4 rows of steps.jsonl cannot be read" in found["verdict"]
+
+
+def test_the_sampled_table_shows_what_it_is_sorted_by(mptrain, foreign):
+    rows = [
+        layer(3, "subnormal", scale=8.0, subnormal=0.9),
+        layer(3, "above", scale=8.0, at_least_65520=0.125, subnormal=0.0),
+        layer(3, "tiny", scale=8.0, would_flush=0.375, subnormal=0.0),
+    ]
+    foreign.append_layers(rows)
+    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    table = lines[lines.index("Tensors of step 3 (gradients times the scale 8)") + 1 :]
+    assert table[0].split("  ")[-1].strip() == "fp16 flushes" and ">= 65520" in table[0]
+    assert [row.split()[0] for row in table[1:4]] == ["above", "tiny", "subnormal"]
+    assert table[1].split()[-2:] == ["12.50%", "-"]
+    assert table[2].split()[-2:] == ["0", "37.50%"]
+
+
+def test_an_empty_path_is_no_path(mptrain, run, monkeypatch):
+    monkeypatch.chdir(run.path)
+    outcome = mptrain("diagnose", "")
+    assert outcome.code == Exit.USAGE and "the path is empty" in outcome.err
+
+
+def test_where_a_step_of_ours_went_wrong_a_replay_tells(mptrain, tmp_path):
+    scale = "{kind: dynamic, init_scale: 16777216}"
+    skipped = f"precision={{mode: fp16, loss_scale: {scale}}}"
+    run, _ = run_small(tmp_path, skipped, "train.steps=1")
+    lines = mptrain("diagnose", run.path).out.splitlines()
+    table = lines[lines.index("Steps that went wrong") :]
+    assert table[2].split()[0] == "1" and table[2].endswith("see --replay")

@@ -487,3 +487,15 @@ def test_our_own_checkpoint_is_verified(tmp_path):
     found = small(tmp_path / "checkpoints")
     (found.path / "state.json").write_text("{}")
     assert "checkpoint step-5 cannot be used" in refused(found.path)
+
+
+def test_programs_are_told_from_data_in_our_words(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(UserError) as error:
+        gather(tmp_path / "module.pt")
+    assert error.value.exit_code == Exit.CHECKPOINT
+    asked = "it asks for `torch.nn.modules.linear.Linear`, which is code and not data"
+    assert error.value.problems[0].what.endswith(asked)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(UserError, match="a TorchScript program, which is code"):
+        gather(tmp_path / "script.pt")
