@@ -132,9 +132,12 @@ class _Flow(TorchDispatchMode):
             return
         given = [tensor for tensor in inputs if tensor is not output and defect(tensor)]
         for tensor in given:
-            owner = self._owners.get(id(tensor))
-            if owner is not None and self.of(tensor) is None:
+            if self.of(tensor):
+                continue
+            if (owner := self._owners.get(id(tensor))) is not None:
                 self.add(tensor, _Frame(owner), "forward", WEIGHTS)
+            elif self._running().name == LOSS:  # what is used outside the model is the batch
+                self.add(tensor, _Frame(""), "input", None)
         known = self.first_of([*given, output])
         if known is None:
             self.add(output, self._running(), "forward", operation)
