@@ -290,3 +290,13 @@ def test_a_shadow_draws_what_the_step_will_draw_and_leaves_it_to_draw() -> None:
     (total / 6).backward()
     rows = samples.finish().records(1, 1) or []
     assert [row.shadow and row.shadow.error for row in rows] == [0.0] * 6
+
+
+def test_a_run_that_is_left_by_an_error_keeps_what_it_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    kill_at(monkeypatch, 5)
+    run = killed_run(tmp_path, "train.steps=8", EVERY_STEP, "output.checkpoint_every=null")
+    assert sorted({row.step for row in run.layers()}) == [1, 2, 3, 4]
+    assert [kept.step for kept in flights(run)] == [2]
