@@ -219,7 +219,7 @@ def train(
             )
         )
         stack.enter_context(saver)
-        stack.callback(_write_remaining, log, recipe, run, progress)
+        stack.callback(_write_remaining, log, evidence, recipe, run, progress)
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)
@@ -392,14 +392,16 @@ def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
 
 
 def _write_remaining(
-    log: OutcomeLog, recipe: Recipe, run: RunDirectory, progress: Progress
+    log: OutcomeLog, evidence: Evidence, recipe: Recipe, run: RunDirectory, progress: Progress
 ) -> None:
     """Steps that ran before the loop was left by an exception are records too."""
     rows = log.collect(wait=True)
     for row in rows:
         progress.add(row, recipe.precision.loss_scale)
+        evidence.add(row)
     if rows:
         run.append_steps(rows)
+        evidence.write(progress.attempted, wait=True)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mpcli import flight, rundir
+from mpcli.data.batch import Batch
 from mpcli.engines.local import LocalEngine
+from mpcli.engines.shadow import Shadow
 from mpcli.flight import FIRST, NEWEST, flights, load_flight
+from mpcli.precision.probe import ActivationHooks
+from mpcli.precision.statistics import Samples
 from mpcli.records import FlightRecord, LayerRecord
 from mpcli.rundir import RunDirectory
 from tests.small import resume_small, run_small, small_recipe
@@ -262,3 +267,36 @@ def test_observed_types_tell_what_a_module_got_multiplied_and_gave(tmp_path: Pat
 def test_records_of_flights_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValueError, match="extra"):
         FlightRecord.model_validate({"step": 1, "unknown": 2})
+
+
+def test_a_shadow_draws_what_the_step_will_draw_and_leaves_it_to_draw() -> None:
+    torch.manual_seed(0)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 1))
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        return model(batch["inputs"]).sum(), len(batch)
+
+    model, batch = build(), Batch({"inputs": torch.randn(6, 4)})
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    before = torch.get_rng_state()
+    kept = Shadow(build, torch.device("cpu")).samples(weights, loss, [batch], 6)
+    assert torch.equal(torch.get_rng_state(), before)
+    samples = Samples(torch.device("cpu"))
+    samples.begin(1.0, kept)
+    with ActivationHooks(model, samples):
+        total, _ = loss(model, batch)
+    (total / 6).backward()
+    rows = samples.finish().records(1, 1) or []
+    assert [row.shadow and row.shadow.error for row in rows] == [0.0] * 6
+
+
+def test_a_run_that_is_left_by_an_error_keeps_what_it_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    kill_at(monkeypatch, 5)
+    run = killed_run(tmp_path, "train.steps=8", EVERY_STEP, "output.checkpoint_every=null")
+    assert sorted({row.step for row in run.layers()}) == [1, 2, 3, 4]
+    assert [kept.step for kept in flights(run)] == [2]

@@ -282,7 +282,7 @@ def with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin 
 def in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:
     """The last parameter whose gradients, each finite, add up to something that is not."""
     for name, master in reversed(list(zip(engine.names, engine.masters, strict=True))):
-        if master.grad is not None and (value := first_defect([master.grad], masks=False)):
+        if master.grad is not None and (value := first_defect([master.grad])):
             return NonFiniteOrigin(
                 module=name.rpartition(".")[0],
                 phase="backward",

@@ -45,6 +45,7 @@ class ActivationHooks:
         self._modules = probed_modules(model)
         self._samples = samples
         self._calls: Counter[str] = Counter()
+        self._seen: set[Key] = set()
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -65,19 +66,34 @@ class ActivationHooks:
         self._calls[name] += 1
         if call >= MAX_CALLS:
             return
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        for number, tensor in enumerate(filter(torch.is_floating_point, tensors)):
+        for number, tensor in enumerate(dense_tensors(output)):
             label = name if number == 0 else f"{name}[{number}]"
             with _disable_current_modes():  # an observer counts the model's own operations
                 self._samples.add(tensor, Key(name, "output", label, call))
-            if tensor.requires_grad:
+            # A hook on a leaf (a parameter that is an output) would outlive the step.
+            if tensor.requires_grad and not tensor.is_leaf:
                 tensor.register_hook(self._of_gradient(Key(name, "grad_output", label, call)))
 
     def _of_gradient(self, key: Key) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
-            self._samples.add(gradient, key, scaled=True)
+            if key not in self._seen:  # the first of several backwards
+                self._seen.add(key)
+                self._samples.add(gradient, key, scaled=True)
 
         return look
+
+
+def dense_tensors(values: Any) -> list[Tensor]:
+    """The floating-point tensors in a module's output whose elements can be looked at."""
+    return [
+        leaf
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor)
+        and leaf.is_floating_point()
+        and leaf.layout is torch.strided
+        and not leaf.is_nested
+        and not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+    ]
 
 
 def parameter_key(name: str, kind: Kind) -> Key:

@@ -282,7 +282,7 @@ def sampled(tensor: Tensor) -> Tensor:
     return tensor.as_strided((span,), (1,)).index_select(0, offsets).float()
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)  # of 128 KiB each
 def _offsets(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -> Tensor:
     """Where the sampled elements lie: one at random in each of `SAMPLED` equal stretches."""
     generator = torch.Generator().manual_seed(0)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mpcli.precision.observe import LOSS
 from mpcli.records import NonFiniteOrigin
 
+WEIGHTS = "weights"
+"""The operation of a fault that no operation made: a module's own parameters are not finite."""
 KEPT_ELEMENTS = 2**18
 """Of each tensor that is kept, at most; evenly spaced over it."""
+
+
+_Phase = Literal["forward", "backward", "input"]
 
 
 @dataclasses.dataclass
@@ -39,22 +48,101 @@ class Kept:
     input_gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Fault:
-    """Non-finite values and where they were made; eaten: a module made finite ones of them."""
+    """Where non-finite values were made, in the order in which that was seen.
+
+    `is_mask`: there were -inf and nothing else, which is what masks are made of.
+    """
 
     origin: NonFiniteOrigin
-    eaten: bool = False
+    number: int
+    is_mask: bool
 
 
 @dataclasses.dataclass(eq=False)
 class _Frame:
-    """A running module, or what runs outside the model. `fault` is one that it can see."""
+    """A running module, or what runs outside the model."""
 
     name: str
     call: int = 0
-    fault: _Fault | None = None
-    entered: _Fault | None = None  # with its inputs
+
+
+class _Flow(TorchDispatchMode):
+    """Follows non-finite values from operation to operation, forward: where each came from.
+
+    What an operation makes of non-finite inputs has their origin; what it makes of finite ones has
+    its own. A value that ends (the -inf of a mask, of which a softmax makes 0) is forgotten with
+    its tensor.
+
+    Args:
+        running: the frame whose operations these are.
+        owners: names of modules by the id of their parameters.
+    """
+
+    def __init__(self, running: Callable[[], _Frame], owners: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._running = running
+        self._owners = owners
+        self._faults: dict[int, tuple[StorageWeakRef, _Fault]] = {}  # by memory
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not _in_backward():
+            inputs = _tensors((args, kwargs))
+            for output in _tensors(result):
+                self._follow(func.overloadpacket.__name__, inputs, output)
+        return result
+
+    def add(self, tensor: Tensor, frame: _Frame, phase: _Phase, operation: str | None) -> _Fault:
+        """Note where the non-finite values of a tensor come from."""
+        origin = NonFiniteOrigin(
+            module=frame.name,
+            call=frame.call,
+            phase=phase,
+            value=defect(tensor) or "inf",
+            operation=operation,
+        )
+        is_mask = origin.value == "inf" and not tensor.detach().isposinf().any()
+        self._count += 1
+        fault = _Fault(origin, self._count, bool(is_mask))
+        storage = tensor.untyped_storage()
+        self._faults[storage._cdata] = StorageWeakRef(storage), fault
+        return fault
+
+    def of(self, tensor: Tensor) -> _Fault | None:
+        """What was noted of a tensor, or of another one in its memory, that is not finite."""
+        if not defect(tensor):
+            return None
+        reference, fault = self._faults.get(tensor.untyped_storage()._cdata, (None, None))
+        return fault if reference is not None and not reference.expired() else None
+
+    def first_of(self, tensors: list[Tensor]) -> _Fault | None:
+        """The fault behind several tensors: the first that is no mask."""
+        faults = filter(None, map(self.of, tensors))
+        return min(faults, key=lambda fault: (fault.is_mask, fault.number), default=None)
+
+    def _follow(self, operation: str, inputs: list[Tensor], output: Tensor) -> None:
+        memory = output.untyped_storage()
+        if defect(output) is None:
+            if output.nbytes == memory.nbytes():
+                self._faults.pop(memory._cdata, None)
+            return
+        given = [tensor for tensor in inputs if tensor is not output and defect(tensor)]
+        for tensor in given:
+            if self.of(tensor):
+                continue
+            if (owner := self._owners.get(id(tensor))) is not None:
+                self.add(tensor, _Frame(owner), "forward", WEIGHTS)
+            elif self._running().name == LOSS:  # what is used outside the model is the batch
+                self.add(tensor, _Frame(""), "input", None)
+        known = self.first_of([*given, output])
+        if known is None:
+            self.add(output, self._running(), "forward", operation)
+        else:
+            self._faults[memory._cdata] = StorageWeakRef(memory), known
 
 
 class ModuleTrace:
@@ -69,13 +157,14 @@ class ModuleTrace:
     ```
     It follows non-finite values the way that they take, so `origin` is of those that reached the
     loss, or a gradient of a leaf; others (the -inf of a mask, that a softmax made 0) are nobody's
-    fault. Forward: what nobody has seen before, in the inputs or the outputs of a call, was made
-    by the module that was running. Backward: every node of the graph belongs to the module that
-    ran when it was made, and a node with finite `grad_outputs` and a non-finite `grad_input` is
-    where it began. -inf in tensors without gradient is taken for a mask.
+    fault. Forward: the operation that made non-finite values out of finite ones, and the module
+    that was running (`input`: they came with the batch; operation `weights`: a module's own
+    parameters are not finite). Backward: a node of the graph with finite `grad_outputs` and a
+    non-finite `grad_input`, and the module that was running when the node was made.
 
     Reads each tensor on the host, and adds hooks until it is left: not for a training's every step.
-    What a module computes again in backward (activation checkpointing) does not count.
+    What a module computes again in backward (activation checkpointing) does not count; of a block
+    that is checkpointed reentrantly, backward is one node of its caller's.
 
     Args:
         keep: also keep what the modules gave and got, in `kept`.
@@ -91,11 +180,15 @@ class ModuleTrace:
         self._outside = _Frame(LOSS)
         self._running = [self._outside]
         self._calls: Counter[str] = Counter()
-        self._frames: dict[Node, _Frame] = {}
-        self._loss: _Fault | None = None
+        self._frames: list[tuple[int, _Frame]] = []  # from which node on each was running
+        owners = {
+            id(parameter): name
+            for module, name in self._names.items()
+            for parameter in module.parameters(recurse=False)
+        }
+        self._flow = _Flow(lambda: self._running[-1], owners)
         self._consumers: dict[Node, list[tuple[Node, int]]] = {}
-        self._sent: dict[tuple[Node, int], _Fault] = {}  # by node and number of its grad_input
-        self._arrived: list[_Fault] = []  # at leaves, in the order of backward
+        self._sent: dict[tuple[Node, int], NonFiniteOrigin] = {}  # by number of the grad_input
         self._handles: list[RemovableHandle] = []
         self._origin: NonFiniteOrigin | None = None
 
@@ -106,20 +199,22 @@ class ModuleTrace:
                 module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ]
+        self._note_running()
+        self._flow.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._flow.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
-        self._origin = self._found()
-        for graph in (self._frames, self._consumers, self._sent):
+        for graph in (self._consumers, self._sent):
             graph.clear()  # they would keep the activations
 
     @property
     def origin(self) -> NonFiniteOrigin | None:
         """Of the loss that was watched, else of the gradients; without a loss, of the outputs.
 
-        None where they are finite. To be read after the trace was left.
+        None where they are finite.
         """
         return self._origin
 
@@ -129,29 +224,35 @@ class ModuleTrace:
         Args:
             losses: what it begins at, of any shape.
         """
-        self._loss = self._seen(self._outside, list(losses))
-        self._attribute(list(losses), self._outside)
+        self._origin = self._origin_of(list(losses))
         for node in _graph([loss.grad_fn for loss in losses if loss.grad_fn is not None]):
             for number, (source, _) in enumerate(node.next_functions):
                 if source is not None:
                     self._consumers.setdefault(source, []).append((node, number))
             self._handles.append(node.register_hook(self._watcher(node)))
 
+    def _origin_of(self, tensors: list[Tensor]) -> NonFiniteOrigin | None:
+        """Where the non-finite values of tensors come from, that are used outside the model."""
+        if fault := self._flow.first_of(tensors):
+            return fault.origin
+        for tensor in tensors:
+            if defect(tensor):  # it was not made by an operation
+                return self._flow.add(tensor, self._outside, "forward", None).origin
+        return None
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if _in_backward():
             return
-        name, caller = self._names[module], self._running[-1]
-        inputs = _tensors((args, kwargs))
+        name = self._names[module]
         frame = _Frame(name, self._calls[name])
         self._calls[name] += 1
-        self._attribute(inputs, caller)
-        given = first_defect(inputs)
-        if given and caller is self._outside and not any(defect(t) and t.grad_fn for t in inputs):
-            frame.fault = caller.fault = _fault(frame, "input", given)
-        elif given:
-            frame.fault = self._seen(caller, inputs)
-        frame.entered = frame.fault
+        inputs = _tensors((args, kwargs))
+        if len(self._running) == 1:
+            for tensor in inputs:
+                if defect(tensor) and not self._flow.of(tensor):
+                    self._flow.add(tensor, frame, "input", None)
         self._running.append(frame)
+        self._note_running()
         if self._keep:
             kept = self.kept[name, frame.call] = Kept([kept_values(t) for t in inputs], [])
             self._keep_gradients(inputs, kept.input_gradients)
@@ -159,28 +260,20 @@ class ModuleTrace:
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if _in_backward():
             return
-        frame, caller = self._running.pop(), self._running[-1]
-        outputs = _tensors(output)
-        self._attribute(outputs, frame)
-        # A mask comes of no weights; frozen layers' outputs have no gradient either.
-        has_weights = any(True for _ in module.parameters())
-        found = self._seen(frame, outputs, masks=not has_weights)
-        if found and (caller.fault is None or caller.fault.eaten):
-            caller.fault = found
-        if frame.entered and not found:
-            frame.entered.eaten = True
+        frame, outputs = self._running.pop(), _tensors(output)
+        self._note_running()
+        if len(self._running) == 1:
+            self._origin = self._origin or self._origin_of(outputs)
         if self._keep:
             self._keep_outputs(frame, outputs)
 
-    def _seen(self, frame: _Frame, tensors: list[Tensor], *, masks: bool = True) -> _Fault | None:
-        """The fault that is to blame for what a frame shows, if that is not finite."""
-        for tensor in tensors:
-            if value := defect(tensor, masks=masks):
-                if frame.fault is None:
-                    operation = tensor.grad_fn.name() if tensor.grad_fn else None
-                    frame.fault = _fault(frame, "forward", value, operation)
-                return frame.fault
-        return None
+    def _note_running(self) -> None:
+        """The nodes that are made from here on belong to the module that is running now."""
+        self._frames.append((_get_sequence_nr(), self._running[-1]))
+
+    def _frame_of(self, node: Node) -> _Frame:
+        number = bisect.bisect_right(self._frames, node._sequence_nr(), key=lambda mark: mark[0])
+        return self._frames[max(number - 1, 0)][1]
 
     def _keep_outputs(self, frame: _Frame, outputs: list[Tensor]) -> None:
         kept = self.kept.pop((frame.name, frame.call))
@@ -193,61 +286,34 @@ class ModuleTrace:
             if tensor.requires_grad:
                 self._handles.append(tensor.register_hook(_keeper(gradients, number)))
 
-    def _attribute(self, tensors: list[Tensor], frame: _Frame) -> None:
-        """Nodes behind these tensors that belong to nobody yet were made in this frame."""
-        made_by = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        for node in _graph(made_by, self._frames):
-            self._frames[node] = frame
-
     def _watcher(self, node: Node) -> Callable[[Any, Any], None]:
         def watch(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
-            fault = self._received(node, given)
-            if fault and not node.next_functions:
-                self._arrived.append(fault)
+            origin = self._received(node, given)
+            if not node.next_functions:  # a leaf
+                self._origin = self._origin or origin
             for number, gradient in enumerate(gradients):
-                if gradient is not None and (value := defect(gradient, masks=False)):
-                    fault = fault or self._made(node, value)
-                    self._sent[node, number] = fault
+                if gradient is not None and (value := defect(gradient)):
+                    origin = origin or _backward(self._frame_of(node), value, node.name())
+                    self._sent[node, number] = origin
 
         return watch
 
-    def _received(self, node: Node, given: tuple[Tensor | None, ...]) -> _Fault | None:
-        """The fault behind non-finite gradients that came to a node."""
-        value = first_defect([tensor for tensor in given if tensor is not None], masks=False)
+    def _received(self, node: Node, given: tuple[Tensor | None, ...]) -> NonFiniteOrigin | None:
+        """The origin of non-finite gradients that came to a node."""
+        value = first_defect([tensor for tensor in given if tensor is not None])
         if value is None:
             return None
         consumers = self._consumers.get(node, [])
         if sent := [self._sent[edge] for edge in consumers if edge in self._sent]:
             return sent[0]
         # Finite gradients of several uses were added up to something that is not.
-        names = [self._frames[consumer].name for consumer, _ in consumers]
-        return _fault(_Frame(_common(names)), "backward", value, "sum of gradients")
-
-    def _made(self, node: Node, value: Literal["nan", "inf"]) -> _Fault:
-        frame = self._frames[node]
-        seen = frame.fault
-        if seen and not seen.eaten and seen.origin.module != frame.name:
-            return seen  # its forward had non-finite values already, which the loss does not show
-        return _fault(frame, "backward", value, node.name())
-
-    def _found(self) -> NonFiniteOrigin | None:
-        if self._loss:
-            return self._loss.origin
-        if not self._consumers:
-            return self._outside.fault.origin if self._outside.fault else None
-        return self._arrived[0].origin if self._arrived else None
+        names = [self._frame_of(consumer).name for consumer, _ in consumers]
+        return _backward(_Frame(_common(names)), value, "sum of gradients")
 
 
-def _fault(
-    frame: _Frame,
-    phase: Literal["forward", "backward", "input"],
-    value: Literal["nan", "inf"],
-    operation: str | None = None,
-) -> _Fault:
-    return _Fault(
-        NonFiniteOrigin(
-            module=frame.name, call=frame.call, phase=phase, value=value, operation=operation
-        )
+def _backward(frame: _Frame, value: Literal["nan", "inf"], operation: str) -> NonFiniteOrigin:
+    return NonFiniteOrigin(
+        module=frame.name, call=frame.call, phase="backward", value=value, operation=operation
     )
 
 
@@ -262,43 +328,34 @@ def _tensors(values: Any) -> list[Tensor]:
         if isinstance(leaf, Tensor):
             found += [leaf] if leaf.is_floating_point() else []
         elif dataclasses.is_dataclass(leaf):
-            found += _tensors(list(vars(leaf).values()))
+            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
     return found
 
 
 @torch.no_grad()
-def defect(tensor: Tensor, *, masks: bool = True) -> Literal["nan", "inf"] | None:
-    """What is not finite in a tensor.
-
-    Args:
-        masks: whether -inf in a tensor without gradient counts as finite.
-    """
-    values = tensor.detach()
-    if values.dtype.itemsize == 1:  # fp8 has no such kernels
-        values = values.float()
-    if values.isfinite().all():
-        return None
-    if values.isnan().any():
-        return "nan"
-    if masks and not tensor.requires_grad and not values.isposinf().any():
-        return None
-    return "inf"
+def defect(tensor: Tensor) -> Literal["nan", "inf"] | None:
+    """What is not finite in a tensor: NaN before infinity."""
+    with _disable_current_modes():
+        values = tensor.detach()
+        if values.dtype.itemsize == 1:  # fp8 has no such kernels
+            values = values.float()
+        if values.isfinite().all():
+            return None
+        return "nan" if values.isnan().any() else "inf"
 
 
-def first_defect(tensors: list[Tensor], *, masks: bool = True) -> Literal["nan", "inf"] | None:
-    for tensor in tensors:
-        if value := defect(tensor, masks=masks):
-            return value
-    return None
+def first_defect(tensors: list[Tensor]) -> Literal["nan", "inf"] | None:
+    """Of the first tensor that has one."""
+    return next(filter(None, map(defect, tensors)), None)
 
 
-def _graph(roots: list[Node], known: Container[Node] = ()) -> Iterator[Node]:
-    """The nodes that lead to the roots, without those known and what leads to them."""
+def _graph(roots: list[Node]) -> Iterator[Node]:
+    """The nodes that lead to the roots, and these."""
     seen: set[Node] = set()
     waiting = list(roots)
     while waiting:
         node = waiting.pop()
-        if node not in seen and node not in known:
+        if node not in seen:
             seen.add(node)
             yield node
             waiting += [source for source, _ in node.next_functions if source is not None]

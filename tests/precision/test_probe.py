@@ -65,6 +65,56 @@ def test_calls_of_a_module_are_told_apart_up_to_a_number() -> None:
     assert sorted(row.call for row in rows if row.tensor == "grad_output") == list(range(MAX_CALLS))
 
 
+def test_a_parameter_that_is_an_output_keeps_no_hook() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = Token()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = x + self.token(x)
+            return output
+
+    model = Sum()
+    rows = [probe(model, torch.ones(2, 3)) for _ in range(3)][-1]
+    assert [row.tensor for row in rows if row.name == "token"] == ["output"]
+    assert not model.token.weight._backward_hooks
+
+
+def test_of_several_backwards_the_first_one_counts() -> None:
+    model, samples = nn.Linear(3, 2), Samples(torch.device("cpu"))
+    with ActivationHooks(model, samples):
+        loss = model(torch.ones(2, 3)).sum()
+    loss.backward(retain_graph=True)
+    (7 * loss).backward()
+    (row,) = [r for r in samples.finish().records(1, 1) or [] if r.tensor == "grad_output"]
+    assert row.max == 1.0
+
+
+def test_outputs_whose_elements_cannot_be_looked_at_are_left_out() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            nested = torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged)
+            return {"sparse": x.to_sparse(), "jagged": nested, "numbers": x.long(), "dense": x}
+
+    samples = Samples(torch.device("cpu"))
+    model = Odd()
+    with ActivationHooks(model, samples):
+        model(torch.ones(2, 3))
+    assert [row.max for row in samples.finish().records(1, 1) or []] == [1.0]
+    linear = nn.Linear(3, 2)
+    with ActivationHooks(linear, samples):
+        torch.vmap(linear)(torch.ones(4, 3))
+
+
 def test_every_tensor_of_an_output_is_looked_at() -> None:
     rows = probe_lstm()
     assert {row.name for row in rows if row.tensor == "output"} >= {"0", "0[1]", "0[2]"}

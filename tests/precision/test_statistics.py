@@ -295,6 +295,13 @@ def test_a_table_is_used_again() -> None:
     assert (second.inf, second.max, second.exponents) == (0, 1.0, (5,))
 
 
+@pytest.mark.parametrize("period", [2, 3, 4, 7, 64])
+def test_a_pattern_that_repeats_is_not_mistaken_for_the_whole(period: int) -> None:
+    """As channels do: a sample at regular intervals would see some of them only."""
+    tensor = (torch.arange(64 * SAMPLED) % period == 0).float()
+    assert record(tensor).zeros == pytest.approx(1 - 1 / period, abs=0.02)
+
+
 def test_equal_shapes_are_sampled_at_equal_places() -> None:
     tensor = torch.arange(70_000.0).view(7, 100, 10, 10)
     other = tensor.to(memory_format=torch.channels_last)

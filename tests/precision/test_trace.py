@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import numerics
-from mpcli.precision.trace import ModuleTrace
+from mpcli.precision.trace import WEIGHTS, ModuleTrace, defect
 from mpcli.records import NonFiniteOrigin
 
 
@@ -83,7 +84,7 @@ def test_an_overflow_of_a_product_is_the_layers_and_not_the_next_ones() -> None:
     origin = traced(model, ones(2, 4).half())
     assert origin is not None
     assert (origin.module, origin.phase, origin.value) == ("0", "forward", "inf")
-    assert origin.operation == "AddmmBackward0"
+    assert origin.operation == "addmm"
 
 
 def test_a_layer_with_a_nan_weight_is_named() -> None:
@@ -91,15 +92,142 @@ def test_a_layer_with_a_nan_weight_is_named() -> None:
     model[2].weight.data[0, 0] = math.nan
     origin = traced(model, ones(2, 4))
     assert origin is not None
-    assert (origin.module, origin.phase) == ("2", "forward")
+    assert (origin.module, origin.phase, origin.operation) == ("2", "forward", WEIGHTS)
 
 
-def test_a_bad_batch_is_the_inputs_fault() -> None:
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_bad_batch_is_the_inputs_fault(value: float) -> None:
     inputs = ones(2, 4)
-    inputs[0, 0] = math.inf
+    inputs[0, 0] = value
     origin = traced(mlp(), inputs)
     assert origin is not None
     assert (origin.module, origin.phase, origin.value) == ("", "input", "inf")
+
+
+class MaskedBlock(nn.Module):
+    """Attention whose -inf mask has a gradient, as those made of scores have."""
+
+    def __init__(self, ahead: float, back: float) -> None:
+        super().__init__()
+        self.mask = Causal()
+        self.proj = nn.Sequential(nn.Linear(4, 4), Fault(ahead, back))
+
+    def forward(self, values: Tensor) -> Tensor:
+        scores = self.mask(values @ values.mT)
+        return values + self.proj(scores.softmax(-1) @ values)
+
+
+class Causal(nn.Module):
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(ones(*scores.shape[-2:]).triu(1) > 0, -math.inf)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(("ahead", "back"), [(math.inf, 0.0), (0.0, math.inf), (0.0, math.nan)])
+def test_a_mask_takes_no_blame_for_what_comes_after_it(
+    place: int, ahead: float, back: float
+) -> None:
+    torch.manual_seed(0)
+    faults = [(ahead, back) if number == place else (0.0, 0.0) for number in range(2)]
+    model = nn.Sequential(nn.Linear(4, 4), *(MaskedBlock(*fault) for fault in faults))
+    origin = traced(model, torch.randn(2, 3, 4))
+    assert origin is not None
+    phase = "forward" if ahead else "backward"
+    assert (origin.module, origin.phase) == (f"{place + 1}.proj.1", phase)
+
+
+def test_a_learned_bias_with_minus_infinity_takes_no_blame_either() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(3, 3))
+            self.up = nn.Sequential(nn.Linear(4, 4), Fault(math.inf))
+
+        def forward(self, values: Tensor) -> Tensor:
+            bias = self.bias.masked_fill(ones(3, 3).triu(1) > 0, -math.inf)
+            scores = F.scaled_dot_product_attention(values, values, values, attn_mask=bias)
+            return self.up(scores)
+
+    origin = traced(Biased(), torch.randn(2, 3, 4))
+    assert origin is not None
+    assert (origin.module, origin.phase) == ("up.1", "forward")
+
+
+def test_minus_infinity_is_named_where_it_is_no_mask() -> None:
+    origin = traced(nn.Sequential(mlp(), Fault(-math.inf), nn.Identity()), ones(2, 4))
+    assert origin is not None
+    assert (origin.module, origin.phase) == ("1", "forward")
+
+
+def test_what_hides_tensors_in_an_object_hides_no_module() -> None:
+    class State:
+        def __init__(self, values: Tensor) -> None:
+            self.values = values
+
+    class Layer(nn.Module):
+        def __init__(self, ahead: float = 0.0, back: float = 0.0) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.fault = ahead, back
+
+        def forward(self, state: State) -> State:
+            return State(Faulty.apply(self.linear(state.values), *self.fault))
+
+    class Model(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, values: Tensor) -> Tensor:
+            state = State(values)
+            for layer in self.layers:
+                state = layer(state)
+            return state.values
+
+    for fault in ((math.inf, 0.0), (0.0, math.nan)):
+        origin = traced(Model(Layer(), Layer(*fault), Layer()), ones(2, 4))
+        assert origin is not None
+        assert origin.module == "layers.1"
+
+
+def test_the_results_of_a_dataclass_with_slots_are_kept() -> None:
+    @dataclass(slots=True)
+    class Output:
+        logits: Tensor
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, values: Tensor) -> Output:
+            return Output(self.linear(values))
+
+    model = Model()
+    with ModuleTrace(model, keep=True) as trace:
+        loss = model(ones(2, 4)).logits.sum()
+        trace.watch(loss)
+        loss.backward()
+    assert len(trace.kept["", 0].outputs[0]) == 4
+    assert trace.kept["", 0].gradients[0].tolist() == [1.0] * 4
+
+
+def test_fp8_is_looked_at() -> None:
+    spoilt = ones(2).to(torch.float8_e5m2)
+    assert defect(spoilt) is None
+    assert defect(torch.full((2,), math.inf).to(torch.float8_e5m2)) == "inf"
+
+
+def test_a_part_that_was_written_to_in_place_is_found_in_the_whole() -> None:
+    class Written(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            whole = torch.zeros(2, 8)
+            whole[:, :3].fill_(math.inf)
+            return values + whole
+
+    origin = traced(mlp(Written(), nn.Identity()), ones(2, 4))
+    assert origin is not None
+    assert (origin.module, origin.operation) == ("2", "fill_")
 
 
 def test_a_nan_loss_of_finite_outputs_is_the_losss() -> None:
