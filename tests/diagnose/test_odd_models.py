@@ -60,9 +60,22 @@ class Grows(nn.Module):
         return self.inner(values * self.table[: values.shape[1]] * self.mask * self.late)
 
 
+class Counts(nn.Module):
+    """What it returns depends on how often it was called: a buffer says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 16)
+        self.register_buffer("calls", torch.ones(1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(values) * self.calls.clone()
+
+
 @pytest.mark.parametrize("mode", ["bf16", "bf16-pure"])
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", [WeightNorm, Closure, Grows])
+@pytest.mark.parametrize("kind", [WeightNorm, Closure, Grows, Counts])
 def test_replay_runs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], mode: str, steps: int
 ) -> None:

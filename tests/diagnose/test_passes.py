@@ -101,6 +101,11 @@ def test_gradients_are_compared_without_their_scale() -> None:
             {("a", 0): call(gradients=0.8), ("", 0): call(gradients=off(0.8, flushed=0.5))},
             ("loss", 0, "backward", 0.8),
         ),
+        # Of two of them, the first in the order of backward.
+        (
+            {("a", 0): call(behind=0.8), ("d", 0): call(behind=0.9), ("", 0): call()},
+            ("d", 0, "backward", 0.9),
+        ),
         # Near its minimum a loss has differences for gradients.
         ({("a", 0): call(gradients=0.8), ("", 0): call(gradients=0.8)}, None),
         # Nearly equal tensors of norm 1, each off by 2^-11, are subtracted; and what holds it.
@@ -155,6 +160,12 @@ def test_a_difference_in_one_bit_is_seen() -> None:
     assert differing(model, one(math.nan, 1.0), one(math.nan, 1.0)) == []
     assert differing(model, one(0.0, 1.0), one(-0.0, 1.0)) == ["0"]
     assert differing(model, one(1.0, 1.0), one(1.0, 1.0 + 2**-23)) == ["0"]
+
+
+def test_bf16_may_be_farther_off_than_fp16() -> None:
+    calls = {("a", 0): call(outputs=0.4), ("", 0): call()}
+    assert parting(calls, "fp16") and not parting(calls, "bf16")
+    assert parting({("a", 0): call(outputs=0.6), ("", 0): call()}, "bf16")
 
 
 def test_bf16_may_be_farther_off_than_fp16() -> None:
