@@ -166,15 +166,3 @@ def test_bf16_may_be_farther_off_than_fp16() -> None:
     calls = {("a", 0): call(outputs=0.4), ("", 0): call()}
     assert parting(calls, "fp16") and not parting(calls, "bf16")
     assert parting({("a", 0): call(outputs=0.6), ("", 0): call()}, "bf16")
-
-
-def test_bf16_may_be_farther_off_than_fp16() -> None:
-    calls = {("a", 0): call(outputs=0.4), ("", 0): call()}
-    assert parting(calls, "fp16") and not parting(calls, "bf16")
-    assert parting({("a", 0): call(outputs=0.6), ("", 0): call()}, "bf16")
-
-
-def test_bf16_may_be_farther_off_than_fp16() -> None:
-    calls = {("a", 0): call(outputs=0.4), ("", 0): call()}
-    assert parting(calls, "fp16") and not parting(calls, "bf16")
-    assert parting({("a", 0): call(outputs=0.6), ("", 0): call()}, "bf16")
