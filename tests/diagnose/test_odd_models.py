@@ -73,9 +73,20 @@ class Counts(nn.Module):
         return self.inner(values) * self.calls.clone()
 
 
+class Noisy(nn.Module):
+    """From one seed `randn` gives other numbers in half precision than in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 16)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.inner(values + torch.randn_like(values))
+
+
 @pytest.mark.parametrize("mode", ["bf16", "bf16-pure"])
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", [WeightNorm, Closure, Grows, Counts])
+@pytest.mark.parametrize("kind", [WeightNorm, Closure, Grows, Counts, Noisy])
 def test_replay_runs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], mode: str, steps: int
 ) -> None:
