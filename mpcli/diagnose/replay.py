@@ -19,7 +19,6 @@ from mpcli.engines.local import LocalEngine
 from mpcli.launch import explained
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import autocast, numerics
-from mpcli.precision.observe import LOSS
 from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import ModuleTrace, first_defect
 from mpcli.progress import may_mend
@@ -251,7 +250,7 @@ def _run_once(stage: Stage, batch: Batch) -> _Seen:
 
             last = number + 1 == len(parts)
             losses.append(engine.accumulate(watched, part, batch.weight, last=last))
-        found = with_batch(trace.origin, part) or in_sums(engine)
+        found = trace.origin or in_sums(engine)
         if not moments or (found and not origin):
             moments, chosen, origin = [moment], number, found
     finite = in_sums(engine) is None
@@ -269,14 +268,6 @@ def _run_once(stage: Stage, batch: Batch) -> _Seen:
         total_weight=batch.weight,
         moment=moments[0],
     )
-
-
-def with_batch(origin: NonFiniteOrigin | None, batch: Batch) -> NonFiniteOrigin | None:
-    """A loss that is not finite because its targets are not has a bad batch."""
-    floating = [t for t in batch.tensors.values() if t.is_floating_point()]
-    if origin and (origin.module, origin.phase) == (LOSS, "forward") and first_defect(floating):
-        return origin.model_copy(update={"phase": "input"})
-    return origin
 
 
 def in_sums(engine: LocalEngine) -> NonFiniteOrigin | None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from mpcli.data import Batch
 from mpcli.data.image_dataset import ImageDataset
-from mpcli.diagnose.replay import chosen_step, in_sums, replay, with_batch
+from mpcli.diagnose.replay import chosen_step, in_sums, replay
 from mpcli.diagnose.stage import Stage
 from mpcli.precision.sensitive import last_layer
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale
-from mpcli.records import ForeignRun, NonFiniteOrigin, Replay, RollbackRecord, StepRecord
+from mpcli.records import ForeignRun, Replay, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory
 from mpcli.tasks import image_classification
 from tests.diagnose.faulty_runs import faulty_run
@@ -339,13 +339,6 @@ def test_micro_batches_whose_gradients_add_up_to_infinity_are_told() -> None:
     found = in_sums(engine)
     assert found is not None
     assert (found.module, found.phase, found.value) == ("b.0", "backward", "inf")
-
-
-def test_targets_that_are_not_finite_are_a_bad_batch() -> None:
-    origin = NonFiniteOrigin(module="loss", phase="forward", value="nan")
-    assert with_batch(origin, Batch({"targets": torch.ones(2)})) == origin
-    found = with_batch(origin, Batch({"targets": torch.tensor([1.0, math.nan])}))
-    assert found is not None and found.phase == "input"
 
 
 def test_only_steps_of_the_run_can_be_asked_for(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_a_bad_batch_is_the_inputs_fault(value: float) -> None:
     assert (origin.module, origin.phase, origin.value) == ("", "input", "inf")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_targets_that_are_not_finite_came_with_the_batch(value: float) -> None:
+    targets = ones(2, 3)
+    targets[1, 2] = value
+    origin = traced(mlp(), ones(2, 4), lambda y: F.mse_loss(y, targets))
+    assert origin is not None
+    assert (origin.module, origin.phase) == ("", "input")
+
+
 class MaskedBlock(nn.Module):
     """Attention whose -inf mask has a gradient, as those made of scores have."""
 
