@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.utils.clip_grad  # as a module: its functions find each other in it
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._foreach_utils import _has_foreach_support
+from torch.utils._pytree import tree_leaves
 
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.observe import types_of
@@ -30,13 +35,12 @@ class StepEvents:
         parameters: of the model and of the optimizer; their `.grad` is what is watched.
         stepped: those that the optimizer steps; norms are of their gradients.
         scaler: a `torch.amp.GradScaler`, or None.
-        watch_modules: whether hooks of the model can be used; a compiled one would be compiled
-            again.
 
     Attributes:
-        before_backward, before_change, before_update: called before every backward; before
-            something reads or writes finished gradients (unscaling, clipping, the optimizer);
-            before the weights may change.
+        before_backward, after_backward: called around every backward; the first one with what it
+            begins at, and whether that is multiplied by the scale.
+        before_change, before_update: called before something reads or writes finished gradients
+            (unscaling, clipping, the optimizer); before the weights may change.
         gradients: what they are now.
         has_gradients: whether they are of this step, at least in part.
         backward_alone: gradients are what backward added up: nobody else wrote to them yet, and
@@ -55,8 +59,6 @@ class StepEvents:
         parameters: Sequence[Tensor],
         stepped: Sequence[Tensor],
         failures: Failures,
-        *,
-        watch_modules: bool,
     ) -> None:
         self._device = parameters[0].device
         self.log = EventLog(self._device)
@@ -67,18 +69,17 @@ class StepEvents:
         self.fused_skip = False
         self.autocast: set[str] = set()
         self.paused = False
-        self.before_backward: Callable[[list[Tensor]], None] = _nothing
+        self.before_backward: Callable[[list[Tensor], bool], None] = _nothing
+        self.after_backward: Callable[[], None] = _nothing
         self.before_change: Callable[[], None] = _nothing
         self.before_update: Callable[[], None] = _nothing
         self._model, self._optimizer = model, optimizer
         self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self._parameters, self._stepped = parameters, stepped
         self._failures = failures
-        self._watch_modules = watch_modules
         self._forward_autocast: set[str] = set()
-        self._scaled: list[tuple[Tensor, Tensor]] = []  # outputs of `scaler.scale`, and its inputs
-        self._scale_was_called = False  # since the last backward
-        self._in_scaler_step = False
+        self._scaled: list[Scaled] = []
+        self._in_scaler_step = self._in_optimizer = False
         self._versions = self._gradient_versions()
 
     @contextlib.contextmanager
@@ -109,14 +110,25 @@ class StepEvents:
                 self._optimizer.register_step_pre_hook(safe(self._before_optimizer)),
                 self._optimizer.register_step_post_hook(safe(self._after_optimizer)),
             ]
-            if self._watch_modules:
-                see = safe(self._see_autocast)
-                first = _called_first(self._model)
-                handles += [m.register_forward_pre_hook(see, prepend=True) for m in first]
-                handles.append(self._model.register_forward_hook(safe(self._after_forward)))
             for handle in handles:
                 stack.callback(handle.remove)
             yield
+
+    @contextlib.contextmanager
+    def watching_forwards(self) -> Iterator[None]:
+        """See forwards of the model in the block, by hooks in it."""
+        see = self._failures.safe(self._see_autocast)
+        handles = [
+            module.register_forward_pre_hook(see, prepend=True)
+            for module in _computing(self._model)
+        ]
+        after = self._failures.safe(self._after_forward)
+        handles.append(self._model.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def measure(self) -> None:
         """Take the norm of the gradients, unless that was done."""
@@ -143,9 +155,8 @@ class StepEvents:
 
     def _scale(self, outputs: Any) -> After:
         def after(scaled: Any) -> None:  # the scale is made in the first call
-            self._scale_was_called = True
-            if isinstance(outputs, Tensor):
-                self._scaled.append((scaled, outputs.detach()))
+            for one, plain in zip(tree_leaves(scaled), tree_leaves(outputs), strict=True):
+                self._scaled.append(Scaled(weakref.ref(one), plain.detach()))
             self.log.add(LoopEvent(event="scale"), scale=self._scaler._get_scale_async())
 
         return after
@@ -154,35 +165,61 @@ class StepEvents:
         if self.paused:
             return None
         self._notice_changes()
+        before = self.log.place()
         if not self.has_gradients:
             self._notice_stale()
-        roots = [tensors] if isinstance(tensors, Tensor) else tensors
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         seeds = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
-        self.before_backward([root for root in roots if isinstance(root, Tensor)])
-        loss = self._loss(roots, seeds or [None] * len(roots))
+        tensors = [root for root in roots if isinstance(root, Tensor)]
+        plain = self._take_scaled(tensors)
+        self.before_backward(tensors, bool(plain))
+        loss = self._loss(roots, seeds or [None] * len(roots), plain)
         self.log.note_loss(loss)
         self.log.add(LoopEvent(event="backward", gradients=self.gradients), loss=loss)
 
         def after(_: Any) -> None:
-            now: GradientState = "scaled" if self._scale_was_called else "unscaled"
+            self.after_backward()
+            versions = self._gradient_versions()
+            if versions == self._versions and not _reaches(tensors, self._parameters):
+                self.log.go_back(before)  # another model's, such as the other half of a GAN
+                return
+            now: GradientState = "scaled" if plain else "unscaled"
             self.gradients = now if self.gradients in ("none", now) else "mixed"
             self.has_gradients = True
-            self._scale_was_called = False
-            self._scaled.clear()
-            self._versions = self._gradient_versions()
+            self._versions = versions
 
         return after
 
-    def _loss(self, roots: Sequence[Any], seeds: Sequence[Tensor | None]) -> Tensor:
+    def _take_scaled(self, roots: Sequence[Tensor]) -> dict[int, Tensor | None]:
+        """Those roots, by id, that are multiplied by the scale, and what they were before.
+
+        That is not known, None, where the loop went on to work with what `scale` returned.
+        """
+        found: dict[int, Tensor | None] = {}
+        for root in roots:
+            same = [known for known in self._scaled if known.scaled() is root]
+            others = [] if same else [known for known in self._scaled if known.is_behind(root)]
+            for known in (*same, *others):
+                known.used = True
+                found[id(root)] = known.plain if same else None
+        self._scaled = [known for known in self._scaled if not known.is_over]
+        return found
+
+    def _loss(
+        self,
+        roots: Sequence[Any],
+        seeds: Sequence[Tensor | None],
+        plain: Mapping[int, Tensor | None],
+    ) -> Tensor:
         """The number whose gradient a backward computes, without the scale."""
         total = torch.zeros((), device=self._device)
         for root, seed in zip(roots, seeds, strict=True):
             if not isinstance(root, Tensor):  # an edge of the graph has no value
                 continue
-            value = next((plain for scaled, plain in self._scaled if scaled is root), None)
+            value = plain.get(id(root))
             if value is None:
                 value = root.detach()
-                if self._scale_was_called:  # and the loop went on to work with what it returned
+                if id(root) in plain:
                     value = value.float() / self._scaler._get_scale_async().to(value.device)
             value = value.float()
             value = value if seed is None else value * seed.detach().float()
@@ -195,6 +232,8 @@ class StepEvents:
 
     def _zero_grad(self, *_: Any, **__: Any) -> After:
         self._notice_changes()
+        if self._in_optimizer and self.has_gradients:  # of a closure, which computes others now
+            self.measure()
 
         def after(_: Any) -> None:
             self.log.add(LoopEvent(event="zero_grad", gradients=self.gradients))
@@ -290,9 +329,12 @@ class StepEvents:
         self.fused_skip = getattr(optimizer, "found_inf", None) is not None
         gradients = "unscaled" if unscales and self.gradients == "scaled" else self.gradients
         self.log.add(LoopEvent(event="optimizer_step", gradients=gradients, by=by))
+        self._in_optimizer = True
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.stepped_optimizer = True
+        self.stepped_optimizer, self._in_optimizer = True, False
+        if self.has_gradients:  # that the optimizer's closure made
+            self.measure()
         self._versions = self._gradient_versions()
 
     def _stepped_gradients(self) -> list[Tensor]:
@@ -317,16 +359,56 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _called_first(model: nn.Module) -> list[nn.Module]:
-    """Modules that run inside of the model's forward: its children, but not containers of them.
+@dataclass
+class Scaled:
+    """What `scaler.scale` returned, which is not kept alive here, and what it was given."""
 
-    The model's own hooks run outside of a forward that somebody wrapped in autocast.
+    scaled: weakref.ref[Tensor]
+    plain: Tensor
+    used: bool = False  # by a backward
+
+    def is_behind(self, root: Tensor) -> bool:
+        """Whether the root was computed from it: what is gone was used for the next one."""
+        scaled = self.scaled()
+        return not self.used if scaled is None else _comes_from(root, scaled)
+
+    @property
+    def is_over(self) -> bool:
+        return self.used and self.scaled() is None
+
+
+def _comes_from(root: Tensor, other: Tensor) -> bool:
+    """Whether a tensor was computed from another one, which is near in general."""
+    return any(node is other.grad_fn for node in _graph(root)) if other.grad_fn else False
+
+
+def _reaches(roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Whether a backward leads to any of these, whatever became of the gradients there."""
+    wanted = {id(parameter) for parameter in parameters}
+    return any(
+        id(getattr(node, "variable", None)) in wanted for root in roots for node in _graph(root)
+    )
+
+
+def _graph(root: Tensor) -> Iterator[Node]:
+    """The nodes of a tensor's graph, the nearest first."""
+    waiting = deque([root.grad_fn] if root.grad_fn else [])
+    seen = set(waiting)
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for source, _ in node.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+
+
+def _computing(model: nn.Module) -> list[nn.Module]:
+    """Modules with parameters of their own: autocast is on in them, however deep a loop enters it.
+
+    Of a model without such modules, itself.
     """
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += (
-            _called_first(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
-        )
+    found = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     return found or [model]
 
 

@@ -42,10 +42,13 @@ class Failures:
     def safe(self, function: Callable[..., Any]) -> Callable[..., None]:
         """A hook that does what `function` does, without a result and without failing.
 
-        It is a plain function, which `copy.deepcopy` of what it hangs on leaves as it is.
+        It is a plain function, which `copy.deepcopy` of what it hangs on leaves as it is. In code
+        that is being compiled it is nothing.
         """
 
         def hook(*args: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             try:
                 function(*args)
             except Exception:
