@@ -55,12 +55,13 @@ class Recorder:
     recorder.close()
     ```
     It writes a run directory with `foreign.json`, which `mptrain diagnose` reads. Weights and
-    random numbers (of torch, `random` and `numpy.random`) are those of the loop without it. A
-    step costs one host read, of the loss and the norm of the gradients right before the optimizer;
-    statistics and shadows (`precision/local_shadow.py`) are of sampled steps. When a loss or a gradient is not finite, the
-    step's forward and backward are repeated on a copy of the model, to name the module that made
-    the first NaN or infinity. What such a forward does outside of the model is done once more then:
-    one that counts its calls in a global counts more after a step that was not finite.
+    random numbers (of torch, `random` and `numpy.random`) are those of the loop without it. A step
+    costs one host read, of the loss and the norm of the gradients right before the optimizer;
+    statistics and shadows (`precision/local_shadow.py`) are of sampled steps. When a loss or a
+    gradient is not finite, the step's forward and backward are repeated on a copy of the model, to
+    name the module that made the first NaN or infinity. What such a forward does outside of the
+    model is done once more then: one that counts its calls in a global counts more after a step
+    that was not finite.
 
     Args:
         model: as the loop calls it. Compiled models run as they are: only the loop is recorded.
