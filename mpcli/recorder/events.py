@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.utils.clip_grad  # as a module: its functions find each other in it
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.utils._foreach_utils import _has_foreach_support
 from torch.utils._pytree import tree_leaves
 
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.observe import types_of
+from mpcli.recorder.graph import Scaled, reaches
 from mpcli.recorder.log import EventLog
 from mpcli.recorder.patches import After, Before, Failures, defining_class, in_backward, watched
 from mpcli.recorder.tensors import floating_tensors, gradient_norm
 from mpcli.records import LoopEvent
+
+MAX_WATCHED_MODULES = 32
+"""For autocast, which costs time in every step."""
 
 GradientState = Literal["none", "scaled", "unscaled", "mixed"]
 
@@ -180,7 +181,7 @@ class StepEvents:
         def after(_: Any) -> None:
             self.after_backward()
             versions = self._gradient_versions()
-            if versions == self._versions and not _reaches(tensors, self._parameters):
+            if versions == self._versions and not reaches(tensors, self._parameters):
                 self.log.go_back(before)  # another model's, such as the other half of a GAN
                 return
             now: GradientState = "scaled" if plain else "unscaled"
@@ -245,9 +246,9 @@ class StepEvents:
 
     def _gradient_versions(self) -> dict[int, tuple[int, int]]:
         return {
-            number: (id(parameter.grad), parameter.grad._version)
+            number: (id(gradient), gradient._version)
             for number, parameter in enumerate(self._parameters)
-            if parameter.grad is not None
+            if (gradient := parameter.grad) is not None
         }
 
     def _notice_changes(self) -> None:
@@ -359,57 +360,13 @@ def _nothing(*_: object) -> None:
     pass
 
 
-@dataclass
-class Scaled:
-    """What `scaler.scale` returned, which is not kept alive here, and what it was given."""
-
-    scaled: weakref.ref[Tensor]
-    plain: Tensor
-    used: bool = False  # by a backward
-
-    def is_behind(self, root: Tensor) -> bool:
-        """Whether the root was computed from it: what is gone was used for the next one."""
-        scaled = self.scaled()
-        return not self.used if scaled is None else _comes_from(root, scaled)
-
-    @property
-    def is_over(self) -> bool:
-        return self.used and self.scaled() is None
-
-
-def _comes_from(root: Tensor, other: Tensor) -> bool:
-    """Whether a tensor was computed from another one, which is near in general."""
-    return any(node is other.grad_fn for node in _graph(root)) if other.grad_fn else False
-
-
-def _reaches(roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether a backward leads to any of these, whatever became of the gradients there."""
-    wanted = {id(parameter) for parameter in parameters}
-    return any(
-        id(getattr(node, "variable", None)) in wanted for root in roots for node in _graph(root)
-    )
-
-
-def _graph(root: Tensor) -> Iterator[Node]:
-    """The nodes of a tensor's graph, the nearest first."""
-    waiting = deque([root.grad_fn] if root.grad_fn else [])
-    seen = set(waiting)
-    while waiting:
-        node = waiting.popleft()
-        yield node
-        for source, _ in node.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                waiting.append(source)
-
-
 def _computing(model: nn.Module) -> list[nn.Module]:
-    """Modules with parameters of their own: autocast is on in them, however deep a loop enters it.
+    """Modules that have parameters of their own, in which autocast is on however deep it begins.
 
-    Of a model without such modules, itself.
+    Of many, `MAX_WATCHED_MODULES`, evenly spread; of a model without such modules, itself.
     """
-    found = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    return found or [model]
+    found = [m for m in model.modules() if m._parameters]
+    return found[:: -(-len(found) // MAX_WATCHED_MODULES)] if found else [model]
 
 
 def _autocast_type(device_type: str) -> str:

@@ -21,12 +21,13 @@ from torch.nn.parameter import is_lazy
 from mpcli.flight import keep_flight
 from mpcli.machine import environment
 from mpcli.precision.statistics import Samples
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recorder.describe import describe, stepped_parameters
 from mpcli.recorder.step import StepFindings, Watched, WatchedStep
 from mpcli.recorder.tensors import named_tensors, num_samples
 from mpcli.records import (
     FlightRecord,
+    ForeignRun,
     LayerRecord,
     LoopRecord,
     NonFiniteOrigin,
@@ -95,7 +96,7 @@ class Recorder:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             scaler = scaler or getattr(optimizer, "scaler", None)
             optimizer = inner
-        _refuse_what_cannot_be_recorded(model, optimizer, Path(out))
+        _refuse_what_cannot_be_recorded(model, optimizer)
         parameters = stepped_parameters(model, optimizer)
         device = next((parameter.tensor.device for parameter in parameters), torch.device("cpu"))
         about = describe(
@@ -107,7 +108,7 @@ class Recorder:
             every=every,
             device=device,
         )
-        self._run = RunDirectory.create_foreign(about, environment(), Path(out))
+        self._run = _new_run(about, Path(out))
         self._name = Path(out).name
         self._watched = Watched(
             model, optimizer, scaler, parameters, device, modules=not about.compiled
@@ -290,7 +291,7 @@ class Recorder:
         return peak, peak
 
 
-def _refuse_what_cannot_be_recorded(model: Any, optimizer: Any, out: Path) -> None:
+def _refuse_what_cannot_be_recorded(model: Any, optimizer: Any) -> None:
     if not isinstance(model, nn.Module):
         what = f"Recorder takes a torch.nn.Module, not a {type(model).__name__}"
         raise user_error(what, "give it the model that the loop calls")
@@ -300,12 +301,15 @@ def _refuse_what_cannot_be_recorded(model: Any, optimizer: Any, out: Path) -> No
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         what = f"the model's parameter {lazy[0]} has no shape yet"
         raise user_error(what, "call the model once before the recorder is made")
-    with contextlib.suppress(OSError):
-        if out.is_dir() and any(out.iterdir()):
-            hint = "name a new folder, such as one with the time in its name"
-            raise user_error(f"out={str(out)!r}: the folder is not empty", hint)
-        if out.exists() and not out.is_dir():
-            raise user_error(f"out={str(out)!r}: is a file", "name a new folder")
+
+
+def _new_run(about: ForeignRun, out: Path) -> RunDirectory:
+    try:
+        return RunDirectory.create_foreign(about, environment(), out)
+    except UserError as error:  # in the words of the command line
+        what = str(error).replace("--output ", "out=")
+        hint = "name a new folder that can be written, such as one with the time in its name"
+        raise user_error(what, hint, exit_code=error.exit_code) from error
 
 
 def _in_words(origin: NonFiniteOrigin) -> str:

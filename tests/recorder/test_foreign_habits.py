@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpcli.cli.evidence import origin_text
 from mpcli.flight import flights, load_flight
 from mpcli.precision.local_shadow import LocalShadows
 from mpcli.recipe.errors import Exit, UserError
@@ -317,7 +318,7 @@ def test_what_cannot_be_recorded_is_refused(
 def test_a_used_folder_is_refused_in_the_words_of_python(tmp_path: Path) -> None:
     model = mlp()
     Recorder(model, adam(model), out=tmp_path / "run").close()
-    with pytest.raises(UserError, match=r"out='.*run': the folder is not empty") as refused:
+    with pytest.raises(UserError, match=r"out=.*run: the folder is not empty") as refused:
         Recorder(model, adam(model), out=tmp_path / "run")
     assert "the time in its name" in str(refused.value.problems)
 
@@ -419,7 +420,8 @@ def test_weights_that_are_not_finite_are_named_and_use_up_no_search(recording: R
             ("2", "weights"),
             ("0", "weights"),
         ]
-    assert found[0].origin is not None and found[0].origin.module == "2"
+    assert found[0].origin is not None
+    assert origin_text(found[0].origin) == "nan in the weights of 2, before the step"
     assert found[4].origin is not None and found[4].origin.module == "loss"
     assert recording.caplog.text.count("the weights of `2` are not finite before it") == 1
 
