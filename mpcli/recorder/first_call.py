@@ -15,12 +15,12 @@ from mpcli.recorder.patches import Failures
 
 @contextlib.contextmanager
 def at_first_call(
-    model: nn.Module, watch: Callable[[], None], is_compiled: Callable[[], None]
+    model: nn.Module, watch: Callable[[], None], failures: Failures
 ) -> Iterator[None]:
     """In the block, call `watch` when the model, or one of its parts, is first called.
 
     A compiled function may have the model inside, which shows when it is compiled: then only
-    `is_compiled` is called, from the code that is made, and that computes what it would without.
+    `failures.saw_compiling` is set, by the code that is made, which computes what it would without.
 
     Args:
         watch: may register hooks, those of the module that is being called too.
@@ -30,7 +30,7 @@ def at_first_call(
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal has_begun
         if torch.compiler.is_compiling():
-            is_compiled()
+            failures.saw_compiling = True
             return
         if has_begun:
             return

@@ -111,7 +111,7 @@ class Recorder:
         self._run = _new_run(about, Path(out))
         self._name = Path(out).name
         self._watched = Watched(
-            model, optimizer, scaler, parameters, device, modules=not about.compiled
+            model, optimizer, scaler, parameters, device, compiled=about.compiled
         )
         self._every = every
         self._samples = Samples(device)

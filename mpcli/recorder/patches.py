@@ -27,9 +27,14 @@ _MISSING = object()
 
 
 class Failures:
-    """Tells what a recorder could not do, while the training goes on."""
+    """Tells what a recorder could not do, while the training goes on.
+
+    Attributes:
+        saw_compiling: whether a hook was met by code that was being compiled.
+    """
 
     def __init__(self) -> None:
+        self.saw_compiling = False
         self._count = 0
 
     def tell(self) -> None:
@@ -48,6 +53,7 @@ class Failures:
 
         def hook(*args: Any) -> None:
             if torch.compiler.is_compiling():
+                self.saw_compiling = True  # done by the code that is made
                 return
             try:
                 function(*args)

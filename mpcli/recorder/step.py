@@ -35,20 +35,22 @@ MAX_NAMED_BUFFERS = 10
 """That are not finite, of one step."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Watched:
-    """What a recorder was given. `modules`: whether the model's modules can be watched.
-
-    They cannot be where they run as compiled code, which hooks would compile again.
-    """
+    """What a recorder was given; `compiled`: that this shows in the model itself."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
     parameters: list[SteppedParameter]
     device: torch.device
-    modules: bool
+    compiled: bool
     failures: Failures = field(default_factory=Failures)
+
+    @property
+    def modules(self) -> bool:
+        """Whether modules can be watched: not in compiled code, which hooks would compile again."""
+        return not (self.compiled or self.failures.saw_compiling)
 
 
 @dataclass
@@ -188,11 +190,8 @@ class WatchedStep:
                 # A mode that the loop entered since would be left in its place.
                 self._watch_modules(observe=len(_get_current_dispatch_mode_stack()) == modes)
 
-            first = at_first_call(self._watched.model, watch, self._is_compiled)
+            first = at_first_call(self._watched.model, watch, self._watched.failures)
             self._modules.enter_context(first)
-
-    def _is_compiled(self) -> None:
-        self._watched.modules = False
 
     def _watch_modules(self, *, observe: bool) -> None:
         self._modules.enter_context(self._calls.watching())
