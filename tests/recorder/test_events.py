@@ -314,6 +314,8 @@ def test_losses_are_scaled_in_any_order(backward: Any, recording: Recording) -> 
     assert (row.loss, row.scale) == (pytest.approx(total, rel=1e-3), 1024)
     scales = {row.scale for row in run.layers() if row.tensor in ("grad", "grad_output")}
     assert scales == {1024}
+    outputs = [(row.name, row.call) for row in run.layers() if row.tensor == "grad_output"]
+    assert len(set(outputs)) == len(outputs)
 
 
 def test_a_loss_that_was_not_scaled_makes_gradients_mixed(recording: Recording) -> None:
