@@ -222,7 +222,9 @@ class NonFiniteOrigin(Record):
     phase: Literal["forward", "backward", "input"]
     value: Literal["nan", "inf"]
     call: int = Field(default=0, description="of the module within the step, from 0")
-    operation: str | None = None
+    operation: str | None = Field(
+        default=None, description="`weights`: the module's own were not finite before the step"
+    )
 
 
 class FlightRecord(Record):

@@ -257,6 +257,8 @@ def origin_text(origin: NonFiniteOrigin) -> str:
     """Where the first NaN or infinity came from."""
     if origin.phase == "input":
         return f"{origin.value} in the batch"
+    if origin.operation == "weights":
+        return f"{origin.value} in the weights of {origin.module or 'the model'}, before the step"
     return f"{origin.value} made in {origin.module or 'the model'}, {origin.phase}"
 
 

@@ -21,13 +21,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from mpcli.precision.probe import MAX_CALLS, probed_modules
 from mpcli.precision.statistics import Key, Samples, sampled
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+Guard = Callable[[Callable[..., None]], Callable[..., None]]
+
+_RANDOM = (
+    *(nn.modules.dropout._DropoutNd, nn.RReLU),
+    *(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+)
 _CASTS = ("ToCopyBackward0", "ToBackward0")  # autocast makes one of a weight, for all of its uses
 
 
@@ -40,43 +46,56 @@ class LocalShadows:
 
     Args:
         samples: of this step, begun.
-        scale: that the loss is multiplied by; None where it is not.
+        scale: that the loss is multiplied by, where it is.
+        guard: makes a hook of a function, which must not fail in a loop that is not ours.
+
+    Attributes:
+        saw_fp16: whether any output, or gradient of one, was fp16.
     """
 
-    def __init__(self, model: nn.Module, samples: Samples, scale: Tensor | float | None) -> None:
+    def __init__(
+        self, model: nn.Module, samples: Samples, scale: Tensor | float, guard: Guard
+    ) -> None:
+        self.saw_fp16 = False
         self._names = {module: name for name, module in probed_modules(model).items()}
         self._gradients: dict[int, Tensor] | None = None  # sampled, by id of the parameter
         self._samples = samples
-        self._scaled = scale is not None
-        self._scale = torch.as_tensor(1.0 if scale is None else scale).clone()
+        self._scaled = False
+        self._scale = torch.as_tensor(scale).clone()
+        self._guard = guard
         self._is_shadowed: Counter[int] = Counter()  # by id of the parameter
         self._uses: Counter[int] = Counter()
         self._calls: Counter[nn.Module] = Counter()
-        self._entered = False
+        self._seen_gradients: set[Key] = set()
+        self._in_backward = False
+        self._handles: list[RemovableHandle] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the modules in the block."""
-        self._entered = True
-        handles = [
-            module.register_forward_hook(_function_of(self._after_forward), with_kwargs=True)
-            for module in self._names
+        after = self._guard(_aside(self._after_forward))
+        self._handles = [
+            module.register_forward_hook(after, with_kwargs=True) for module in self._names
         ]
         try:
             yield
         finally:
-            self._entered = False
-            for handle in handles:
+            for handle in self._handles:
                 handle.remove()
+            self._handles = []
 
-    def before_backward(self, roots: Sequence[Tensor], parameters: Iterable[Tensor]) -> None:
+    def before_backward(
+        self, roots: Sequence[Tensor], parameters: Iterable[Tensor], *, scaled: bool
+    ) -> None:
         """Before each backward of the step: note how its graph uses the parameters.
 
         Args:
             roots: that the backward begins at.
             parameters: of the model. What is in their gradients before the first backward will
                 be in them in the end.
+            scaled: whether the roots are multiplied by the scale.
         """
+        self._scaled, self._in_backward = scaled, True
         if self._gradients is None:
             self._gradients = {
                 id(parameter): sampled(parameter.grad.detach()) / self._on(parameter)
@@ -84,6 +103,10 @@ class LocalShadows:
                 if parameter.grad is not None and not parameter.grad.is_sparse
             }
         self._uses += _uses([root.grad_fn for root in roots if root.grad_fn is not None])
+
+    def after_backward(self) -> None:
+        """After each backward: gradients that the loop takes otherwise are not the loss's."""
+        self._in_backward = False
 
     def of_gradient(self, parameter: Tensor) -> Tensor | None:
         """The shadow of a parameter's gradient, after the last backward of the step.
@@ -98,21 +121,24 @@ class LocalShadows:
         return (self._gradients or {}).get(id(parameter))
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._entered or not torch.is_grad_enabled():
-            return
+        if not self._handles or module not in self._names or not torch.is_grad_enabled():
+            return  # a copy of the model has the hook too
         if torch._C._current_graph_task_id() != -1:  # computed again, in backward
             return
         name, call = self._names[module], self._calls[module]
         self._calls[module] += 1
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         shadowed = not kwargs and _can_be_shadowed(module, args, output)
-        for number, tensor in enumerate(filter(torch.is_floating_point, tensors)):
+        for number, tensor in enumerate(filter(_has_numbers, tensors)):
+            self.saw_fp16 |= tensor.dtype == torch.float16
             key = Key(name, "output", name if number == 0 else f"{name}[{number}]", call)
             if call < MAX_CALLS:
                 shadow = _forward(module, args) if shadowed else None
                 self._samples.add(tensor, key, shadow=shadow)
-            if tensor.requires_grad and (shadowed or call < MAX_CALLS):
-                tensor.register_hook(self._of_gradient(module, args if shadowed else None, key))
+            # The gradient of a leaf is not of this output alone.
+            if tensor.grad_fn is not None and (shadowed or call < MAX_CALLS):
+                look = self._of_gradient(module, args if shadowed else None, key)
+                self._handles.append(tensor.register_hook(self._guard(look)))
 
     def _of_gradient(
         self, module: nn.Module, args: tuple[Any, ...] | None, output: Key
@@ -120,10 +146,12 @@ class LocalShadows:
         versions = _versions(args)
 
         def look(gradient: Tensor) -> None:
-            if not self._entered:
+            if not (self._handles and self._in_backward):
                 return
-            if output.call < MAX_CALLS:
-                key = replace(output, kind="grad_output")
+            key = replace(output, kind="grad_output")
+            if output.call < MAX_CALLS and key not in self._seen_gradients:
+                self._seen_gradients.add(key)
+                self.saw_fp16 |= gradient.dtype == torch.float16
                 self._samples.add(gradient, key, scaled=self._scaled)
             if args is not None and _versions(args) == versions:  # nobody wrote to them since
                 self._add_gradients(module, args, gradient)
@@ -144,14 +172,22 @@ class LocalShadows:
                 gradients[id(parameter)] = part if before is None else before + part
                 self._is_shadowed[id(parameter)] += 1
 
-    def _on(self, tensor: Tensor) -> Tensor:
-        return self._scale.to(tensor.device, torch.float32)
+    def _on(self, tensor: Tensor) -> Tensor | float:
+        return self._scale.to(tensor.device, torch.float32) if self._scaled else 1.0
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether it can be looked at: not sparse, not nested, not inside of a `vmap`."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _can_be_shadowed(module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
     if not type(module).__module__.startswith("torch.nn.modules."):
         return False
-    if not isinstance(output, Tensor):
+    given = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not isinstance(output, Tensor) or not all(map(_has_numbers, given)):
         return False
     if isinstance(module, (*_RANDOM, nn.SyncBatchNorm)) or getattr(module, "inplace", False):
         return False
@@ -188,10 +224,19 @@ def _in_fp32(value: Any) -> Any:
     return value.float() if value.is_floating_point() else value
 
 
+@contextlib.contextmanager
+def _in_fp32_aside(args: tuple[Any, ...]) -> Iterator[None]:
+    """Without autocast, and without a trace in the random numbers of the loop."""
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _forward(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
     """What a module would return in fp32; None where that fails."""
     try:
-        with torch.no_grad(), torch.autocast(_device_type(args), enabled=False):
+        with torch.no_grad(), _in_fp32_aside(args):
             return cast(Tensor, _copied(module)(*map(_in_fp32, args)))
     except Exception as error:  # memory, or a module that is not what it seems
         logger.debug("no shadow of %s: %s", type(module).__name__, error)
@@ -203,7 +248,7 @@ def _backward(
 ) -> Sequence[Tensor | None] | None:
     """Gradients of a module's own parameters in fp32, scaled as `gradient` is."""
     try:
-        with torch.enable_grad(), torch.autocast(_device_type(args), enabled=False):
+        with torch.enable_grad(), _in_fp32_aside(args):
             twin = _copied(module)
             parameters = [twin._parameters[name] for name in names]
             leaves = [p.requires_grad_() for p in parameters if p is not None]
@@ -212,10 +257,6 @@ def _backward(
     except Exception as error:
         logger.debug("no shadow of %s: %s", type(module).__name__, error)
         return None
-
-
-def _device_type(args: tuple[Any, ...]) -> str:
-    return next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
 
 
 def _uses(roots: Sequence[Node]) -> Counter[int]:
@@ -244,11 +285,8 @@ def _uses(roots: Sequence[Node]) -> Counter[int]:
     )
 
 
-def _function_of(method: Callable[..., None]) -> Callable[..., None]:
-    """A function: `copy.deepcopy` of a model leaves functions as they are, and copies methods.
-
-    What it computes is no operation of the loop, for an observer of those.
-    """
+def _aside(method: Callable[..., None]) -> Callable[..., None]:
+    """What it computes is no operation of the loop, for an observer of those."""
 
     def function(*args: Any) -> None:
         with _disable_current_modes():

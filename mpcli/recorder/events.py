@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,13 +13,18 @@ import torch.distributed as dist
 import torch.nn.utils.clip_grad  # as a module: its functions find each other in it
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _has_foreach_support
+from torch.utils._pytree import tree_leaves
 
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.observe import types_of
+from mpcli.recorder.graph import Scaled, reaches
 from mpcli.recorder.log import EventLog
 from mpcli.recorder.patches import After, Before, Failures, defining_class, in_backward, watched
 from mpcli.recorder.tensors import floating_tensors, gradient_norm
 from mpcli.records import LoopEvent
+
+MAX_WATCHED_MODULES = 32
+"""For autocast, which costs time in every step."""
 
 GradientState = Literal["none", "scaled", "unscaled", "mixed"]
 
@@ -30,13 +36,12 @@ class StepEvents:
         parameters: of the model and of the optimizer; their `.grad` is what is watched.
         stepped: those that the optimizer steps; norms are of their gradients.
         scaler: a `torch.amp.GradScaler`, or None.
-        watch_modules: whether hooks of the model can be used; a compiled one would be compiled
-            again.
 
     Attributes:
-        before_backward, before_change, before_update: called before every backward; before
-            something reads or writes finished gradients (unscaling, clipping, the optimizer);
-            before the weights may change.
+        before_backward, after_backward: called around every backward; the first one with what it
+            begins at, and whether that is multiplied by the scale.
+        before_change, before_update: called before something reads or writes finished gradients
+            (unscaling, clipping, the optimizer); before the weights may change.
         gradients: what they are now.
         has_gradients: whether they are of this step, at least in part.
         backward_alone: gradients are what backward added up: nobody else wrote to them yet, and
@@ -55,8 +60,6 @@ class StepEvents:
         parameters: Sequence[Tensor],
         stepped: Sequence[Tensor],
         failures: Failures,
-        *,
-        watch_modules: bool,
     ) -> None:
         self._device = parameters[0].device
         self.log = EventLog(self._device)
@@ -67,18 +70,17 @@ class StepEvents:
         self.fused_skip = False
         self.autocast: set[str] = set()
         self.paused = False
-        self.before_backward: Callable[[list[Tensor]], None] = _nothing
+        self.before_backward: Callable[[list[Tensor], bool], None] = _nothing
+        self.after_backward: Callable[[], None] = _nothing
         self.before_change: Callable[[], None] = _nothing
         self.before_update: Callable[[], None] = _nothing
         self._model, self._optimizer = model, optimizer
         self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self._parameters, self._stepped = parameters, stepped
         self._failures = failures
-        self._watch_modules = watch_modules
         self._forward_autocast: set[str] = set()
-        self._scaled: list[tuple[Tensor, Tensor]] = []  # outputs of `scaler.scale`, and its inputs
-        self._scale_was_called = False  # since the last backward
-        self._in_scaler_step = False
+        self._scaled: list[Scaled] = []
+        self._in_scaler_step = self._in_optimizer = False
         self._versions = self._gradient_versions()
 
     @contextlib.contextmanager
@@ -109,14 +111,25 @@ class StepEvents:
                 self._optimizer.register_step_pre_hook(safe(self._before_optimizer)),
                 self._optimizer.register_step_post_hook(safe(self._after_optimizer)),
             ]
-            if self._watch_modules:
-                see = safe(self._see_autocast)
-                first = _called_first(self._model)
-                handles += [m.register_forward_pre_hook(see, prepend=True) for m in first]
-                handles.append(self._model.register_forward_hook(safe(self._after_forward)))
             for handle in handles:
                 stack.callback(handle.remove)
             yield
+
+    @contextlib.contextmanager
+    def watching_forwards(self) -> Iterator[None]:
+        """See forwards of the model in the block, by hooks in it."""
+        see = self._failures.safe(self._see_autocast)
+        handles = [
+            module.register_forward_pre_hook(see, prepend=True)
+            for module in _computing(self._model)
+        ]
+        after = self._failures.safe(self._after_forward)
+        handles.append(self._model.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def measure(self) -> None:
         """Take the norm of the gradients, unless that was done."""
@@ -143,9 +156,8 @@ class StepEvents:
 
     def _scale(self, outputs: Any) -> After:
         def after(scaled: Any) -> None:  # the scale is made in the first call
-            self._scale_was_called = True
-            if isinstance(outputs, Tensor):
-                self._scaled.append((scaled, outputs.detach()))
+            for one, plain in zip(tree_leaves(scaled), tree_leaves(outputs), strict=True):
+                self._scaled.append(Scaled(weakref.ref(one), plain.detach()))
             self.log.add(LoopEvent(event="scale"), scale=self._scaler._get_scale_async())
 
         return after
@@ -154,35 +166,61 @@ class StepEvents:
         if self.paused:
             return None
         self._notice_changes()
+        before = self.log.place()
         if not self.has_gradients:
             self._notice_stale()
-        roots = [tensors] if isinstance(tensors, Tensor) else tensors
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         seeds = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
-        self.before_backward([root for root in roots if isinstance(root, Tensor)])
-        loss = self._loss(roots, seeds or [None] * len(roots))
+        tensors = [root for root in roots if isinstance(root, Tensor)]
+        plain = self._take_scaled(tensors)
+        self.before_backward(tensors, bool(plain))
+        loss = self._loss(roots, seeds or [None] * len(roots), plain)
         self.log.note_loss(loss)
         self.log.add(LoopEvent(event="backward", gradients=self.gradients), loss=loss)
 
         def after(_: Any) -> None:
-            now: GradientState = "scaled" if self._scale_was_called else "unscaled"
+            self.after_backward()
+            versions = self._gradient_versions()
+            if versions == self._versions and not reaches(tensors, self._parameters):
+                self.log.go_back(before)  # another model's, such as the other half of a GAN
+                return
+            now: GradientState = "scaled" if plain else "unscaled"
             self.gradients = now if self.gradients in ("none", now) else "mixed"
             self.has_gradients = True
-            self._scale_was_called = False
-            self._scaled.clear()
-            self._versions = self._gradient_versions()
+            self._versions = versions
 
         return after
 
-    def _loss(self, roots: Sequence[Any], seeds: Sequence[Tensor | None]) -> Tensor:
+    def _take_scaled(self, roots: Sequence[Tensor]) -> dict[int, Tensor | None]:
+        """Those roots, by id, that are multiplied by the scale, and what they were before.
+
+        That is not known, None, where the loop went on to work with what `scale` returned.
+        """
+        found: dict[int, Tensor | None] = {}
+        for root in roots:
+            same = [known for known in self._scaled if known.scaled() is root]
+            others = [] if same else [known for known in self._scaled if known.is_behind(root)]
+            for known in (*same, *others):
+                known.used = True
+                found[id(root)] = known.plain if same else None
+        self._scaled = [known for known in self._scaled if not known.is_over]
+        return found
+
+    def _loss(
+        self,
+        roots: Sequence[Any],
+        seeds: Sequence[Tensor | None],
+        plain: Mapping[int, Tensor | None],
+    ) -> Tensor:
         """The number whose gradient a backward computes, without the scale."""
         total = torch.zeros((), device=self._device)
         for root, seed in zip(roots, seeds, strict=True):
             if not isinstance(root, Tensor):  # an edge of the graph has no value
                 continue
-            value = next((plain for scaled, plain in self._scaled if scaled is root), None)
+            value = plain.get(id(root))
             if value is None:
                 value = root.detach()
-                if self._scale_was_called:  # and the loop went on to work with what it returned
+                if id(root) in plain:
                     value = value.float() / self._scaler._get_scale_async().to(value.device)
             value = value.float()
             value = value if seed is None else value * seed.detach().float()
@@ -195,6 +233,8 @@ class StepEvents:
 
     def _zero_grad(self, *_: Any, **__: Any) -> After:
         self._notice_changes()
+        if self._in_optimizer and self.has_gradients:  # of a closure, which computes others now
+            self.measure()
 
         def after(_: Any) -> None:
             self.log.add(LoopEvent(event="zero_grad", gradients=self.gradients))
@@ -206,9 +246,9 @@ class StepEvents:
 
     def _gradient_versions(self) -> dict[int, tuple[int, int]]:
         return {
-            number: (id(parameter.grad), parameter.grad._version)
+            number: (id(gradient), gradient._version)
             for number, parameter in enumerate(self._parameters)
-            if parameter.grad is not None
+            if (gradient := parameter.grad) is not None
         }
 
     def _notice_changes(self) -> None:
@@ -290,9 +330,12 @@ class StepEvents:
         self.fused_skip = getattr(optimizer, "found_inf", None) is not None
         gradients = "unscaled" if unscales and self.gradients == "scaled" else self.gradients
         self.log.add(LoopEvent(event="optimizer_step", gradients=gradients, by=by))
+        self._in_optimizer = True
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.stepped_optimizer = True
+        self.stepped_optimizer, self._in_optimizer = True, False
+        if self.has_gradients:  # that the optimizer's closure made
+            self.measure()
         self._versions = self._gradient_versions()
 
     def _stepped_gradients(self) -> list[Tensor]:
@@ -317,17 +360,13 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _called_first(model: nn.Module) -> list[nn.Module]:
-    """Modules that run inside of the model's forward: its children, but not containers of them.
+def _computing(model: nn.Module) -> list[nn.Module]:
+    """Modules that have parameters of their own, in which autocast is on however deep it begins.
 
-    The model's own hooks run outside of a forward that somebody wrapped in autocast.
+    Of many, `MAX_WATCHED_MODULES`, evenly spread; of a model without such modules, itself.
     """
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += (
-            _called_first(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
-        )
-    return found or [model]
+    found = [m for m in model.modules() if m._parameters]
+    return found[:: -(-len(found) // MAX_WATCHED_MODULES)] if found else [model]
 
 
 def _autocast_type(device_type: str) -> str:

@@ -57,7 +57,7 @@ class HFRecorder:
 
             def on_train_begin(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
-                    self._begin(args, kwargs["model"], kwargs["optimizer"])
+                    self._begin(args, state.global_step, kwargs["model"], kwargs["optimizer"])
 
             def on_step_begin(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 self._begin_step()
@@ -76,20 +76,25 @@ class HFRecorder:
         for name, method in replacements.items():
             setattr(trainer, name, method)
 
-    def close(self) -> None:
-        """Write `result.json` and leave the trainer as it was; nothing happens a second time."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Write `result.json` and leave the trainer as it was; nothing happens a second time.
+
+        Args:
+            error: that ended the training.
+        """
         if self._is_attached:
             self._is_attached = False
             self._trainer.remove_callback(self._callback)
             del self._trainer.train, self._trainer.training_step
         if self._recorder is not None:
-            self._recorder.close()
+            self._recorder.close(error)
 
     def _recorded_train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self._train(*args, **kwargs)
         except BaseException as error:
             self._end_step(error)
+            self.close(error)  # a data set may have raised it, between two steps
             raise
         finally:
             self._end_step(None)
@@ -99,7 +104,7 @@ class HFRecorder:
         self._batches.append(inputs)
         return self._training_step(model, inputs, *args, **kwargs)
 
-    def _begin(self, args: Any, model: Any, optimizer: Any) -> None:
+    def _begin(self, args: Any, steps_before: int, model: Any, optimizer: Any) -> None:
         if self._recorder is not None:  # with another batch size, `auto_find_batch_size`
             logger.warning("the Trainer began again: what follows is not recorded")
             self.close()
@@ -112,6 +117,7 @@ class HFRecorder:
             accelerator.scaler,
             out=self._out,
             every=self._every,
+            steps_before=steps_before,
             loop="transformers",
             settings={**settings, "mixed_precision": accelerator.mixed_precision},
         )

@@ -21,6 +21,7 @@ class EventLog:
         events: the first `MAX_EVENTS`; `left_out` is the number of others.
         losses: of every backward, without the scale.
         norm: of the gradients as they were first used, without the scale; 0 without gradients.
+        has_norm: whether it was noted.
         scale: of the loss; 1 without a scaler.
     """
 
@@ -29,16 +30,21 @@ class EventLog:
         self.left_out = 0
         self.losses: list[float] = []
         self.norm = 0.0
+        self.has_norm = False
         self.scale = 1.0
         self._device = device
         self._numbers: list[tuple[int, str, Tensor]] = []
         self._losses: list[Tensor] = []
         self._norm: tuple[Tensor, bool] | None = None
 
-    @property
-    def has_norm(self) -> bool:
-        """Whether a norm was noted since the last `read`."""
-        return self._norm is not None
+    def place(self) -> tuple[int, int, int, int]:
+        """Where it is now, for `go_back`."""
+        return len(self.events), self.left_out, len(self._numbers), len(self._losses)
+
+    def go_back(self, place: tuple[int, int, int, int]) -> None:
+        """Forget what was noted since, if nothing was read."""
+        events, self.left_out, numbers, losses = place
+        del self.events[events:], self._numbers[numbers:], self._losses[losses:]
 
     def add(self, event: LoopEvent, **numbers: Tensor | None) -> None:
         """Note an event, and those of its fields that are still on the device."""
@@ -56,7 +62,8 @@ class EventLog:
 
     def note_norm(self, norm: Tensor, *, scaled: bool) -> None:
         """Note the gradients' norm, a scalar, and whether it has to be unscaled."""
-        self._norm = self._norm or (norm, scaled)
+        if not self.has_norm:
+            self._norm, self.has_norm = (norm, scaled), True
 
     def read(self, scale: Tensor | None) -> None:
         """Copy all numbers to the host, in one piece.

@@ -9,22 +9,25 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mpcli.flight import keep_flight
 from mpcli.machine import environment
 from mpcli.precision.statistics import Samples
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recorder.describe import describe, stepped_parameters
 from mpcli.recorder.step import StepFindings, Watched, WatchedStep
 from mpcli.recorder.tensors import named_tensors, num_samples
 from mpcli.records import (
     FlightRecord,
+    ForeignRun,
     LayerRecord,
     LoopRecord,
     NonFiniteOrigin,
@@ -53,11 +56,13 @@ class Recorder:
     recorder.close()
     ```
     It writes a run directory with `foreign.json`, which `mptrain diagnose` reads. Weights and
-    random numbers are bit for bit those of the loop without it. A step costs one host read, of the
-    loss and the norm of the gradients right before the optimizer; statistics and shadows
-    (`precision/local_shadow.py`) are of sampled steps. When a loss or a gradient is not finite, the
-    step's forward and backward are repeated on a copy of the model, to name the module that made
-    the first NaN or infinity.
+    random numbers (of torch, `random` and `numpy.random`) are those of the loop without it. A step
+    costs one host read, of the loss and the norm of the gradients right before the optimizer;
+    statistics and shadows (`precision/local_shadow.py`) are of sampled steps. When a loss or a
+    gradient is not finite, the step's forward and backward are repeated on a copy of the model, to
+    name the module that made the first NaN or infinity. What such a forward does outside of the
+    model is done once more then: one that counts its calls in a global counts more after a step
+    that was not finite.
 
     Args:
         model: as the loop calls it. Compiled models run as they are: only the loop is recorded.
@@ -66,11 +71,12 @@ class Recorder:
         scaler: a `torch.amp.GradScaler`, if the loop has one.
         out: the run directory, which is new or empty.
         every: steps from one sampled step to the next; the first one is sampled; 0: none is.
+        steps_before: of a training that goes on; the first step recorded is the next one.
         loop, settings: of a framework, for `foreign.json`.
 
     Raises:
-        UserError: exit 2 for an `out` that is not empty or a negative `every`, 7 where it cannot be
-            written.
+        UserError: exit 2 for an `out` that is not empty, a negative `every`, or something that is
+            not a model with weights or an optimizer of torch's; 7 where `out` cannot be written.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Recorder:
         *,
         out: str | Path,
         every: int = 100,
+        steps_before: int = 0,
         loop: str = "pytorch",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,6 +96,7 @@ class Recorder:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             scaler = scaler or getattr(optimizer, "scaler", None)
             optimizer = inner
+        _refuse_what_cannot_be_recorded(model, optimizer)
         parameters = stepped_parameters(model, optimizer)
         device = next((parameter.tensor.device for parameter in parameters), torch.device("cpu"))
         about = describe(
@@ -100,15 +108,16 @@ class Recorder:
             every=every,
             device=device,
         )
-        self._run = RunDirectory.create_foreign(about, environment(), Path(out))
+        self._run = _new_run(about, Path(out))
         self._name = Path(out).name
         self._watched = Watched(
-            model, optimizer, scaler, parameters, device, modules=not about.compiled
+            model, optimizer, scaler, parameters, device, compiled=about.compiled
         )
         self._every = every
         self._samples = Samples(device)
         self._started = time.perf_counter()
-        self._step = self._applied = 0
+        self._step = self._steps_before = steps_before
+        self._applied = 0
         self._searches = {True: 0, False: 0}  # by whether the loss was finite
         self._pattern: list[dict[str, Any]] = []  # of the events of the step before
         self._event_rows = 0
@@ -116,7 +125,8 @@ class Recorder:
         self._loss = math.nan
         self._failure: BaseException | None = None
         self._is_open = True
-        atexit.register(self.close)
+        self._told_weights = False
+        atexit.register(self._end_with_process)
 
     @contextlib.contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -131,7 +141,7 @@ class Recorder:
         if not self._is_open:
             raise user_error("this recorder is closed", "make a new one for another training")
         self._step += 1
-        is_first = self._step == 1
+        is_first = self._step == self._steps_before + 1
         is_sampled = bool(self._every) and (is_first or self._step % self._every == 0)
         watched = WatchedStep(
             self._watched,
@@ -151,42 +161,60 @@ class Recorder:
         finally:
             self._watched.failures.safe(self._write)(watched, batch)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Write `result.json` and give the run directory back; nothing happens a second time.
 
-        An exception that left the last step makes the run `failed`.
+        An exception that left the last step makes the run `failed`. A disk that is full, or gone,
+        is told and raises nothing.
+
+        Args:
+            error: that ended the loop, between two steps.
         """
+        error = self._failure or error
+        if error is None:
+            self._end("done", Exit.DONE, None)
+        else:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            interrupted = isinstance(error, KeyboardInterrupt)
+            status: Status = "interrupted" if interrupted else "failed"
+            self._end(status, Exit.INTERRUPTED if interrupted else Exit.BUG, reason)
+
+    def _end_with_process(self) -> None:
+        """A loop that was left between two steps does not say why."""
+        if self._failure is None:
+            reason = "the process ended before the recorder was closed"
+            self._end("failed", Exit.BUG, reason)
+        self.close()
+
+    def _end(self, status: Status, code: Exit, reason: str | None) -> None:
         if not self._is_open:
             return
         self._is_open = False
-        atexit.unregister(self.close)
-        status: Status = "done"
-        code, reason = Exit.DONE, None
-        if self._failure is not None:
-            interrupted = isinstance(self._failure, KeyboardInterrupt)
-            status, code = (
-                ("interrupted", Exit.INTERRUPTED) if interrupted else ("failed", Exit.BUG)
-            )
-            reason = f"{type(self._failure).__name__}: {self._failure}".partition("\n")[0]
+        atexit.unregister(self._end_with_process)
         self._failure = None  # with its traceback it would keep the model
-        try:
-            self._run.write_result(
-                Result(
-                    status=status,
-                    exit_code=code,
-                    reason=reason,
-                    name=self._name,
-                    steps_attempted=self._step,
-                    steps_applied=self._applied,
-                    steps_skipped=self._step - self._applied,
-                    metrics={"train": {"loss": self._loss}},
-                    wall_seconds=time.perf_counter() - self._started,
-                    peak_memory_bytes=self._memory()[1],
-                    checkpoint=None,
-                )
-            )
-        finally:
-            self._run.close()
+        steps = self._step - self._steps_before
+        result = Result(
+            status=status,
+            exit_code=code,
+            reason=reason,
+            name=self._name,
+            steps_attempted=steps,
+            steps_applied=self._applied,
+            steps_skipped=steps - self._applied,
+            metrics={"train": {"loss": self._loss}},
+            wall_seconds=time.perf_counter() - self._started,
+            peak_memory_bytes=self._memory()[1],
+            checkpoint=None,
+        )
+        ends: tuple[Callable[[], None], ...] = (
+            partial(self._run.write_result, result),
+            self._run.close,
+        )
+        for finish in ends:
+            try:
+                finish()
+            except Exception as error:
+                logger.error("the end of the record was lost: %s", error)
 
     def _write(self, watched: WatchedStep, batch: Any) -> None:
         found = watched.findings(self._failure)
@@ -243,8 +271,11 @@ class Recorder:
             no_origin=found.no_origin,
         )
         keep_flight(self._run, about, tensors, found.random_state, self._table)
-        if found.origin is not None:
-            logger.warning("step %d: %s", self._step, _in_words(found.origin))
+        if (origin := found.origin) is not None:
+            of_weights = origin.operation == "weights"
+            if not (of_weights and self._told_weights):  # they stay so
+                logger.warning("step %d: %s", self._step, _in_words(origin))
+            self._told_weights |= of_weights
 
     def _wants_origin(self, is_loss_finite: bool) -> bool:
         self._searches[is_loss_finite] += 1
@@ -260,8 +291,32 @@ class Recorder:
         return peak, peak
 
 
+def _refuse_what_cannot_be_recorded(model: Any, optimizer: Any) -> None:
+    if not isinstance(model, nn.Module):
+        what = f"Recorder takes a torch.nn.Module, not a {type(model).__name__}"
+        raise user_error(what, "give it the model that the loop calls")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        what = f"Recorder takes a torch.optim.Optimizer, not a {type(optimizer).__name__}"
+        raise user_error(what, "derive the optimizer from `torch.optim.Optimizer`")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        what = f"the model's parameter {lazy[0]} has no shape yet"
+        raise user_error(what, "call the model once before the recorder is made")
+
+
+def _new_run(about: ForeignRun, out: Path) -> RunDirectory:
+    try:
+        return RunDirectory.create_foreign(about, environment(), out)
+    except UserError as error:  # in the words of the command line
+        what = str(error).replace("--output ", "out=")
+        hint = "name a new folder that can be written, such as one with the time in its name"
+        raise user_error(what, hint, exit_code=error.exit_code) from error
+
+
 def _in_words(origin: NonFiniteOrigin) -> str:
     if origin.phase == "input":
         return f"the model was given a batch that holds {origin.value}"
+    if origin.operation == "weights":
+        where = f"`{origin.module}`" if origin.module else "the model itself"
+        return f"the weights of {where} are not finite before it: they hold {origin.value}"
     where = f"`{origin.module}`" if origin.module else "the model's own operations"
     return f"the first {origin.value} was made by {where}, in {origin.phase}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -12,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from mpcli.precision.observe import LOSS
-from mpcli.precision.trace import ModuleTrace
+from mpcli.precision.trace import ModuleTrace, defect
 from mpcli.recorder.patches import Failures, in_backward
-from mpcli.recorder.tensors import all_finite, floating_tensors
+from mpcli.recorder.random_state import RandomState, untouched_random_state
+from mpcli.recorder.tensors import all_finite, floating_tensors, is_ordinary
 from mpcli.records import NonFiniteOrigin
 
 
@@ -33,7 +36,7 @@ class ForwardCall:
     kwargs: dict[str, Any]
     device: torch.device
     autocast: dict[str, tuple[bool, torch.dtype]]
-    random: list[Tensor]
+    random: RandomState
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -49,11 +52,12 @@ class ForwardCalls:
         self._failures = failures
         self._model, self._device = model, device
         self._running: list[ForwardCall] = []
+        self._handles: list[RemovableHandle] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Note forwards in the block."""
-        handles = [
+        self._handles = [
             self._model.register_forward_pre_hook(
                 self._failures.safe(self._before), prepend=True, with_kwargs=True
             ),
@@ -62,18 +66,21 @@ class ForwardCalls:
         try:
             yield
         finally:
-            for handle in handles:
+            for handle in self._handles:
                 handle.remove()
+            self._handles = []
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not in_backward():
+        self._running = []
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and not in_backward() and all(map(is_ordinary, inputs)):
             types = {"cpu", self._device.type}
             autocast = {
                 kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
                 for kind in types
             }
             self._running = [
-                ForwardCall(args, kwargs, self._device, autocast, _random_state(self._device))
+                ForwardCall(args, kwargs, self._device, autocast, RandomState.now(self._device))
             ]
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -82,8 +89,8 @@ class ForwardCalls:
         call = self._running.pop()
         self.calls.append(call)
         for number, tensor in enumerate(floating_tensors(output)):
-            if tensor.requires_grad:
-                tensor.register_hook(_keeper(call, number))
+            if tensor.grad_fn is not None:  # the gradient of a leaf is not of this output alone
+                self._handles.append(tensor.register_hook(_keeper(call, number)))
 
 
 def find_origin(
@@ -91,8 +98,10 @@ def find_origin(
 ) -> tuple[NonFiniteOrigin | None, str | None]:
     """Repeat a step's forwards, and backwards, on a copy of the model until one is not finite.
 
-    The model, its gradients, and the states of random numbers stay as they are. Buffers are those
-    after the step's forwards.
+    The model, its gradients, and the states of random numbers (torch, `random`, `numpy.random`)
+    stay as they are. Buffers are those after the step's forwards; hooks that somebody put on
+    modules are not repeated. What a forward itself does outside of the model, such as counting its
+    calls in a global, is done once more.
 
     Args:
         losses: of the step's backwards.
@@ -110,11 +119,25 @@ def find_origin(
     except Exception as error:  # no memory for a copy, a model that cannot be copied or repeated
         reason = str(error).partition("\n")[0]
         return None, f"the forward could not be repeated: {type(error).__name__}: {reason}"
+    if any(_hooks(module) for module in model.modules()):
+        return None, "all was finite when it was repeated, without the hooks of others on modules"
     for loss in losses:
         if not math.isfinite(loss):
             value: Literal["nan", "inf"] = "nan" if math.isnan(loss) else "inf"
             return NonFiniteOrigin(module=LOSS, phase="forward", value=value), None
     return None, "all was finite when it was repeated"
+
+
+def nonfinite_weights(model: nn.Module) -> NonFiniteOrigin | None:
+    """The first module whose own weights are not finite; `operation` is `weights` then.
+
+    Reads each parameter on the host. -inf in one that is not trained is taken for a mask.
+    """
+    for name, parameter in model.named_parameters():
+        if value := defect(parameter):
+            module = name.rpartition(".")[0]
+            return NonFiniteOrigin(module=module, phase="forward", value=value, operation="weights")
+    return None
 
 
 def _repeat(twin: nn.Module, call: ForwardCall, is_loss_finite: bool) -> NonFiniteOrigin | None:
@@ -146,21 +169,13 @@ class _Gradients(torch.autograd.Function):
 @contextlib.contextmanager
 def _as_it_was(call: ForwardCall) -> Iterator[None]:
     """The random numbers and the autocast of a call, for the block."""
-    devices = [call.device] if call.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(untouched_random_state(call.device))
         stack.enter_context(torch.enable_grad())
         for kind, (enabled, dtype) in call.autocast.items():
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-        torch.set_rng_state(call.random[0])
-        for state in call.random[1:]:
-            torch.cuda.set_rng_state(state, call.device)
+        call.random.restore(call.device)
         yield
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _own(values: Any) -> Any:
@@ -175,7 +190,10 @@ def _own(values: Any) -> Any:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy; what its modules remember of a graph is copied without that.
+    """A deep copy without hooks; what its modules remember of a graph is copied without that.
+
+    A hook may write to what lies outside of the model. Only those of `torch.nn.utils` stay, such as
+    `weight_norm`, without which a module has no weight.
 
     Raises:
         TypeError: a module's forward is a function that holds on to the model itself.
@@ -185,6 +203,10 @@ def _copied(model: nn.Module) -> nn.Module:
         forward = vars(module).get("forward")
         if isinstance(forward, FunctionType) and forward.__closure__:
             raise TypeError(f"the forward of {name or 'the model'} was replaced by a closure")
+        for kind in _HOOKS:
+            hooks = getattr(module, kind)
+            kept = {number: hook for number, hook in hooks.items() if _is_torch_s(hook)}
+            memo[id(hooks)] = OrderedDict(copy.deepcopy(kept, memo))
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
@@ -192,6 +214,20 @@ def _copied(model: nn.Module) -> nn.Module:
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """Those that are not repeated."""
+    return [
+        hook for kind in _HOOKS for hook in getattr(module, kind).values() if not _is_torch_s(hook)
+    ]
+
+
+def _is_torch_s(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _keeper(call: ForwardCall, number: int) -> Any:

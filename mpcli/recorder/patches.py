@@ -27,9 +27,14 @@ _MISSING = object()
 
 
 class Failures:
-    """Tells what a recorder could not do, while the training goes on."""
+    """Tells what a recorder could not do, while the training goes on.
+
+    Attributes:
+        saw_compiling: whether a hook was met by code that was being compiled.
+    """
 
     def __init__(self) -> None:
+        self.saw_compiling = False
         self._count = 0
 
     def tell(self) -> None:
@@ -42,10 +47,14 @@ class Failures:
     def safe(self, function: Callable[..., Any]) -> Callable[..., None]:
         """A hook that does what `function` does, without a result and without failing.
 
-        It is a plain function, which `copy.deepcopy` of what it hangs on leaves as it is.
+        It is a plain function, which `copy.deepcopy` of what it hangs on leaves as it is. In code
+        that is being compiled it is nothing.
         """
 
         def hook(*args: Any) -> None:
+            if torch.compiler.is_compiling():
+                self.saw_compiling = True  # done by the code that is made
+                return
             try:
                 function(*args)
             except Exception:

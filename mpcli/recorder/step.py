@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
 
 from mpcli.precision.local_shadow import LocalShadows
-from mpcli.precision.observe import TypesObserver, observed_types
+from mpcli.precision.observe import observed_types
 from mpcli.precision.probe import parameter_key
 from mpcli.precision.statistics import Key, Samples
 from mpcli.recorder.describe import SteppedParameter
 from mpcli.recorder.events import StepEvents
-from mpcli.recorder.origin import ForwardCalls, find_origin
+from mpcli.recorder.first_call import LoopObserver, at_first_call
+from mpcli.recorder.origin import ForwardCalls, find_origin, nonfinite_weights
 from mpcli.recorder.patches import Failures
 from mpcli.recorder.tensors import all_finite
 from mpcli.records import LayerRecord, LoopEvent, ModuleTypes, NonFiniteOrigin
@@ -33,15 +37,20 @@ MAX_NAMED_BUFFERS = 10
 
 @dataclass(frozen=True)
 class Watched:
-    """What a recorder was given. `modules`: whether the model's modules can be watched."""
+    """What a recorder was given; `compiled`: that this shows in the model itself."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
     parameters: list[SteppedParameter]
     device: torch.device
-    modules: bool
+    compiled: bool
     failures: Failures = field(default_factory=Failures)
+
+    @property
+    def modules(self) -> bool:
+        """Whether modules can be watched: not in compiled code, which hooks would compile again."""
+        return not (self.compiled or self.failures.saw_compiling)
 
 
 @dataclass
@@ -90,12 +99,14 @@ class WatchedStep:
         self._step, self._attempt = step, attempt
         self._samples = samples
         self._wants_origin = wants_origin
-        self._observer = TypesObserver(watched.model) if observe and watched.modules else None
-        self._observing = False
+        self._observer = None
+        if observe and watched.modules:
+            self._observer = LoopObserver(watched.model, watched.failures)
         self._observed: dict[str, ModuleTypes] | None = None
         self._shadows: LocalShadows | None = None
         self._calls = ForwardCalls(watched.model, watched.device, watched.failures)
-        self._before: dict[Key, tuple[Tensor, Tensor | None]] = {}
+        self._before: dict[Key, tuple[Tensor, Tensor]] = {}  # weights; where they had a gradient
+        self._scale: Tensor | float = 1.0
         self._lr: Any = watched.optimizer.param_groups[0]["lr"]
         self._is_read = self._is_sampled = False
         self._is_finite = True
@@ -112,7 +123,6 @@ class WatchedStep:
             list(every.values()),
             stepped,
             watched.failures,
-            watch_modules=watched.modules,
         )
 
     @contextlib.contextmanager
@@ -121,10 +131,11 @@ class WatchedStep:
         self._started = time.perf_counter()
         safe = self._watched.failures.safe
         self._events.before_backward = safe(self._before_backward)
+        self._events.after_backward = safe(self._after_backward)
         self._events.before_change = safe(self._before_change)
         self._events.before_update = safe(self._before_update)
         with self._events.watching(), self._modules:
-            safe(self._watch_modules)()
+            safe(self._begin)()
             try:
                 yield
             finally:
@@ -161,46 +172,58 @@ class WatchedStep:
             seconds=time.perf_counter() - self._started,
             origin=self._origin,
             no_origin=self._no_origin,
-            random_state=dict(zip(("cpu", "cuda"), calls[0].random, strict=False)) if calls else {},
+            random_state=calls[0].random.by_device if calls else {},
             layers=self._layers(applied),
             observed=self._observed,
         )
 
-    def _watch_modules(self) -> None:
-        model, scaler = self._watched.model, self._watched.scaler
-        scale = None
+    def _begin(self) -> None:
+        scaler, modes = self._watched.scaler, len(_get_current_dispatch_mode_stack())
         if self._samples is not None:
             if scaler is not None and scaler.is_enabled():
                 scale = scaler._get_scale_async()
-                scale = scaler.get_scale() if scale is None else scale  # the first one, no read
-            self._samples.begin(1.0 if scale is None else scale)
-        if not self._watched.modules:
-            return
+                self._scale = scaler.get_scale() if scale is None else scale  # no read: the first
+            self._samples.begin(self._scale)
+        if self._watched.modules:
+
+            def watch() -> None:
+                # A mode that the loop entered since would be left in its place.
+                self._watch_modules(observe=len(_get_current_dispatch_mode_stack()) == modes)
+
+            first = at_first_call(self._watched.model, watch, self._watched.failures)
+            self._modules.enter_context(first)
+
+    def _watch_modules(self, *, observe: bool) -> None:
         self._modules.enter_context(self._calls.watching())
+        self._modules.enter_context(self._events.watching_forwards())
         if self._samples is not None:
-            self._shadows = LocalShadows(model, self._samples, scale)
+            safe = self._watched.failures.safe
+            self._shadows = LocalShadows(self._watched.model, self._samples, self._scale, safe)
             self._modules.enter_context(self._shadows.watching())
-        if self._observer:
+        if self._observer and observe:
             self._observer.__enter__()
-            self._observing = True
 
     def _stop_observing(self) -> None:
         """Before the first backward, or at the end: the loop may have entered other modes since."""
-        if self._observer and self._observing and _get_current_dispatch_mode() is self._observer:
+        if self._observer and _get_current_dispatch_mode() is self._observer:
             self._observer.__exit__(None, None, None)
-            self._observing = False
 
-    def _before_backward(self, roots: list[Tensor]) -> None:
+    def _before_backward(self, roots: list[Tensor], scaled: bool) -> None:
         self._stop_observing()
         if self._shadows:
-            self._shadows.before_backward(roots, self._watched.model.parameters())
+            parameters = self._watched.model.parameters()
+            self._shadows.before_backward(roots, parameters, scaled=scaled)
+
+    def _after_backward(self) -> None:
+        if self._shadows:
+            self._shadows.after_backward()
 
     def _before_change(self) -> None:
         """The gradients are whole, and nobody has changed them yet."""
         if self._is_sampled:
             return
         self._is_sampled = True
-        if self._observer and not self._observing:
+        if self._observer and self._observer.has_observed:
             self._observed = observed_types(self._watched.model, self._observer)
         if self._samples is None:
             return
@@ -230,7 +253,8 @@ class WatchedStep:
             for parameter in self._watched.parameters:
                 if (gradient := parameter.tensor.grad) is not None and not gradient.is_sparse:
                     key = parameter_key(parameter.name, "update")
-                    self._before[key] = (parameter.tensor.detach().clone(), gradient)
+                    # The loop may zero the gradient in place before the step is over.
+                    self._before[key] = (parameter.tensor.detach().clone(), gradient != 0)
 
     def _judge(self) -> None:
         losses, norm = self._events.log.losses, self._events.log.norm
@@ -243,6 +267,9 @@ class WatchedStep:
         return [gradient for gradient in found if gradient is not None]
 
     def _search(self) -> None:
+        self._origin = nonfinite_weights(self._watched.model)
+        if self._origin is not None:  # then what any module makes of them is not the matter
+            return
         if not self._watched.modules:
             self._no_origin = "the model is compiled"
         elif not self._wants_origin(self._is_loss_finite):
@@ -257,6 +284,8 @@ class WatchedStep:
         calls = self._calls.calls
         if self._watched.modules and calls and self._wants_origin(False):
             self._origin, _ = find_origin(self._watched.model, calls, [])
+            if self._origin is not None:
+                self._origin = nonfinite_weights(self._watched.model) or self._origin
 
     def _nonfinite_buffers(self) -> list[str]:
         named = self._watched.model.named_buffers()
@@ -272,6 +301,8 @@ class WatchedStep:
                 self._samples.add_update(key, before[0], parameter.tensor.detach(), before[1])
         self._before.clear()
         stored = {parameter.dtype for parameter in self._watched.model.parameters()}
-        self._samples.through_fp16 = "fp16" in self._events.autocast or torch.float16 in stored
+        saw_fp16 = self._shadows is not None and self._shadows.saw_fp16
+        autocast = self._events.autocast
+        self._samples.through_fp16 = saw_fp16 or "fp16" in autocast or torch.float16 in stored
         pending = self._samples.finish(0.0 if applied else 1.0)
         return pending.records(self._step, self._attempt) or []

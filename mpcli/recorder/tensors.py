@@ -22,10 +22,20 @@ def floating_tensors(values: Any) -> list[Tensor]:
     return found
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether it holds numbers in strides: not sparse, not nested, not inside of a `vmap`."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not tensor.is_nested and not wrapped
+
+
 def named_tensors(batch: Any) -> dict[str, Tensor]:
-    """The tensors of a batch, by their places in it: `['labels']`, `[0]`."""
+    """The ordinary tensors of a batch, by their places in it: `['labels']`, `[0]`."""
     places, _ = tree_flatten_with_path(dict(batch) if isinstance(batch, Mapping) else batch)
-    return {keystr(place) or "batch": leaf for place, leaf in places if isinstance(leaf, Tensor)}
+    return {
+        keystr(place) or "batch": leaf
+        for place, leaf in places
+        if isinstance(leaf, Tensor) and is_ordinary(leaf)
+    }
 
 
 def num_samples(batch: Any) -> int:

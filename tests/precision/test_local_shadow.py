@@ -20,12 +20,13 @@ def rows_of(
     """Of one step with a backward of each loss, by kind and name."""
     samples = Samples(torch.device("cpu"))
     samples.begin(scale or 1.0)
-    shadows = LocalShadows(model, samples, scale)
+    shadows = LocalShadows(model, samples, scale or 1.0, lambda hook: hook)
     with shadows.watching():
         for loss in losses:
             value = loss() * (scale or 1.0)
-            shadows.before_backward([value], model.parameters())
+            shadows.before_backward([value], model.parameters(), scaled=scale is not None)
             value.backward()
+            shadows.after_backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             shadow = shadows.of_gradient(parameter)

@@ -261,3 +261,173 @@ def test_a_validation_inside_of_a_step_is_no_part_of_it(recording: Recording) ->
     with step(None), torch.no_grad():
         model(next(batches())[0])
     assert list(recording.close().events()) == []
+
+
+def scaled_twice(recording: Recording, backward: Any) -> tuple[list[LoopEvent], float]:
+    """Two losses that are both scaled before the first backward; and their sum."""
+    model = conv_net()
+    optimizer, scaler = adam(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = recording.record(model, optimizer, scaler, every=1)
+    with step(None):
+        with torch.autocast("cpu", dtype=torch.float16):
+            output = model(next(batches())[0]).float()
+        first, second = output.square().mean(), output.abs().mean()
+        backward(scaler, first, second)
+        scaler.step(optimizer)
+        scaler.update()
+    return recording.events(), (first + second).item()
+
+
+def one_by_one(scaler: Any, first: Any, second: Any) -> None:
+    one, other = scaler.scale(first), scaler.scale(second)
+    one.backward(retain_graph=True)
+    other.backward()
+
+
+def kept_graph(scaler: Any, first: Any, second: Any) -> None:
+    half = scaler.scale((first + second) / 2)
+    half.backward(retain_graph=True)
+    half.backward()
+
+
+def as_a_list(scaler: Any, first: Any, second: Any) -> None:
+    torch.autograd.backward(scaler.scale([first, second]))
+
+
+def worked_on(scaler: Any, first: Any, second: Any) -> None:
+    one, other = scaler.scale(first), scaler.scale(second)
+    (one + other).backward()
+
+
+def worked_on_and_gone(scaler: Any, first: Any, second: Any) -> None:
+    (scaler.scale(first) + scaler.scale(second)).backward()
+
+
+@pytest.mark.parametrize(
+    "backward", [one_by_one, kept_graph, as_a_list, worked_on, worked_on_and_gone]
+)
+def test_losses_are_scaled_in_any_order(backward: Any, recording: Recording) -> None:
+    events, total = scaled_twice(recording, backward)
+    assert named(events, "unscale").gradients == "scaled"
+    run = recording.close()
+    (row,) = run.steps()
+    assert (row.loss, row.scale) == (pytest.approx(total, rel=1e-3), 1024)
+    scales = {row.scale for row in run.layers() if row.tensor in ("grad", "grad_output")}
+    assert scales == {1024}
+    outputs = [(row.name, row.call) for row in run.layers() if row.tensor == "grad_output"]
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_a_loss_that_was_not_scaled_makes_gradients_mixed(recording: Recording) -> None:
+    def backward(scaler: Any, first: Any, second: Any) -> None:
+        one = scaler.scale(first)
+        second.backward(retain_graph=True)
+        one.backward()
+
+    events, total = scaled_twice(recording, backward)
+    assert named(events, "unscale").gradients == "mixed"
+    assert next(recording.close().steps()).loss == pytest.approx(total, rel=1e-3)
+
+
+def test_a_scaler_that_nobody_calls_scales_nothing(recording: Recording) -> None:
+    model = conv_net()
+    optimizer, scaler = adam(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = recording.record(model, optimizer, scaler, every=1)
+    for batch in batches(2):
+        with step(None):
+            optimizer.zero_grad()
+            unused = scaler.scale(torch.ones(()))  # which makes the scale, and is no loss
+            assert unused == 1024
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+    rows = [row for row in recording.close().layers() if row.tensor in ("grad", "grad_output")]
+    assert {row.scale for row in rows} == {1.0}
+    assert all(row.shadow.error < 0.1 for row in rows if row.shadow)
+
+
+def test_each_half_of_a_gan_has_the_backwards_that_reach_it(tmp_path: Any) -> None:
+    from mpcli.recorder import Recorder
+    from mpcli.rundir import RunDirectory
+
+    made, judge = nn.Linear(4, 4), nn.Linear(4, 1)
+    of_made = torch.optim.Adam(made.parameters())
+    of_judge = torch.optim.Adam(judge.parameters())
+    recorders = {
+        "made": Recorder(made, of_made, out=tmp_path / "made"),
+        "judge": Recorder(judge, of_judge, out=tmp_path / "judge"),
+    }
+    z = torch.randn(3, 4)
+    with recorders["made"].step(z), recorders["judge"].step(z):
+        of_judge.zero_grad()
+        judge(made(z).detach()).mean().backward()
+        of_judge.step()
+        of_made.zero_grad()
+        loss = -judge(made(z)).mean()
+        loss.backward()
+        of_made.step()
+    backwards = {}
+    for name, recorder in recorders.items():
+        recorder.close()
+        run = RunDirectory.read(tmp_path / name)
+        (row,) = run.events()
+        backwards[name] = [event.loss for event in row.events if event.event == "backward"]
+        if name == "made":
+            assert next(run.steps()).loss == pytest.approx(loss.item())
+    assert [len(losses) for losses in backwards.values()] == [1, 2]
+
+
+def test_an_optimizer_inside_of_backward_leaves_its_backward_in_the_record(
+    recording: Recording,
+) -> None:
+    """It steps as gradients come and frees them: no gradient is there afterwards."""
+    model = nn.Linear(4, 1)
+    step = recording.record(model, torch.optim.SGD(model.parameters()))
+
+    def free(parameter: Any) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+    with step(None):
+        model(torch.ones(1, 4)).sum().backward()
+    assert "backward" in names(recording.events())
+
+
+def test_the_norm_of_a_closure_s_first_gradients_is_recorded(recording: Recording) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    step = recording.record(model, optimizer)
+    norms = []
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        return loss
+
+    with step(None):
+        optimizer.step(closure)
+    (row,) = recording.close().steps()
+    assert len(norms) > 1
+    assert row.grad_norm == pytest.approx(norms[0])
+
+
+def test_zeroing_between_micro_batches_leaves_no_shadow_of_the_gradients(
+    recording: Recording,
+) -> None:
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = recording.record(model, optimizer, every=1)
+    with step(None):
+        for batch in batches(2):
+            optimizer.zero_grad()  # in the wrong place: the first backward is lost
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+        optimizer.step()
+    gradients = [row for row in recording.close().layers() if row.tensor == "grad"]
+    assert gradients
+    assert {row.shadow for row in gradients} == {None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,17 @@ def bert() -> Any:
 
 def trainer(tmp_path: Path, model: nn.Module, **arguments: Any) -> Any:
     """Of 4 steps, unless said otherwise."""
-    defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    defaults: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+    }
+    defaults |= {"save_strategy": "no"}
     settings = transformers.TrainingArguments(
         output_dir=str(tmp_path / "hf"),
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        save_strategy="no",
         logging_strategy="no",
         **(defaults | arguments),
     )
@@ -223,6 +228,51 @@ def test_an_exception_closes_the_record_and_is_the_trainer_s_own(tmp_path: Path)
     assert result is not None
     assert (result.status, result.reason) == ("failed", "ZeroDivisionError: mine")
     assert "train" not in vars(training)
+
+
+def test_an_error_of_the_data_is_in_the_record(tmp_path: Path) -> None:
+    training = trainer(tmp_path, bert())
+
+    class Broken(Sentences):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            if training.state.global_step == 2:
+                raise RuntimeError("bad sample")
+            return super().__getitem__(index)
+
+    training.train_dataset = Broken()
+    HFRecorder(training, out=tmp_path / "run")
+    with pytest.raises(RuntimeError, match="bad sample"):
+        training.train()
+    result = RunDirectory.read(tmp_path / "run").result()
+    assert result is not None
+    assert (result.status, result.reason) == ("failed", "RuntimeError: bad sample")
+
+
+def test_a_training_that_is_resumed_counts_on(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, bert(), **arguments).train()
+    training = trainer(tmp_path, bert(), max_steps=6, **arguments)
+    HFRecorder(training, out=tmp_path / "run")
+    training.train(resume_from_checkpoint=str(tmp_path / "hf" / "checkpoint-4"))
+    assert [row.step for row in RunDirectory.read(tmp_path / "run").steps()] == [5, 6]
+
+
+def test_a_disk_that_is_gone_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = trainer(tmp_path, bert())
+
+    class Gone(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    training.add_callback(Gone())
+    HFRecorder(training, out=tmp_path / "run")
+    training.train()
+    assert training.state.global_step == 4
+    assert "the end of the record was lost" in caplog.text
+    caplog.clear()
 
 
 def test_a_second_training_is_the_trainer_s_alone(tmp_path: Path) -> None:

@@ -188,10 +188,12 @@ def test_the_micro_batch_that_went_wrong_is_repeated(recording: Recording) -> No
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     step = recording.record(model, optimizer)
 
-    def only_negative(module: Any, args: Any) -> None:
-        module.on = bool((args[0] < -50).any())
+    class OnlyNegative(Faulty):
+        def forward(self, x: Tensor) -> Tensor:
+            self.on = bool((x < -50).any())
+            return super().forward(x)
 
-    model.faulty.register_forward_pre_hook(only_negative)
+    model.faulty = OnlyNegative("forward nan")
     with step(None):
         for part in (1.0, 1.0, -100.0, 1.0):
             model(torch.full((2, 16), part))["logits"].mean().backward()

@@ -335,6 +335,45 @@ with recorder.step(None):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["raise RuntimeError('bad sample')", "sys.exit(3)", "pass"])
+def test_a_script_that_ends_between_two_steps_was_not_done(end: str, tmp_path: Path) -> None:
+    script = f"""
+import sys
+import torch
+from mpcli import Recorder
+model = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters())
+recorder = Recorder(model, optimizer, out="run")
+with recorder.step(None):
+    model(torch.ones(1)).backward()
+    optimizer.step()
+{end}
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=240, check=False)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["reason"] == "the process ended before the recorder was closed"
+
+
+def test_a_training_that_goes_on_counts_on(tmp_path: Path) -> None:
+    model = conv_net()
+    optimizer = adam(model)
+    recorder = Recorder(model, optimizer, out=tmp_path / "run", every=4, steps_before=5)
+    for batch in batches(4):
+        with recorder.step(batch):
+            loss_of(model, batch).backward()
+            optimizer.step()
+    recorder.close()
+    run = RunDirectory.read(tmp_path / "run")
+    assert [row.step for row in run.steps()] == [6, 7, 8, 9]
+    assert {row.step for row in run.layers()} == {6, 8}
+    assert run.observed()
+    result = run.result()
+    assert result is not None
+    assert (result.steps_attempted, result.steps_skipped) == (4, 0)
+
+
+@pytest.mark.slow
 def test_the_command_line_starts_without_torch_and_the_recorders_come_when_asked_for() -> None:
     script = """
 import sys
