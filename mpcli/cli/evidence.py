@@ -193,7 +193,8 @@ def _show_weights(weights: WeightFacts, where: str) -> None:
     if weights.tied:
         rows.append(("tied", f"{len(weights.tied)} tensors, counted once"))
     if weights.not_examined:
-        rows.append(("no floats", f"{len(weights.not_examined)} tensors"))
+        types = ", ".join(sorted(set(weights.not_examined.values())))
+        rows.append(("not examined", f"{len(weights.not_examined)}, of type {types}"))
     show_table("Weights", ("", ""), rows)
     if not total.elements:
         return
@@ -259,7 +260,8 @@ def origin_text(origin: NonFiniteOrigin) -> str:
         return f"{origin.value} in the batch"
     if origin.operation == "weights":
         return f"{origin.value} in the weights of {origin.module or 'the model'}, before the step"
-    return f"{origin.value} made in {origin.module or 'the model'}, {origin.phase}"
+    by = f", by {origin.operation}" if origin.operation else ""
+    return f"{origin.value} made in {origin.module or 'the model'}, {origin.phase}{by}"
 
 
 def number_text(value: float | None) -> str:

@@ -12,7 +12,7 @@ from mpcli.records import NonFiniteOrigin, Replay, ReplayedModule, ShadowCompari
 def show_replay(replay: Replay) -> None:
     """Print what running a step again showed, on stdout."""
     start = "fresh weights" if replay.checkpoint is None else f"checkpoint {replay.checkpoint}"
-    between = f", {replay.steps_again} steps again" if replay.steps_again else ""
+    between = f", steps run again: {replay.steps_again}" if replay.steps_again else ""
     rows = [
         ("step", f"{replay.step}, {replay.why}"),
         ("from", f"{start}{between}"),
@@ -20,6 +20,10 @@ def show_replay(replay: Replay) -> None:
         ("loss", f"{number_text(replay.loss)}, recorded {number_text(replay.recorded_loss)}"),
         ("NaN or infinity", _origin(replay.origin)),
     ]
+    if replay.micro_batches > 1:
+        own = number_text(replay.shadow_losses.get("run"))
+        part = f"micro-batch {replay.micro_batch + 1} of {replay.micro_batches}"
+        rows.append(("compared", f"{part}, its share of the loss {own}"))
     for name, origin in replay.shadow_origins.items():
         loss = number_text(replay.shadow_losses.get(name))
         rows.append((f"in {name}", f"loss {loss}, {_origin(origin)}"))

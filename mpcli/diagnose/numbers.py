@@ -58,7 +58,9 @@ class Numbers:
         return any(name in known for known in (self._tensors, self._others, self._tied))
 
     def weight(self, name: str, tensor: Tensor) -> None:
-        """Examine a weight or a buffer."""
+        """Examine a weight or a buffer; of complex ones, both parts."""
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
         if is_examined(tensor):
             self._tensors[name] = examine(stored_once(tensor))
         else:

@@ -34,7 +34,8 @@ def _largest(replay: Replay) -> str:
         if seen
     }
     beside = f"at most {max(errors):.2%} off, in the {errors[max(errors)]}" if errors else "no rows"
-    return f"{beside}; one micro-batch of {replay.micro_batches}"
+    many = replay.micro_batches > 1
+    return f"{beside}; one micro-batch of {replay.micro_batches}" if many else beside
 
 
 def _facts(evidence: Facts) -> Iterator[str]:
@@ -45,7 +46,7 @@ def _facts(evidence: Facts) -> Iterator[str]:
         for file, number in run.unread.items():
             yield f"{number} rows of {file} cannot be read"
         if row := run.first_nonfinite:
-            yield f"{run.nonfinite_losses} losses not finite, the first at step {row.step}"
+            yield f"losses not finite: {run.nonfinite_losses}, the first at step {row.step}"
     if evidence.trainer and (logged := evidence.trainer.first_nonfinite):
         yield f"loss or gradient norm is not finite, first logged at step {logged.step}"
     if evidence.weights:

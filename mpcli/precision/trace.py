@@ -20,6 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from mpcli.precision.observe import LOSS
 from mpcli.records import NonFiniteOrigin
 
+CONSTANTS = frozenset((
+    *("masked_fill", "masked_fill_", "where", "fill_", "full", "full_like", "new_full"),
+    *("scalar_tensor", "lift_fresh"),
+))  # fmt: skip
+"""Operations that write what they are told: the -inf of a mask is meant, NaN made of it is not."""
 WEIGHTS = "weights"
 """The operation of a fault that no operation made: a module's own parameters are not finite."""
 KEPT_ELEMENTS = 2**18
@@ -52,7 +57,7 @@ class Kept:
 class _Fault:
     """Where non-finite values were made, in the order in which that was seen.
 
-    `is_mask`: there were -inf and nothing else, which is what masks are made of.
+    `is_mask`: -inf and nothing else was written there, as masks are made.
     """
 
     origin: NonFiniteOrigin
@@ -105,7 +110,7 @@ class _Flow(TorchDispatchMode):
             value=defect(tensor) or "inf",
             operation=operation,
         )
-        is_mask = origin.value == "inf" and not tensor.detach().isposinf().any()
+        is_mask = operation in CONSTANTS and origin.value == "inf" and not tensor.isposinf().any()
         self._count += 1
         fault = _Fault(origin, self._count, bool(is_mask))
         storage = tensor.untyped_storage()
@@ -139,7 +144,7 @@ class _Flow(TorchDispatchMode):
             elif self._running().name == LOSS:  # what is used outside the model is the batch
                 self.add(tensor, _Frame(""), "input", None)
         known = self.first_of([*given, output])
-        if known is None:
+        if known is None or (known.is_mask and defect(output) == "nan"):
             self.add(output, self._running(), "forward", operation)
         else:
             self._faults[memory._cdata] = StorageWeakRef(memory), known

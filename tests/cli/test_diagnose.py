@@ -136,7 +136,7 @@ def test_a_recorded_run_shows_where_it_went_wrong(mptrain, foreign):
     assert "old" not in "\n".join(table)
     assert any(line.endswith("inf made in encoder.3, backward") for line in lines)
     assert any("a pytorch loop, every 2 steps sampled" in line for line in lines)
-    assert lines[-1].endswith("1 of 3 steps skipped; 1 losses not finite, the first at step 2")
+    assert lines[-1].endswith("1 of 3 steps skipped; losses not finite: 1, the first at step 2")
 
 
 def test_a_recorded_run_is_whole_in_json(mptrain, foreign):

@@ -298,3 +298,12 @@ def test_a_layer_without_finite_values_fits_nothing(tmp_path):
     assert weights
     assert weights.dtype is None
     assert weights.verdict == "NaN or infinity in these layers: [a]; no finite values"
+
+
+def test_both_parts_of_complex_weights_are_counted(tmp_path: Path) -> None:
+    weights = {"a": torch.tensor([complex(math.nan, 1.0)] * 4), "n": torch.arange(3)}
+    torch.save(weights, tmp_path / "x.pt")
+    found = gather(tmp_path / "x.pt").weights
+    assert found is not None
+    assert (found.total.elements, found.total.nan) == (8, 4)
+    assert found.not_examined == {"n": "int64"}

@@ -145,6 +145,24 @@ def test_a_mask_takes_no_blame_for_what_comes_after_it(
     assert (origin.module, origin.phase) == (f"{place + 1}.proj.1", phase)
 
 
+def test_a_row_that_is_masked_throughout_is_the_softmaxs_fault() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = Causal()
+            self.softmax = nn.Softmax(-1)
+
+        def forward(self, values: Tensor) -> Tensor:
+            scores = self.mask(values @ values.mT)
+            hidden = torch.where(ones(3, 1) > 0, -math.inf, scores)
+            return self.softmax(hidden) @ values
+
+    model = nn.Sequential(nn.Linear(4, 4), Attention())
+    origin = traced(model, torch.randn(2, 3, 4))
+    assert origin is not None
+    assert (origin.module, origin.value, origin.phase) == ("1.softmax", "nan", "forward")
+
+
 def test_a_learned_bias_with_minus_infinity_takes_no_blame_either() -> None:
     class Biased(nn.Module):
         def __init__(self) -> None:
