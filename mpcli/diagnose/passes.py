@@ -169,12 +169,16 @@ def compare(found: Tensor, exact: Tensor) -> Difference:
     return Difference(seen, size, norm, exact.numel())
 
 
-def module_rows(model: nn.Module, run: Pass, fp32: Pass, bf16: Pass | None) -> list[ReplayedModule]:
-    """The table of a replay."""
-    beside_bf16 = compared(model, bf16, fp32) if bf16 else {}
+def module_rows(
+    model: nn.Module,
+    run: Pass,
+    beside_fp32: dict[Call, ComparedCall],
+    bf16_beside_fp32: dict[Call, ComparedCall],
+) -> list[ReplayedModule]:
+    """The table of a replay, from what `compared` found."""
     rows = []
-    for (name, number), call in compared(model, run, fp32).items():
-        kept, half = run.kept[name, number], beside_bf16.get((name, number))
+    for (name, number), call in beside_fp32.items():
+        kept, half = run.kept[name, number], bf16_beside_fp32.get((name, number))
         rows.append(
             ReplayedModule(
                 module=name,

@@ -149,6 +149,9 @@ def _replayed(
                 if "not implemented for" not in str(error):
                     raise
                 tell(f"no shadow in bf16: {str(error).splitlines()[0]}")
+    beside = compared(stage.model, own, shadows["fp32"])
+    half = shadows.get("bf16")
+    half_beside = compared(stage.model, half, shadows["fp32"]) if half else {}
     recorded = row.loss if row else None
     compute = numerics(recipe.precision.mode).compute_name
     uncomparable = recorded is None or recipe.engine.compile
@@ -169,11 +172,11 @@ def _replayed(
         origin=seen.origin,
         shadow_losses={"run": own.loss, **{name: one.loss for name, one in shadows.items()}},
         shadow_origins={name: one.origin for name, one in shadows.items()},
-        parting=parting(compared(stage.model, own, shadows["fp32"]), compute),
+        parting=parting(beside, compute),
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
         flight_differs=flight_differs,
-        modules=tuple(module_rows(stage.model, own, shadows["fp32"], shadows.get("bf16"))),
+        modules=tuple(module_rows(stage.model, own, beside, half_beside)),
     )
 
 
