@@ -61,6 +61,7 @@ def keep_flight(
     folder = run.flights_path / f"step-{about.step}"
     temporary = folder.with_suffix(".tmp")
     with run.recording():
+        run.check_reserve()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / _RECORD).write_text(about.to_json(indent=2) + "\n", "utf-8")

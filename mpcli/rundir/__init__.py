@@ -22,6 +22,7 @@ own loop; it also has `events.jsonl`: what happened in a step, whenever that cha
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -70,6 +71,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LAYER_BYTES = 2**25
 """Of `layers.jsonl`: when it grows beyond, every second sampled step is taken out."""
+RESERVE = 2**18
+"""Bytes on the disk that evidence leaves free."""
 _LONGEST_RESULT = 2**20
 _OBSERVED = TypeAdapter(dict[str, ModuleTypes])
 
@@ -337,6 +340,15 @@ class RunDirectory:
                 if name != "lock":
                     os.fsync(file.fileno())
 
+    def check_reserve(self) -> None:
+        """Before evidence is written: the last room on a disk is for the result of the run.
+
+        Raises:
+            OSError: there is no more than that.
+        """
+        if shutil.disk_usage(self.path).free < RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """For records, which are worth less than the training: it goes on without them.
@@ -365,8 +377,9 @@ class RunDirectory:
         """Write the rows of one sampled step to `layers.jsonl`, which stays bounded."""
         if not rows:
             return
-        self._append("layers.jsonl", rows)
         with self.recording():
+            self.check_reserve()
+            self._append("layers.jsonl", rows)
             path = self.path / "layers.jsonl"
             if path.exists() and path.stat().st_size > MAX_LAYER_BYTES:
                 self._files.pop("layers.jsonl").close()
