@@ -14,11 +14,10 @@ from mpcli.data.image_dataset import ImageDataset
 from mpcli.data.images import ImageInfo
 from mpcli.engines.local import checkpoint_weights
 from mpcli.final import WEIGHTS
-from mpcli.launch import explained
+from mpcli.launch import explaining
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import autocast, numerics
-from mpcli.recipe.errors import Exit, UserError, user_error
-from mpcli.recipe.plugin import plugin_error
+from mpcli.recipe.errors import Exit, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, TrainedOn, TrainingState
 from mpcli.rundir import RunDirectory
@@ -88,14 +87,8 @@ def evaluate(
         UserError: the weights are of another model, the data cannot be had or have other classes,
             or the machine is too small.
     """
-    try:
+    with explaining(recipe.task):
         return _evaluated(recipe, plan, weights, trained_on)
-    except UserError:
-        raise
-    except Exception as error:
-        if told := explained(error) or plugin_error(error, recipe.task):
-            raise told from error
-        raise
 
 
 def _evaluated(

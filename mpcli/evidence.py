@@ -77,15 +77,7 @@ class Evidence:
         batch = self._data.train_batch(
             self._recipe.train.seed, row.step - 1, self._recipe.train.global_batch_size
         )
-        about = FlightRecord(
-            step=row.step,
-            attempt=row.attempt,
-            loss=row.loss,
-            grad_norm=row.grad_norm,
-            scale=row.scale,
-            applied=row.applied,
-            weights=batch.weights,
-        )
+        about = FlightRecord.of(row, weights=batch.weights)
         keep_flight(self._run, about, batch.tensors, random_state, self._newest)
 
     def write(self, up_to: int, *, wait: bool = False) -> None:

@@ -64,11 +64,15 @@ def keep_flight(
         run.check_reserve()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / _RECORD).write_text(about.to_json(indent=2) + "\n", "utf-8")
-        (temporary / _BATCH).write_bytes(safetensors.torch.save(tensors))
-        (temporary / _LAYERS).write_text("".join(f"{row.to_json()}\n" for row in table), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            (temporary / _RECORD).write_text(about.to_json(indent=2) + "\n", "utf-8")
+            (temporary / _BATCH).write_bytes(safetensors.torch.save(tensors))
+            rows = "".join(f"{row.to_json()}\n" for row in table)
+            (temporary / _LAYERS).write_text(rows, "utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # of what did not fit
         for step in sorted(_steps(run.flights_path))[FIRST:-NEWEST]:
             shutil.rmtree(run.flights_path / f"step-{step}")
 

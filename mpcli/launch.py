@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
 from mpcli.recipe.render import problem_json
+from mpcli.recipe.task import Task
 from mpcli.records import Result, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held
@@ -131,6 +133,19 @@ class _WarningsTo(logging.Handler):
         """One message."""
         if record.exc_info is None:  # a traceback is for the log
             self.display.message(record.getMessage())
+
+
+@contextlib.contextmanager
+def explaining(task: Task) -> Iterator[None]:
+    """Raise what is no fault of the program, and what a plug-in raises, as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if told := explained(error) or plugin_error(error, task):
+            raise told from error
+        raise
 
 
 def explained(error: Exception) -> UserError | None:

@@ -249,6 +249,12 @@ class FlightRecord(Record):
         default=None, description="why it was looked for on the spot and not found"
     )
 
+    @classmethod
+    def of(cls, row: StepRecord, **about: Any) -> FlightRecord:
+        """Of a step with this row; `about` has the fields that a row has not."""
+        shared = ("step", "attempt", "loss", "grad_norm", "scale", "applied")
+        return cls(**{name: getattr(row, name) for name in shared}, **about)
+
 
 class ForeignModule(Record):
     """A module of a model that is not ours; `stored` are the types of its own parameters."""

@@ -52,3 +52,21 @@ def whole(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> RunDire
     from tests.victims import recipe
 
     return victims.finish(tmp_path_factory.mktemp("whole") / "run", *recipe())
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Steps whose images are multiplied by a number."""
+    from mpcli.data.batch import Batch
+    from mpcli.data.image_dataset import ImageDataset
+
+    factors: dict[int, float] = {}
+    original = ImageDataset.train_batch
+
+    def train_batch(self: ImageDataset, seed: int, step: int, batch_size: int) -> Batch:
+        batch = original(self, seed, step, batch_size)
+        factor = factors.get(step + 1, 1.0)
+        return Batch({**batch.tensors, "inputs": batch["inputs"] * factor})
+
+    monkeypatch.setattr(ImageDataset, "train_batch", train_batch)
+    return factors

@@ -244,6 +244,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.status == "done"
     assert any("records were lost" in problem["message"] for problem in result.problems)
     assert flights(run) == []
+    assert not list(run.flights_path.iterdir())
 
 
 def test_what_cannot_be_read_of_flights_is_left_out(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
-from mpcli.data import Batch
-from mpcli.data.image_dataset import ImageDataset
 from mpcli.recipe.errors import UserError
 from mpcli.rundir import RunDirectory
 from tests.small import resume_small, run_small, small_recipe
@@ -34,21 +32,6 @@ def rollback(**changes: object) -> list[str]:
         "eval.every": "2 steps",
     } | {name.replace("__", "."): value for name, value in changes.items()}
     return [f"{path}={value}" for path, value in values.items()]
-
-
-@pytest.fixture
-def bad(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Steps whose images are multiplied by a number; the batches asked for are noted by step."""
-    factors: dict[int, float] = {}
-    original = ImageDataset.train_batch
-
-    def train_batch(self: ImageDataset, seed: int, step: int, batch_size: int) -> Any:
-        batch = original(self, seed, step, batch_size)
-        factor = factors.get(step + 1, 1.0)
-        return Batch({**batch.tensors, "inputs": batch["inputs"] * factor})
-
-    monkeypatch.setattr(ImageDataset, "train_batch", train_batch)
-    return factors
 
 
 def rows(run: RunDirectory, name: str) -> list[dict[str, Any]]:

@@ -16,15 +16,15 @@ from mpcli.data.batch import Batch
 from mpcli.diagnose.passes import Moment, Pass, compared, differing, follow, module_rows, parting
 from mpcli.diagnose.stage import Stage, check_device
 from mpcli.engines.local import LocalEngine
-from mpcli.launch import explained
+from mpcli.launch import explaining
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import autocast, numerics
 from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import ModuleTrace, first_defect
 from mpcli.progress import may_mend
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.errors import Exit, user_error
 from mpcli.recipe.load import load_recipe
-from mpcli.recipe.plugin import PluginFile, plugin_error
+from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.precision import LossScale, Mode
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import NonFiniteOrigin, Plan, Replay, StepRecord
@@ -64,14 +64,8 @@ def replay(
     row, why = chosen_step(run, recipe.precision.loss_scale, step)
     past = RunDirectory(run.path, row.attempt if row else run.attempt)
     recipe = load_recipe(past.recipe_path, plugin=plugin).recipe
-    try:
+    with explaining(recipe.task):
         return _replayed(past, recipe, row, why, tell)
-    except UserError:
-        raise
-    except Exception as error:
-        if told := explained(error) or plugin_error(error, recipe.task):
-            raise told from error
-        raise
 
 
 def chosen_step(

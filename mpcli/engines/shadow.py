@@ -26,6 +26,7 @@ class Shadow:
     def __init__(self, build_model: Callable[[], nn.Module], device: torch.device) -> None:
         self._build_model = build_model
         self._device = device
+        self._forked = [device] if device.type == "cuda" else []  # whose random numbers stay
         self._model: nn.Module | None = None
         self._samples = Samples(device)
 
@@ -46,8 +47,7 @@ class Shadow:
         """
         model = self._filled(weights)
         self._samples.begin(1.0, keep=True)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), numeric_settings(Precision(), self._device):
+        with torch.random.fork_rng(self._forked), numeric_settings(Precision(), self._device):
             with ActivationHooks(model, self._samples):
                 self._backward(model, loss_function, batches[0], total_weight)
             for batch in batches[1:]:
@@ -68,8 +68,7 @@ class Shadow:
     @torch.no_grad()
     def _filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
         if self._model is None:
-            devices = [self._device] if self._device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(self._forked):
                 self._model = self._build_model()
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
             tensor.copy_(weights[name])

@@ -259,13 +259,8 @@ class Recorder:
 
     def _keep_flight(self, found: StepFindings, row: StepRecord, batch: Any) -> None:
         tensors = named_tensors(batch)
-        about = FlightRecord(
-            step=row.step,
-            attempt=row.attempt,
-            loss=row.loss,
-            grad_norm=row.grad_norm,
-            scale=row.scale,
-            applied=row.applied,
+        about = FlightRecord.of(
+            row,
             batch="stored" if tensors else "no tensors were given to `step`",
             origin=found.origin,
             no_origin=found.no_origin,

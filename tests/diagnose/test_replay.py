@@ -14,8 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mpcli.data import Batch
-from mpcli.data.image_dataset import ImageDataset
 from mpcli.diagnose.replay import chosen_step, in_sums, replay
 from mpcli.diagnose.stage import Stage
 from mpcli.precision.sensitive import last_layer
@@ -74,21 +72,6 @@ def test_it_goes_on_from_the_nearest_checkpoint_that_can_be_used(tmp_path: Path)
     assert found.reproduced
     assert any("step-3 is passed over" in text for text in told)
     assert "running step 3 again, from step-2" in told
-
-
-@pytest.fixture
-def bad(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Steps whose images are multiplied by a number."""
-    factors: dict[int, float] = {}
-    original = ImageDataset.train_batch
-
-    def train_batch(self: ImageDataset, seed: int, step: int, batch_size: int) -> Any:
-        batch = original(self, seed, step, batch_size)
-        factor = factors.get(step + 1, 1.0)
-        return Batch({**batch.tensors, "inputs": batch["inputs"] * factor})
-
-    monkeypatch.setattr(ImageDataset, "train_batch", train_batch)
-    return factors
 
 
 def test_a_bad_batch_is_the_inputs_fault(tmp_path: Path, bad: dict[int, float]) -> None:
