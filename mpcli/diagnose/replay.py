@@ -120,7 +120,7 @@ def _replayed(
         tell(f"loading {plan.data_source}")
         stage = Stage(recipe, plan)
         start, again = stage.bring_to(run, step, tell)
-        batch, flight_differs = stage.board(run, step, stage.batch(step))
+        batch, flight_differs = stage.restore_flight(run, step, stage.batch(step))
         for part in flight_differs or ():
             tell(f"the {part} of step {step:,} is not what the run kept of it: taking what it kept")
         seen = _run_once(stage, batch)

@@ -71,7 +71,7 @@ class Stage:
         train = self.recipe.train
         return self.data.train_batch(train.seed, step - 1, train.global_batch_size)
 
-    def board(
+    def restore_flight(
         self, run: RunDirectory, step: int, batch: Batch
     ) -> tuple[Batch, tuple[str, ...] | None]:
         """What the run kept of the step that is to come, where it kept it (`mpcli.flight`).
