@@ -20,9 +20,12 @@ from mpcli.diagnose.contents import (
     folder_facts,
     is_folder_of_weights,
 )
+from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.facts import Facts
-from mpcli.diagnose.run import run_facts
+from mpcli.diagnose.run import run_evidence
 from mpcli.recipe.errors import UserError, user_error
+from mpcli.recipe.load import recorded_recipe
+from mpcli.recipe.recipe import Recipe
 from mpcli.rundir import RunDirectory
 
 _HINT = (
@@ -31,20 +34,32 @@ _HINT = (
 )
 
 
-def gather(path: Path) -> Facts:
+def gather(path: Path, recipe: Recipe | None = None) -> Evidence:
     """The evidence in a run directory, a checkpoint, a folder of weights or a file of weights.
+
+    Args:
+        recipe: to look at beside weights that no run of ours says a recipe of.
 
     Raises:
         UserError: exit 2 for anything else, saying what was found; 4 for what cannot be read.
     """
     with _one_thread():
-        return _gathered(path)
-
-
-def _gathered(path: Path) -> Facts:
-    if path.is_dir():
         if is_run(path):
-            return run_facts(RunDirectory.read(path))
+            run = RunDirectory.read(path)
+            return run_evidence(run, None if run.foreign() else recorded_recipe(run.recipe_path))
+        return Evidence(_facts(path), recipe or _recipe_around(path))
+
+
+def _recipe_around(path: Path) -> Recipe | None:
+    """Of the run that a checkpoint lies in."""
+    run = path.parent.parent
+    if STEP.fullmatch(path.name) and (run / "recipe.yaml").is_file():
+        return recorded_recipe(RunDirectory.read(run).recipe_path)
+    return None
+
+
+def _facts(path: Path) -> Facts:
+    if path.is_dir():
         step = STEP.fullmatch(path.name)
         if step and os.path.lexists(path / MANIFEST):
             return checkpoint_facts(Checkpoint(path, int(step[1])))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mpcli import checkpoint
 from mpcli.data.batch import Batch
 from mpcli.diagnose.passes import Moment, Pass, compared, differing, follow, module_rows, parting
 from mpcli.diagnose.stage import Stage, check_device
@@ -23,7 +24,7 @@ from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import ModuleTrace, first_defect
 from mpcli.progress import may_mend
 from mpcli.recipe.errors import Exit, user_error
-from mpcli.recipe.load import load_recipe
+from mpcli.recipe.load import load_recipe, recorded_recipe
 from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.precision import LossScale, Mode
 from mpcli.recipe.recipe import Recipe
@@ -52,7 +53,7 @@ def replay(
     Args:
         plugin: the file whose task the run has.
         step: attempted, from 1; None: the first non-finite step that a lower dynamic scale cannot
-            mend, if the run ended with such steps; else the first that was skipped, else the last.
+            mend, else the last.
         tell: what takes time.
 
     Raises:
@@ -76,25 +77,37 @@ def chosen_step(
     Raises:
         UserError: exit 2, the run has no such step.
     """
-    last = skipped = broken = None
+    last = broken = None
     for row in run.steps():
         if row.step == step:
             return row, "it was asked for"
         last = row
-        if _is_bad(row):
-            skipped = skipped or row
-            if not may_mend(loss_scale, row):
-                broken = broken or row
+        if broken is None and _is_bad(row) and not may_mend(loss_scale, row):
+            broken = row
     if step is not None:
         there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
         raise user_error(f"the run has no step {step:,}", there)
-    result = run.result()
-    ended_broken = (last and _is_bad(last)) or (result and result.status == "diverged")
-    if broken and ended_broken:
+    if broken:
         return broken, "the first non-finite step that a lower loss scale cannot mend"
-    if skipped:
-        return skipped, "the first step that was skipped, or whose loss is not finite"
     return last, "the last step" if last else "the first step: there are no rows"
+
+
+QUICK_SECONDS = 60.0
+SHADOWS = 30
+"""A replay takes about as long as so many steps: fp32, bf16, and twice the run's own precision, on
+one thread of operations that are each looked at."""
+
+
+def is_quick(run: RunDirectory) -> bool:
+    """Whether a replay should take at most `QUICK_SECONDS`, by the time that the steps took."""
+    recipe = recorded_recipe(run.recipe_path)
+    row, _ = chosen_step(run, recipe.precision.loss_scale, None)
+    if row is None:
+        return True
+    before = [found.step for found in checkpoint.completed(run.checkpoints_path)]
+    start = max((step for step in before if step < row.step), default=0)
+    per_step = recipe.train.global_batch_size / max(row.samples_per_second, 1e-9)
+    return (row.step - start + SHADOWS) * per_step <= QUICK_SECONDS
 
 
 def _is_bad(row: StepRecord) -> bool:

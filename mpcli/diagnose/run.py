@@ -1,17 +1,22 @@
-"""The evidence in a run directory: its rows are read one at a time, however many there are."""
+"""The evidence in a run directory. Rows are read once, one at a time, however many there are."""
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter, deque
-from itertools import islice
+from itertools import groupby, islice
+
+import numpy as np
 
 from mpcli import checkpoint
 from mpcli.diagnose.contents import checkpoint_facts, folder_facts
+from mpcli.diagnose.evidence import Evidence, History, Sample
 from mpcli.diagnose.facts import Facts, NotRead, RunFacts
 from mpcli.flight import flights
 from mpcli.recipe.errors import UserError
-from mpcli.records import LayerRecord, StepRecord
+from mpcli.recipe.recipe import Recipe
+from mpcli.records import Plan, StepRecord
 from mpcli.rundir import RunDirectory
 
 LAST = 10
@@ -19,72 +24,92 @@ EVENTS = 100
 """Rows of events: more say that something new happens in every step."""
 
 
-def run_facts(run: RunDirectory) -> Facts:
+def run_evidence(run: RunDirectory, recipe: Recipe | None) -> Evidence:
     """What a run recorded, and the static part of its newest checkpoint that is whole.
 
     Where no checkpoint is, that of the trained model in `final`.
 
-    Raises:
-        UserError: exit 4 where there are weights and none can be read.
+    Args:
+        recipe: of the run; None of one that is not ours, or that a plug-in made which is not here.
     """
-    found = {"path": str(run.path), "kind": "run", "run": _recorded(run)}
-    weights, not_read = _weights(run)
-    if weights:
-        found |= {"weights_from": weights.path, "not_read": (*not_read, *weights.not_read)}
-        return weights.model_copy(update=found)
-    return Facts.model_validate(found)
-
-
-def _recorded(run: RunDirectory) -> RunFacts:
-    last: deque[StepRecord] = deque(maxlen=LAST)
-    steps = skipped = nonfinite = 0
-    first_nonfinite = None
     unread: Counter[str] = Counter()
-    for row in run.steps(unread):
-        last.append(row)
-        steps += 1
-        skipped += not row.applied
-        if not math.isfinite(row.loss):
-            nonfinite += 1
-            first_nonfinite = first_nonfinite or row
-    return RunFacts(
+    history, last, first_nonfinite = _history(run, unread)
+    rows = groupby(run.layers(unread), key=lambda row: (row.attempt, row.step))
+    samples = tuple(Sample(step, tuple(found)) for (_, step), found in rows)
+    events = tuple(islice(run.events(unread), EVENTS))
+    recorded = RunFacts(
         foreign=run.foreign(),
         result=run.result(),
-        steps=steps,
-        skipped=skipped,
-        nonfinite_losses=nonfinite,
+        steps=len(history),
+        skipped=int(history.skipped.sum()),
+        nonfinite_losses=int((~history.finite_loss).sum()),
         first_nonfinite=first_nonfinite,
-        last=tuple(last),
-        sampled=tuple(_newest_sample(run, unread)),
+        last=last,
+        sampled=samples[-1].rows if samples else (),
         flights=tuple(flights(run)),
-        events=tuple(islice(run.events(unread), EVENTS)),
+        events=events,
         types=run.observed(),
         unread=dict(unread),
     )
+    weights, not_read = _weights(run)
+    found = {"path": str(run.path), "kind": "run", "run": recorded, "not_read": tuple(not_read)}
+    if weights:
+        found |= {"weights_from": weights.path, "not_read": (*not_read, *weights.not_read)}
+        facts = weights.model_copy(update=found)
+    else:
+        facts = Facts.model_validate(found)
+    return Evidence(
+        facts=facts,
+        recipe=recipe,
+        plan=_plan(run),
+        history=history,
+        samples=samples,
+        evaluations=tuple(run.evaluations()),
+        events=events,
+    )
 
 
-def _newest_sample(run: RunDirectory, unread: Counter[str]) -> list[LayerRecord]:
-    """Rows of the last sampled step."""
-    rows: list[LayerRecord] = []
-    for row in run.layers(unread):
-        if rows and (row.step, row.attempt) != (rows[0].step, rows[0].attempt):
-            rows.clear()
-        rows.append(row)
-    return rows
+def _history(
+    run: RunDirectory, unread: Counter[str]
+) -> tuple[History, tuple[StepRecord, ...], StepRecord | None]:
+    """All rows of steps as columns, the last ones, and the first whose loss is not finite."""
+    steps, applied = array("q"), array("b")
+    numbers = {name: array("d") for name in ("loss", "lr", "grad_norm", "scale")}
+    last: deque[StepRecord] = deque(maxlen=LAST)
+    first_nonfinite = None
+    for row in run.steps(unread):
+        steps.append(row.step)
+        applied.append(row.applied)
+        for name, column in numbers.items():
+            column.append(getattr(row, name))
+        last.append(row)
+        if first_nonfinite is None and not math.isfinite(row.loss):
+            first_nonfinite = row
+    columns = {name: np.array(column, np.float64) for name, column in numbers.items()}
+    history = History(
+        step=np.array(steps, np.int64), applied=np.array(applied, np.bool_), **columns
+    )
+    return history, tuple(last), first_nonfinite
+
+
+def _plan(run: RunDirectory) -> Plan | None:
+    try:
+        return run.plan()
+    except (OSError, ValueError):
+        return None
 
 
 def _weights(run: RunDirectory) -> tuple[Facts | None, list[NotRead]]:
     """Those of the first place that can be read, and the places before it."""
     not_read: list[NotRead] = []
-    error: UserError | None = None
     for found in checkpoint.completed(run.checkpoints_path):
         try:
             return checkpoint_facts(found), not_read
         except UserError as damage:
-            error = error or damage
             not_read.append(NotRead(file=f"checkpoints/{found.path.name}", why=str(damage)))
     if run.final_path.is_dir():
-        return folder_facts(run.final_path), not_read
-    if error:
-        raise error
-    return None, []
+        try:
+            return folder_facts(run.final_path), not_read
+        except UserError as damage:
+            not_read.append(NotRead(file="final", why=str(damage)))
+    return None, not_read

@@ -1,17 +1,19 @@
-"""The evidence in one sentence."""
+"""What was found, in one sentence: causes where there are any, else facts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mpcli.diagnose.facts import Facts
+from mpcli.diagnose.finding import Finding
 from mpcli.records import Replay
 
 
-def verdict(evidence: Facts, replay: Replay | None = None) -> str:
-    """What was found, in a sentence: facts, not causes."""
-    facts = [*_facts(evidence), *(_replayed(replay) if replay else ())]
-    return "; ".join(facts) or "it holds no numbers"
+def verdict(evidence: Facts, replay: Replay | None = None, causes: Sequence[Finding] = ()) -> str:
+    """The causes, of which information alone is none; then the facts."""
+    trouble = [cause for cause in causes if cause.severity != "info"]
+    said = [f"{cause.id}: {cause.cause.rstrip('.')}" for cause in trouble] or ["no problem found"]
+    return "; ".join([*said, *_facts(evidence), *(_replayed(replay) if replay else ())])
 
 
 def _replayed(replay: Replay) -> Iterator[str]:

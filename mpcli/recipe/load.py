@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from mpcli.recipe import nodes
 from mpcli.recipe.base import Section
@@ -105,6 +105,29 @@ def load_recipe(
         tree=composed.tree,
         plugin=plugin,
     )
+
+
+class _Unread(Plugin):
+    """Options of a plug-in that is not here: they are what they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe that a run wrote; that of a plug-in too, of which no code is needed.
+
+    Raises:
+        UserError: it is no resolved recipe.
+    """
+    source = _read(path, str(path))
+    root, problems = nodes.parse(source)
+    if problems or not isinstance(root, nodes.Mapping):
+        raise UserError(*problems, Problem("it is no recipe", place=Place(str(path), 0, 0)))
+    schema = recipe_with(_Unread)
+    try:
+        return schema.model_validate(_with_default_kinds(schema, nodes.plain(root)))
+    except ValidationError as error:
+        raise UserError(*validation_problems(error, schema, root, source.file)) from error
 
 
 def _plugin_problems(

@@ -405,6 +405,10 @@ class RunDirectory:
         """The rows of `rollbacks.jsonl` that can be read, in order."""
         return read_rows(self.path / "rollbacks.jsonl", RollbackRecord)
 
+    def evaluations(self) -> Iterator[EvalRecord]:
+        """The rows of `evals.jsonl` that can be read, in order."""
+        return read_rows(self.path / "evals.jsonl", EvalRecord)
+
     def observed(self) -> dict[str, ModuleTypes]:
         """The types of every module in the first step of this attempt; empty if unknown."""
         try:

@@ -156,7 +156,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_hugging_face_checkpoint_is_read_and_what_is_not_read_is_named(folder):
-    found = gather(folder)
+    found = gather(folder).facts
     check(found)
     assert found.optimizer and found.scaler and found.trainer
     assert found.trainer.global_step == 6
@@ -193,11 +193,11 @@ def test_a_snapshot_of_the_hugging_face_cache_is_links_to_blobs(tmp_path):
     snapshot.mkdir(parents=True)
     safetensors.torch.save_file(WEIGHTS, blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    check(gather(snapshot))
+    check(gather(snapshot).facts)
 
 
 def test_one_of_our_checkpoints(tmp_path):
-    found = gather(small(tmp_path / "checkpoints").path)
+    found = gather(small(tmp_path / "checkpoints").path).facts
     assert found.kind == "checkpoint"
     assert sorted(names(found)) == ["bf16", "half", "weight"]
 
@@ -239,7 +239,7 @@ def test_of_several_models_in_a_folder_none_is_chosen(tmp_path, form):
         gather(tmp_path)
     assert caught.value.exit_code == Exit.USAGE
     assert caught.value.problems[0].hint == f"name one of: `best.{form}`, `last.{form}`"
-    check(gather(path))
+    check(gather(path).facts)
 
 
 def test_an_index_may_have_another_name(tmp_path):
@@ -250,7 +250,7 @@ def test_an_index_may_have_another_name(tmp_path):
     for name in ("diffusion.safetensors.index.json", "other.safetensors.index.json"):
         (tmp_path / name).write_text(json.dumps({"weight_map": index}))
         if name.startswith("diffusion"):
-            check(gather(tmp_path))
+            check(gather(tmp_path).facts)
     with pytest.raises(UserError, match="2 files may have the weights"):
         gather(tmp_path)
 
@@ -303,7 +303,7 @@ def test_a_layer_without_finite_values_fits_nothing(tmp_path):
 def test_both_parts_of_complex_weights_are_counted(tmp_path: Path) -> None:
     weights = {"a": torch.tensor([complex(math.nan, 1.0)] * 4), "n": torch.arange(3)}
     torch.save(weights, tmp_path / "x.pt")
-    found = gather(tmp_path / "x.pt").weights
+    found = gather(tmp_path / "x.pt").facts.weights
     assert found is not None
     assert (found.total.elements, found.total.nan) == (8, 4)
     assert found.not_examined == {"n": "int64"}

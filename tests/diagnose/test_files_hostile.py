@@ -111,7 +111,7 @@ def test_what_code_is_asked_for_is_named(tmp_path, trace):
 def test_evil_files_that_are_not_read_do_no_harm(tmp_path, trace, name):
     torch.save(bombs(trace)["os.system"], tmp_path / name)
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
-    found = gather(tmp_path)
+    found = gather(tmp_path).facts
     assert [left.file for left in found.not_read] == [name]
     assert not trace.exists()
 
@@ -191,7 +191,7 @@ def old(data: bytes) -> bytes:
 
 def test_the_old_format_is_made_right(tmp_path):
     (tmp_path / "x.pt").write_bytes(old(pickle.dumps({"a": 1}, 2)))
-    assert gather(tmp_path / "x.pt").weights is None
+    assert gather(tmp_path / "x.pt").facts.weights is None
 
 
 def test_containers_in_containers_are_walked_once(tmp_path):

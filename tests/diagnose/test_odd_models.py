@@ -156,4 +156,4 @@ def test_a_difference_of_nearly_equal_tensors_is_not_blamed(
     errors = [row.output.error for row in found.modules if row.type == "Difference" and row.output]
     assert errors and errors[0] > 1
     assert found.parting is None
-    assert "no module parts from fp32 (at most " in verdict(gather(run.path), found)
+    assert "no module parts from fp32 (at most " in verdict(gather(run.path).facts, found)
