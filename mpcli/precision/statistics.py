@@ -90,6 +90,7 @@ class Samples:
         self._on_host = device.type == "cpu" if on_host is None else on_host
         self._table = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=device)
         self._host_table = np.zeros((0, _COLUMNS))  # the same memory, if `on_host`
+        self._room = torch.zeros(0, device=device)  # for samples, if `on_host`
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self.begin(1.0)
 
@@ -112,7 +113,8 @@ class Samples:
         self._keep = keep
         self.kept: dict[Key, Tensor] = {}
         self._rows: list[_Row] = []
-        self._waiting: list[Tensor] = []  # a sample for each row
+        self._waiting: list[Tensor] = []  # the samples, unless `on_host`
+        self._used = 0  # of the room
         self._table.zero_()
 
     def add(
@@ -130,7 +132,7 @@ class Samples:
         tensor = tensor.detach()
         # First, as it reads a large tensor in order, and what it leaves in the cache is sampled.
         extremes = exact_on_host(tensor) if self._on_host else exact(tensor)
-        sample = sampled(tensor)
+        sample = sampled(tensor, self._next_room(tensor) if self._on_host else None)
         beside = self._shadow.get(key) if shadow is None else sampled(shadow.detach())
         row = _Row(key, tensor.dtype, tensor.numel(), sample.numel(), scaled, beside is not None)
         self._rows.append(row)
@@ -138,8 +140,9 @@ class Samples:
         if beside is not None:
             compared = _compared(sample, beside, self._scale if scaled else self._one)
         if self._keep:
-            self.kept[key] = sample
-        self._waiting.append(sample)
+            self.kept[key] = sample.clone() if self._on_host else sample
+        if not self._on_host:
+            self._waiting.append(sample)
         place = self._place(len(self._rows) - 1)
         place[_MAX : _INF + 1] = extremes
         if compared is not None:
@@ -176,9 +179,13 @@ class Samples:
         rows = tuple(self._rows)
         outcome = torch.stack([self._scale, self._number(found_inf)])
         table = self._table[: len(rows)]
-        if self._waiting:
-            count = _counted_on_host if self._on_host else _counted_together
-            table[:, _SQUARES : _TIES + 1], table[:, _FIRST_BIN:] = count(self._waiting)
+        if rows:
+            counts, bins = (
+                _counted_on_host(self._room[: self._used], [row.sampled for row in rows])
+                if self._on_host
+                else _counted_together(self._waiting)
+            )
+            table[:, _SQUARES : _TIES + 1], table[:, _FIRST_BIN:] = counts, bins
         table[:, _SCALE : _FOUND_INF + 1] = outcome
         if self.device.type != "cuda":
             return Pending(rows, table.clone(), None, self.through_fp16)
@@ -193,6 +200,17 @@ class Samples:
         if isinstance(value, Tensor):
             return value.detach().to(self.device, torch.float64)
         return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    def _next_room(self, tensor: Tensor) -> Tensor:
+        """For its sample. A step's samples are kept in one piece.
+
+        Small pieces between the activations would keep the allocator from using memory again.
+        """
+        begin, self._used = self._used, self._used + min(tensor.numel(), SAMPLED)
+        if self._used > len(self._room):
+            more = self._room.new_empty(max(64 * SAMPLED, len(self._room)))
+            self._room = torch.cat([self._room, more])
+        return self._room[begin : self._used]
 
     def _place(self, number: int) -> Any:
         """A row of the table, to write to."""
@@ -253,17 +271,21 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
 
 
-def sampled(tensor: Tensor) -> Tensor:
+def sampled(tensor: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy of at most `SAMPLED` of the elements, in the order of their indices, as fp32.
 
     Tensors of one shape give the same elements, however they lie in memory.
     """
+    if out is None:
+        out = torch.empty(min(tensor.numel(), SAMPLED), device=tensor.device)
     if tensor.numel() <= SAMPLED:
-        flat = tensor.reshape(-1)
-        return flat.clone() if flat.dtype == torch.float32 else flat.float()
+        out.view(tensor.shape).copy_(tensor)
+        return out
     offsets = _offsets(tensor.shape, tensor.stride(), tensor.device)
     flat = tensor.as_strided((_span(tensor.shape, tensor.stride()),), (1,))
-    return flat.index_select(0, offsets).float()
+    if tensor.dtype == torch.float32:
+        return torch.index_select(flat, 0, offsets, out=out)
+    return out.copy_(flat.index_select(0, offsets))
 
 
 @functools.lru_cache(maxsize=128)  # of 64 KiB each, or 128
@@ -294,26 +316,28 @@ def _lost_on_host(update: Tensor, gradient: Tensor) -> tuple[int, int]:
     return int(np.count_nonzero(lost)), int(np.count_nonzero(moving))
 
 
-def _counted_on_host(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _counted_on_host(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """On a CPU: 4 counts (`_SQUARES` to `_TIES`) and the 256 bins of each sample.
 
-    Of all bins together, since calls are most of the time that small tensors take. Looking costs
-    nothing on a CPU, so what the bins say is not there is not counted.
+    The bins are counted together, since calls are most of the time that small tensors take. Looking
+    costs nothing on a CPU, so what the bins say is not there is not counted.
+
+    Args:
+        values: all samples, one after the other.
     """
-    ends = [0, *itertools.accumulate(sample.numel() for sample in samples)]
+    ends = [0, *itertools.accumulate(lengths)]
     places = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
-    bits = torch.cat(samples).numpy().view(np.int32)
-    bits &= _MAGNITUDE
+    bits = values.numpy().view(np.int32) & _MAGNITUDE
     key = bits >> _MANTISSA
     for row, place in enumerate(places):
         key[place] += row * _BINS
-    all_bins = torch.bincount(torch.from_numpy(key), minlength=len(samples) * _BINS)
+    all_bins = torch.bincount(torch.from_numpy(key), minlength=len(lengths) * _BINS)
     bins = all_bins.view(-1, _BINS).numpy()
-    counts = np.zeros((len(samples), 4))
+    counts = np.zeros((len(lengths), 4))
     small, large = bins[:, : _BIAS - 40], bins[:, _BIAS + 41 :]
     # Where no square that matters leaves fp32: the largest has a normal one.
     plain = (bins.sum(axis=1) > small.sum(axis=1)) & (large.sum(axis=1) == 0)
-    for row, sample in enumerate(samples):
+    for row, sample in enumerate(values.split(lengths)):
         if not plain[row]:
             sample = sample[sample.isfinite()].double()
         counts[row, 0] = torch.dot(sample, sample).item()
