@@ -156,7 +156,7 @@ class Samples:
             gradient: that the step used; None where it had none.
         """
         update = after.detach() if before.dtype == torch.float32 else after.detach().float()
-        update = update - before
+        update = update - before.detach()
         number = len(self._rows)
         self.add(update, key)
         if gradient is None or number == len(self._rows):
@@ -311,7 +311,7 @@ def _lost_on_host(update: Tensor, gradient: Tensor) -> tuple[int, int]:
     """`_LOST` and `_MOVING`; numpy compares and counts 10 times as fast as torch on a CPU."""
     if gradient.dtype == torch.bfloat16:  # which numpy has not
         gradient = gradient.float()
-    moving = gradient.numpy() != 0
+    moving = gradient.detach().numpy() != 0
     lost = moving & (update.numpy() == 0)
     return int(np.count_nonzero(lost)), int(np.count_nonzero(moving))
 
