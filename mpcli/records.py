@@ -360,6 +360,9 @@ class ReplayedModule(Record):
     grad_output: ShadowComparison | None
     grad_output_max: float | None
     parameter_grad: ShadowComparison | None
+    fp32_parameter_grad_rms: float | None = Field(
+        default=None, description="root mean square of the gradient of its own parameters in fp32"
+    )
     bf16_output: ShadowComparison | None = Field(
         description="in bf16 (autocast); null where torch cannot compute it"
     )

@@ -189,6 +189,7 @@ def module_rows(
                 grad_output=_seen(call.gradients),
                 grad_output_max=_largest(kept.gradients.values(), run.scale),
                 parameter_grad=_seen(call.parameters),
+                fp32_parameter_grad_rms=_rms(call.parameters),
                 bf16_output=_seen(half.outputs) if half else None,
                 bf16_grad_output=_seen(half.gradients) if half else None,
             )
@@ -322,6 +323,11 @@ def _same_bits(one: Mapping[Any, Tensor], two: Mapping[Any, Tensor]) -> bool:
 
 def _seen(difference: Difference | None) -> ShadowComparison | None:
     return difference.seen if difference else None
+
+
+def _rms(difference: Difference | None) -> float | None:
+    """Of the shadow."""
+    return difference.norm / math.sqrt(max(difference.elements, 1)) if difference else None
 
 
 def _error(difference: Difference | None) -> float:

@@ -118,6 +118,15 @@ def learning_rate(evidence: Evidence, factor: float) -> Suggestion:
     return Suggestion(what=f"use a learning rate of {new:g}", set=(f"optim.lr={new:g}",))
 
 
+def warmup(evidence: Evidence) -> Suggestion:
+    """A learning rate that rises over the first tenth of the run."""
+    what = "let the learning rate rise over the first tenth of the run"
+    if evidence.is_foreign:
+        code = "torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=steps // 10)"
+        return _of_loop(what, code, {"warmup_ratio": 0.1} if evidence.is_trainer else None)
+    return Suggestion(what=what, set=("optim.schedule.warmup=0.1",))
+
+
 def masters(evidence: Evidence) -> Suggestion:
     """fp32 master weights beside half ones."""
     if evidence.is_foreign:
