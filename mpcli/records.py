@@ -402,6 +402,11 @@ class Replay(Record):
     origin: NonFiniteOrigin | None
     shadow_losses: dict[str, float] = Field(description="of that micro-batch, and `run`'s own")
     shadow_origins: dict[str, NonFiniteOrigin | None]
+    running_statistics_loss: float | None = Field(
+        default=None,
+        description="as `shadow_losses`' fp32, with the running statistics of BatchNorm in place "
+        "of the batch's; null without any",
+    )
     parting: Parting | None
     nondeterministic: tuple[str, ...] = Field(
         description="modules that gave other bits when the step was run twice with deterministic "

@@ -239,7 +239,7 @@ def learning_rate_too_high(evidence: Evidence) -> Iterator[Finding]:
     if course is None or not course.broke or steep_gradients(evidence):
         return
     found = oversized(evidence)
-    if found is None:
+    if found is None or (_adam(evidence) and _above_bound(evidence)[1]):
         return
     step, share = found
     factor = min(0.1, SOUND / share)
