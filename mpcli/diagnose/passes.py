@@ -276,18 +276,19 @@ def _exceeds(
 
 
 def differing(model: nn.Module, one: Pass, two: Pass) -> list[str]:
-    """Modules whose outputs, gradients of outputs or own parameters' gradients differ in a bit."""
-    names = []
+    """Modules whose outputs, gradients of outputs or own parameters' gradients differ in a bit.
+
+    Those whose outputs do come first, in the order of forward: what follows from them is behind.
+    """
+    forward, backward = [], []
     for call, kept in one.kept.items():
         other = two.kept.get(call, Kept([], []))
-        pairs = [
-            (_numbered(kept.outputs), _numbered(other.outputs)),
-            (kept.gradients, other.gradients),
-            (_own_gradients(model, call[0], one), _own_gradients(model, call[0], two)),
-        ]
-        if not all(_same_bits(first, second) for first, second in pairs):
-            names.append(call[0])
-    return list(dict.fromkeys(names))
+        own = [_own_gradients(model, call[0], each) for each in (one, two)]
+        if not _same_bits(_numbered(kept.outputs), _numbered(other.outputs)):
+            forward.append(call[0])
+        elif not _same_bits(kept.gradients, other.gradients) or not _same_bits(*own):
+            backward.append(call[0])
+    return list(dict.fromkeys([*forward, *reversed(backward)]))
 
 
 def is_inside(name: str, outer: str) -> bool:

@@ -99,7 +99,7 @@ def test_the_suggestion_mends_it(
     (cause,) = found(fault)
     assert cause.id == finding
     assert cause.suggestion is not None
-    mended = trained(tmp_path / "mended", model, *settings, *cause.suggestion.set)
+    mended = trained(tmp_path / "mended", model, *settings, fix=cause.suggestion.set)
     assert finding not in ids(found(mended))
     before, after = (float(np.median(one.history.loss[-10:])) for one in (fault, mended))
     assert not after > before
