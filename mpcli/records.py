@@ -368,6 +368,9 @@ class ReplayedModule(Record):
     grad_output: ShadowComparison | None
     grad_output_max: float | None
     parameter_grad: ShadowComparison | None
+    fp32_parameter_grad_rms: float | None = Field(
+        default=None, description="root mean square of the gradient of its own parameters in fp32"
+    )
     bf16_output: ShadowComparison | None = Field(
         description="in bf16 (autocast); null where torch cannot compute it"
     )
@@ -407,6 +410,11 @@ class Replay(Record):
     origin: NonFiniteOrigin | None
     shadow_losses: dict[str, float] = Field(description="of that micro-batch, and `run`'s own")
     shadow_origins: dict[str, NonFiniteOrigin | None]
+    running_statistics_loss: float | None = Field(
+        default=None,
+        description="as `shadow_losses`' fp32, with the running statistics of BatchNorm in place "
+        "of the batch's; null without any",
+    )
     parting: Parting | None
     nondeterministic: tuple[str, ...] = Field(
         description="modules that gave other bits when the step was run twice with deterministic "

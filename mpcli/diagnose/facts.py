@@ -152,6 +152,11 @@ class Facts(Record):
     optimizer: OptimizerFacts | None = None
     scaler: ScalerFacts | None = None
     not_read: tuple[NotRead, ...] = ()
+    finite_checkpoint: str | None = Field(
+        default=None,
+        description="of a run: the newest one with finite weights, where those that were read hold "
+        "NaN or infinity",
+    )
 
 
 def tensor_facts(name: str, statics: Statics) -> TensorFacts:

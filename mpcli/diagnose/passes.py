@@ -189,6 +189,7 @@ def module_rows(
                 grad_output=_seen(call.gradients),
                 grad_output_max=_largest(kept.gradients.values(), run.scale),
                 parameter_grad=_seen(call.parameters),
+                fp32_parameter_grad_rms=_rms(call.parameters),
                 bf16_output=_seen(half.outputs) if half else None,
                 bf16_grad_output=_seen(half.gradients) if half else None,
             )
@@ -275,18 +276,19 @@ def _exceeds(
 
 
 def differing(model: nn.Module, one: Pass, two: Pass) -> list[str]:
-    """Modules whose outputs, gradients of outputs or own parameters' gradients differ in a bit."""
-    names = []
+    """Modules whose outputs, gradients of outputs or own parameters' gradients differ in a bit.
+
+    Those whose outputs do come first, in the order of forward: what follows from them is behind.
+    """
+    forward, backward = [], []
     for call, kept in one.kept.items():
         other = two.kept.get(call, Kept([], []))
-        pairs = [
-            (_numbered(kept.outputs), _numbered(other.outputs)),
-            (kept.gradients, other.gradients),
-            (_own_gradients(model, call[0], one), _own_gradients(model, call[0], two)),
-        ]
-        if not all(_same_bits(first, second) for first, second in pairs):
-            names.append(call[0])
-    return list(dict.fromkeys(names))
+        own = [_own_gradients(model, call[0], each) for each in (one, two)]
+        if not _same_bits(_numbered(kept.outputs), _numbered(other.outputs)):
+            forward.append(call[0])
+        elif not _same_bits(kept.gradients, other.gradients) or not _same_bits(*own):
+            backward.append(call[0])
+    return list(dict.fromkeys([*forward, *reversed(backward)]))
 
 
 def is_inside(name: str, outer: str) -> bool:
@@ -322,6 +324,11 @@ def _same_bits(one: Mapping[Any, Tensor], two: Mapping[Any, Tensor]) -> bool:
 
 def _seen(difference: Difference | None) -> ShadowComparison | None:
     return difference.seen if difference else None
+
+
+def _rms(difference: Difference | None) -> float | None:
+    """Of the shadow."""
+    return difference.norm / math.sqrt(max(difference.elements, 1)) if difference else None
 
 
 def _error(difference: Difference | None) -> float:

@@ -118,6 +118,15 @@ def learning_rate(evidence: Evidence, factor: float) -> Suggestion:
     return Suggestion(what=f"use a learning rate of {new:g}", set=(f"optim.lr={new:g}",))
 
 
+def warmup(evidence: Evidence) -> Suggestion:
+    """A learning rate that rises over the first tenth of the run."""
+    what = "let the learning rate rise over the first tenth of the run"
+    if evidence.is_foreign:
+        code = "torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=steps // 10)"
+        return _of_loop(what, code, {"warmup_ratio": 0.1} if evidence.is_trainer else None)
+    return Suggestion(what=what, set=("optim.schedule.warmup=0.1",))
+
+
 def masters(evidence: Evidence) -> Suggestion:
     """fp32 master weights beside half ones."""
     if evidence.is_foreign:
@@ -148,3 +157,43 @@ def adam_eps(evidence: Evidence, eps: float) -> Suggestion:
         return _of_loop(f"use eps={eps:g} in Adam", f"eps={eps:g}", arguments)
     assert not evidence.recipe or isinstance(evidence.recipe.optim, Adam | AdamW)
     return Suggestion(what=f"use eps {eps:g}", set=(f"optim.eps={eps:g}",))
+
+
+def whole_batches() -> Suggestion:
+    """One forward for each step of a run of ours."""
+    return Suggestion(
+        what="let BatchNorm see the whole batch", set=("train.micro_batch_size=null",)
+    )
+
+
+def smaller_micro_batch(size: int) -> Suggestion:
+    """Fewer samples in a forward of a run of ours; the global batch stays."""
+    return Suggestion(
+        what=f"compute {size} samples at a time, and add up their gradients",
+        set=(f"train.micro_batch_size={size}",),
+    )
+
+
+def activation_checkpointing() -> Suggestion:
+    """Of a run of ours."""
+    return Suggestion(
+        what="compute activations again in backward, at a third more time",
+        set=("engine.activation_checkpointing=true",),
+    )
+
+
+def half_activations() -> Suggestion:
+    """Of a run of ours in fp32."""
+    return Suggestion(what="train in bf16", set=("precision.mode=bf16",))
+
+
+def bf16_pure() -> Suggestion:
+    """Everything of a run of ours in two bytes."""
+    return Suggestion(
+        what="store weights, gradients and optimizer state in bf16",
+        set=(
+            "precision.mode=bf16-pure",
+            "precision.stochastic_rounding=true",
+            "precision.loss_scale={kind: none}",
+        ),
+    )

@@ -150,6 +150,10 @@ def _replayed(
             stage.give_exact_weights()
             tapes = [RandomTape(tape.draws), RandomTape(tape.draws)]
             shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0])
+            with _running_statistics(stage.exact) as used:
+                statistics_loss = (
+                    seen.follow_shadow(stage, "fp32", RandomTape(tape.draws)).loss if used else None
+                )
             try:
                 shadows["bf16"] = seen.follow_shadow(stage, "bf16", tapes[1])
             except RuntimeError as error:
@@ -179,12 +183,28 @@ def _replayed(
         origin=seen.origin,
         shadow_losses={"run": own.loss, **{name: one.loss for name, one in shadows.items()}},
         shadow_origins={name: one.origin for name, one in shadows.items()},
+        running_statistics_loss=statistics_loss,
         parting=parting(beside, compute),
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
         flight_differs=flight_differs,
         modules=tuple(module_rows(stage.model, own, beside, half_beside)),
     )
+
+
+@contextlib.contextmanager
+def _running_statistics(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Inside, these modules of the model normalise by their running statistics."""
+    norms = [
+        m for m in model.modules() if m.training and getattr(m, "running_var", None) is not None
+    ]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield norms
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def _plan(run: RunDirectory) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from array import array
 from collections import Counter, deque
@@ -104,7 +105,7 @@ def _weights(run: RunDirectory) -> tuple[Facts | None, list[NotRead]]:
     not_read: list[NotRead] = []
     for found in checkpoint.completed(run.checkpoints_path):
         try:
-            return checkpoint_facts(found), not_read
+            return _with_finite(run, checkpoint_facts(found), found.step), not_read
         except UserError as damage:
             not_read.append(NotRead(file=f"checkpoints/{found.path.name}", why=str(damage)))
     if run.final_path.is_dir():
@@ -113,3 +114,17 @@ def _weights(run: RunDirectory) -> tuple[Facts | None, list[NotRead]]:
         except UserError as damage:
             not_read.append(NotRead(file="final", why=str(damage)))
     return None, not_read
+
+
+def _with_finite(run: RunDirectory, newest: Facts, step: int) -> Facts:
+    """Where weights are not finite, the older ones are searched for some that are."""
+    if newest.weights is None or not newest.weights.nonfinite_layers:
+        return newest
+    for older in checkpoint.completed(run.checkpoints_path):
+        if older.step >= step:
+            continue
+        with contextlib.suppress(UserError):
+            weights = checkpoint_facts(older).weights
+            if weights and not weights.nonfinite_layers:
+                return newest.model_copy(update={"finite_checkpoint": older.path.name})
+    return newest

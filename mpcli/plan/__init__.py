@@ -6,30 +6,24 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Iterator
-from typing import assert_never
 
 import torch
 
 from mpcli.data.batch import Batch
 from mpcli.engines import mode_problems
 from mpcli.machine import Machine
+from mpcli.plan.dangers import dangers
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit, Problem, UserError
-from mpcli.recipe.optim import Adam, AdamW
 from mpcli.recipe.plugin import plugin_error
-from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, PlanWarning
 from mpcli.tasks import Dataset, task_of
 
 MAX_STEPS = 10_000_000
 """The learning rates of a run stand in one table on the device: 40 MB at this length."""
-LARGE_SCALE = 2.0**24
-"""Above this even gradients of 2^-8 leave fp16's range (65504)."""
-FP16_SAFE_EPS = 1e-4
-"""About the root of 2^-25, below which a second moment is zero in fp16."""
 
 
 def make_plan(recipe: Recipe, machine: Machine, *, training: bool = True) -> Plan:
@@ -73,8 +67,7 @@ def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
         precision = plan_precision(recipe, data, device, machine, smallest)
     except UserError as error:
         problems += error.problems
-    half_norms = precision.half_norms if precision else 0
-    warnings = list(_warnings(recipe, machine, device, half_norms))
+    warnings = list(dangers(recipe, machine, device, precision, steps, micro_batch))
     if problems or precision is None:
         raise UserError(*problems, *warnings)
 
@@ -170,98 +163,4 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             "pip install 'mptrain[tensorboard]'",
             path="output.tensorboard",
             exit_code=Exit.ENVIRONMENT,
-        )
-
-
-def _warning(finding: str | None, path: str, what: str, hint: str) -> Problem:
-    return Problem(what, hint, path=path, severity="warning", finding=finding)
-
-
-def _warnings(
-    recipe: Recipe, machine: Machine, device: torch.device, half_norms: int
-) -> Iterator[Problem]:
-    meaning, loss_scale = numerics(recipe.precision.mode), recipe.precision.loss_scale
-    half = meaning.compute_name
-    if half in machine.emulated.get(device.type, frozenset()):
-        yield _warning(
-            None,
-            "precision.mode",
-            f"this {device.type} has no {half} instructions: exact, but slow",
-            "`mptrain env` shows how slow",
-        )
-    if half == "fp16":
-        yield from _fp16_scale_warnings(loss_scale)
-    elif not isinstance(loss_scale, NoScale):
-        yield _warning(
-            None,
-            "precision.loss_scale",
-            f"{meaning.mode} needs no loss scale: small gradients are within its range",
-            "use `loss_scale: {kind: none}`",
-        )
-    if meaning.half_weights and not meaning.masters:
-        yield from _pure_warnings(recipe, half, half_norms)
-
-
-def _fp16_scale_warnings(loss_scale: LossScale) -> Iterator[Problem]:
-    path, hint = "precision.loss_scale", "use `loss_scale: {kind: dynamic}`"
-    match loss_scale:
-        case NoScale():
-            what = "without a loss scale, gradients of 2^-25 and less become zero in fp16"
-            yield _warning("underflow", path, what, hint)
-            return
-        case StaticScale():
-            high = low = (f"{path}.scale", loss_scale.scale)
-        case ScheduledScale():
-            scales = [scale for _, scale in loss_scale.points]
-            high, low = (f"{path}.points", max(scales)), (f"{path}.points", min(scales))
-        case DynamicScale():  # which leaves a range only where its bounds lie outside
-            high = (f"{path}.min_scale", min(floor for _, floor in loss_scale.floors))
-            low = (f"{path}.max_scale", loss_scale.max_scale)
-        case _:
-            assert_never(loss_scale)
-    if high[1] > LARGE_SCALE:
-        what = (
-            f"a {loss_scale.kind} scale of {high[1]:g} takes scaled gradients over "
-            "65504, fp16's largest number: every step may be skipped"
-        )
-        yield _warning("scale-too-high", high[0], what, hint)
-    if low[1] < 1:
-        what = (
-            f"a {loss_scale.kind} scale of {low[1]:g} makes gradients smaller: "
-            "more of them become zero in fp16"
-        )
-        yield _warning("underflow", low[0], what, hint)
-
-
-def _pure_warnings(recipe: Recipe, half: str, half_norms: int) -> Iterator[Problem]:
-    if not recipe.precision.stochastic_rounding:
-        bits = {"fp16": 11, "bf16": 8}[half]
-        yield _warning(
-            "lost-updates",
-            "precision.mode",
-            f"without master weights, an update below 2^-{bits + 1} of its {half} weight is lost",
-            f"use `mode: {half}-master`"
-            + (", or `stochastic_rounding: true`" if half == "bf16" else ""),
-        )
-    optim = recipe.optim
-    if half == "fp16" and isinstance(optim, Adam | AdamW) and optim.eps < FP16_SAFE_EPS:
-        yield _warning(
-            "adam-eps",
-            "optim.eps",
-            f"second moments below 2^-25 become zero in fp16: updates are divided by {optim.eps:g}",
-            "use `eps: 1e-4`, or `mode: fp16-master`",
-        )
-    if half == "bf16" and isinstance(optim, Adam | AdamW) and 1 - optim.betas[1] < 2.0**-9:
-        yield _warning(
-            "lost-updates",
-            "optim.betas",
-            f"a bf16 second moment cannot fall by 1 - {optim.betas[1]:g} of itself: it only grows",
-            "use `betas: [0.9, 0.99]`, or `mode: bf16-master`",
-        )
-    if half_norms:
-        yield _warning(
-            "norm-in-half",
-            "precision.sensitive_layers",
-            f"{half_norms} norm layers compute in {half}",
-            "add `norm` to `sensitive_layers`",
         )

@@ -1,0 +1,214 @@
+"""Faults of what is stored: real runs, checkpoints that are written for the purpose, and files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpcli import Recorder
+from mpcli.diagnose.checks.memory import fixed_bytes
+from mpcli.diagnose.checks.state import STATE
+from mpcli.diagnose.evidence import Evidence
+from mpcli.diagnose.finding import Finding
+from mpcli.diagnose.places import gather
+from mpcli.diagnose.ranking import ranked
+from mpcli.engines.local import LocalEngine
+from mpcli.rundir import RunDirectory
+from tests.diagnose.training_runs import evidence_of, trained, training_run
+
+
+def found(evidence: Evidence) -> list[Finding]:
+    return ranked(finding for check in STATE for finding in check(evidence))
+
+
+def of_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Evidence:
+    """The evidence of a bare file of weights."""
+    path = tmp_path / "weights.safetensors"
+    save_file(tensors, path)
+    return gather(path)
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv", "transformer"])
+def test_sound_runs_have_no_finding(tmp_path: Path, model: str) -> None:
+    assert found(trained(tmp_path, model, "precision.mode=bf16", again=True)) == []
+
+
+def test_statistics_that_do_not_stand_for_the_data(tmp_path: Path) -> None:
+    """Inputs far from 0, and running means that hardly follow: training is well, evaluation not."""
+    evidence = trained(tmp_path, "conv", "task={bias: 5, momentum: 0.001}", again=True)
+    (cause,) = found(evidence)
+    assert (cause.id, cause.layers) == ("batchnorm-stats", ("2", "5"))
+    assert cause.evidence["loss_with_running_statistics"] > 1  # type: ignore[operator]
+    assert cause.confidence > found(replace(evidence, replay=None))[0].confidence
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(float("nan"), "NaN"), (1e-9, "below BatchNorm's eps"), (1.0, None)]
+)
+def test_running_variances(tmp_path: Path, value: float, told: str | None) -> None:
+    variance = torch.full((4,), value)
+    evidence = of_tensors(tmp_path, {"bn.running_var": variance, "bn.weight": torch.ones(4)})
+    causes = found(evidence)
+    assert [(cause.id, cause.layers) for cause in causes] == (
+        [("batchnorm-stats", ("bn",))] if told else []
+    )
+    assert told is None or told in causes[0].cause
+
+
+def test_a_dead_channel_is_no_fault(tmp_path: Path) -> None:
+    variance = torch.tensor([0.0, 0.5, 0.2])
+    assert found(of_tensors(tmp_path, {"bn.running_var": variance})) == []
+
+
+def test_statistics_that_a_skipped_step_spoilt_in_a_foreign_loop(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    recorder = Recorder(model, optimizer, scaler, out=tmp_path / "run")
+    for inputs in (torch.randn(8, 4), torch.full((8, 4), torch.inf), torch.randn(8, 4)):
+        with recorder.step(inputs):
+            optimizer.zero_grad()
+            scaler.scale(model(inputs).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    recorder.close()
+    (cause,) = found(gather(tmp_path / "run"))
+    assert (cause.id, cause.layers, cause.step) == ("batchnorm-stats", ("1",), 2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "severities"),
+    [
+        (torch.tensor([1.0, 1e5]), {"-": "info", "fp16": "error", "bf16": "info"}),
+        (torch.full((4,), 1e-9), {"fp16": "warning"}),
+        (torch.tensor([1.0, 1e-9]), {"fp16": None}),
+    ],
+)
+def test_weights_that_fp16_cannot_hold(
+    tmp_path: Path, weight: torch.Tensor, severities: dict[str, str | None]
+) -> None:
+    bare = of_tensors(tmp_path, {"layer.weight": weight, "other.weight": torch.ones(2)})
+    for mode, severity in severities.items():
+        (tmp_path / mode).mkdir()
+        recipe = None
+        if mode != "-":
+            run = trained(tmp_path / mode, "mlp", "train.steps=1", f"precision.mode={mode}")
+            recipe = run.recipe
+        causes = found(replace(bare, recipe=recipe))
+        assert [cause.severity for cause in causes] == ([severity] if severity else [])
+        if causes:
+            assert causes[0].id == "weights-exceed-fp16"
+            assert causes[0].layers == ("layer",)
+
+
+def test_an_untouched_embedding_is_no_fault(tmp_path: Path) -> None:
+    """Rows that no batch had have no gradient, no moments, and the weights of the beginning."""
+    model = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    recorder = Recorder(model, optimizer, out=tmp_path / "run", every=5)
+    for _ in range(25):
+        with recorder.step(None):
+            optimizer.zero_grad()
+            model(torch.arange(3)).square().mean().backward()
+            optimizer.step()
+    recorder.close()
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    assert found(gather(tmp_path / "run")) == []
+    assert found(gather(folder)) == []
+
+
+def test_a_checkpoint_with_nan_names_layers_and_the_newest_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LocalEngine.checkpoint
+
+    def spoilt(engine: LocalEngine):  # type: ignore[no-untyped-def]
+        tensors, state = save(engine)
+        if state["attempted"] >= 8:
+            tensors = tensors | {
+                name: torch.full_like(tensors[name], torch.nan)
+                for name in ("model.2.weight", "optimizer.momentum_buffer.2.weight")
+            }
+        return tensors, state
+
+    monkeypatch.setattr(LocalEngine, "checkpoint", spoilt)
+    settings = ("train.steps=12", "output={checkpoint_every: 4 steps, keep_last: 3}")
+    run, plugin = training_run(tmp_path, "mlp", *settings)
+    causes = {cause.id: cause for cause in found(evidence_of(run, plugin))}
+    assert set(causes) == {"bad-checkpoint", "optimizer-state-corrupted"}
+    bad = causes["bad-checkpoint"]
+    assert (bad.layers, bad.step) == (("2",), 12)
+    assert bad.suggestion is not None
+    assert "step-4" in bad.suggestion.what
+    assert causes["optimizer-state-corrupted"].layers == ("2",)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(tmp_path: Path) -> None:
+    settings = ("train.steps=8", "output={checkpoint_every: 4 steps, keep_last: 2}")
+    run, plugin = training_run(tmp_path, "mlp", *settings)
+    newest = run.checkpoints_path / "step-8"
+    tensors = max(newest.iterdir(), key=lambda file: file.stat().st_size)
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    (cause,) = found(evidence_of(run, plugin))
+    assert cause.id == "bad-checkpoint"
+    assert "checkpoints/step-8" in cause.cause
+    assert cause.evidence["newest_good"] == "step-4"
+
+
+MESSAGE = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.25 GiB of "
+    "which 10.00 MiB is free."
+)
+
+
+def out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str
+) -> tuple[Finding, RunDirectory]:
+    accumulate = LocalEngine.accumulate
+
+    def full(engine, *args, **options):  # type: ignore[no-untyped-def]
+        if engine.scaler.attempted == 2:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return accumulate(engine, *args, **options)
+
+    monkeypatch.setattr(LocalEngine, "accumulate", full)
+    run, plugin = training_run(tmp_path, "mlp", *settings)
+    (cause,) = found(evidence_of(run, plugin))
+    return cause, run
+
+
+def test_out_of_memory_says_which_change_saves_how_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause, run = out_of_memory(tmp_path, monkeypatch)
+    assert (cause.id, cause.severity, cause.step) == ("out-of-memory", "error", 3)
+    parameters = run.plan().parameters
+    assert cause.evidence["weights_bytes"] == 4 * parameters
+    assert cause.evidence["optimizer_bytes"] == 4 * parameters  # SGD's momentum
+    assert cause.evidence["capacity_bytes"] == round(79.25 * 2**30)
+    assert cause.suggestion is not None
+    assert cause.suggestion.set == ("train.micro_batch_size=8",)
+    assert "saves about 40 GiB" in cause.suggestion.what
+    others = {change.set[0] for change in cause.alternatives}
+    assert {"engine.activation_checkpointing=true", "precision.mode=bf16"} <= others
+
+
+def test_weights_that_fill_the_device_need_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mpcli.diagnose.checks.memory.fixed_bytes",
+        lambda recipe, parameters: fixed_bytes(recipe, 5 * 10**9),
+    )
+    cause, _ = out_of_memory(tmp_path, monkeypatch, "optim={kind: adamw, lr: 0.01}")
+    assert cause.phase == "update" or cause.evidence["weights_bytes"] == 20 * 10**9
+    assert cause.suggestion is not None
+    assert cause.suggestion.set[0] == "precision.mode=bf16-pure"
