@@ -209,7 +209,8 @@ class _PeakMemory(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._now = self._peak = 0
         tensors, _ = stage.engine.checkpoint()
-        for tensor in (*tensors.values(), *stage.engine.buffers_before):
+        state = (tensor for name, tensor in tensors.items() if not name.startswith("rng."))
+        for tensor in (*state, *stage.engine.buffers_before):
             self._add(tensor)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
