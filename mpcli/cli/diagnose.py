@@ -48,6 +48,21 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Try what is suggested: run the same steps without and with it."
+        ),
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Steps of `--verify` after the one where something is wrong; default: 32.",
+            show_default=False,
+        ),
+    ] = None,
     evidence: Annotated[
         bool, typer.Option("--evidence", help="Print the evidence too, as tables.")
     ] = False,
@@ -100,6 +115,15 @@ def diagnose(
     run = RunDirectory.read(place, "--replay ") if replay or is_run(place) else None
     if run and replay:
         run.refuse_foreign("--replay ")
+    if verify and run is None:
+        raise user_error(
+            f"--verify {place}: it is no run, so there are no steps to run again",
+            "name the run directory that it is of",
+        )
+    if run and verify:
+        run.refuse_foreign("--verify ")
+    if steps and not verify:
+        raise user_error(f"--steps {steps}: of what?", "add `--verify`")
     if plugin and not recipe and (run is None or run.foreign()):
         raise user_error(f"--plugin {plugin}: {place} has none", "leave it out")
     named = _named_recipe(recipe, plugin, run)
@@ -107,6 +131,8 @@ def diagnose(
     if replay is not False:
         found = dataclasses.replace(found, replay=_replayed(run, plugin, asked=bool(replay)))
     causes = ranked(findings(found))
+    if run and verify:
+        causes = _verified(run, causes, steps, plugin)
     sentence, around = verdict(found.facts, found.replay, causes), margins(found)
     code = _exit_code(fail_on, [cause.severity for cause in causes])
     written = _write_fix(out, causes, run, named, plugin) if out else None
@@ -205,6 +231,22 @@ def _exit_code(fail_on: Level | None, severities: list[Level]) -> Exit:
     return Exit.NUMERICS if reached else Exit.DONE
 
 
+def _verified(
+    run: RunDirectory, causes: list[Finding], steps: int | None, plugin: str | None
+) -> list[Finding]:
+    """What became of the suggestions."""
+    with uninterrupted():
+        from mpcli.diagnose.verify import STEPS
+        from mpcli.diagnose.verify import verify as verify_findings
+
+    file = plugin_of_run(run, plugin)
+    return verify_findings(run, causes, steps=steps or STEPS, plugin=file, tell=_tell)
+
+
+def _tell(text: str) -> None:
+    write(visible(text), sys.stderr)
+
+
 def _replayed(run: RunDirectory | None, plugin: str | None, *, asked: bool) -> Replay | None:
     """A step once more. Where nobody asked, only if it is quick, and not if it cannot be."""
     if run is None or run.foreign():
@@ -213,18 +255,15 @@ def _replayed(run: RunDirectory | None, plugin: str | None, *, asked: bool) -> R
         from mpcli.diagnose.replay import is_quick
         from mpcli.diagnose.replay import replay as replay_step
 
-    def tell(text: str) -> None:
-        write(text, sys.stderr)
-
     try:
         file = plugin_of_run(run, plugin)
         if not asked and not is_quick(run):
-            tell("no step is run again, as that takes more than a minute: `--replay` does it")
+            _tell("no step is run again, as that takes more than a minute: `--replay` does it")
             return None
-        return replay_step(run, plugin=file, tell=tell)
+        return replay_step(run, plugin=file, tell=_tell)
     except UserError as error:
         if asked:
             raise
         why = error.problems[0]
-        tell(f"no step is run again: {why.what}; {why.hint or ''}".rstrip("; "))
+        _tell(f"no step is run again: {why.what}; {why.hint or ''}".rstrip("; "))
         return None

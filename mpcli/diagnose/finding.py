@@ -57,13 +57,18 @@ class Suggestion(Record):
 
 
 class Arm(Record):
-    """What some steps gave, in one of the two runs of a verification."""
+    """What some steps gave, in one of the two runs of a verification.
+
+    Loss and symptom of steps that broke are `nan` or `inf`. Memory is that of the tensors which a
+    step holds at most, of a GPU all that torch had allocated: weights, state and what a backward
+    needs, but not the workspace of kernels on a CPU.
+    """
 
     steps: int
     skipped: int = Field(description="steps with NaN or infinite gradients")
     loss: float = Field(description="mean of the last quarter of the steps")
     symptom: float = Field(description="what is measured, by `Verification.symptom`")
-    seconds_per_step: float
+    seconds_per_step: float = Field(description="median")
     peak_memory_bytes: int
 
 
@@ -76,7 +81,7 @@ class Verification(Record):
     symptom: str = Field(description="what `Arm.symptom` is")
     checkpoint: int | None = Field(description="step of the state gone on from; null: fresh")
     without: Arm
-    with_it: Arm
+    with_it: Arm | None = Field(description="null: it cannot be run, for the reason in `why`")
 
 
 class Finding(Record):
@@ -98,6 +103,7 @@ class Finding(Record):
         default=None, description="whether `suggestion` was tried, and helped"
     )
     tried: tuple[Verification, ...] = ()
+    not_tried: str | None = Field(default=None, description="why `--verify` tried no suggestion")
     consequences: tuple[Finding, ...] = Field(
         default=(), description="other findings that follow from this one"
     )

@@ -82,7 +82,7 @@ def chosen_step(
         if row.step == step:
             return row, "it was asked for"
         last = row
-        if broken is None and _is_bad(row) and not may_mend(loss_scale, row):
+        if broken is None and is_bad(row) and not may_mend(loss_scale, row):
             broken = row
     if step is not None:
         there = f"there are the steps 1 to {last.step:,}" if last else "it has no steps yet"
@@ -110,7 +110,8 @@ def is_quick(run: RunDirectory) -> bool:
     return (row.step - start + SHADOWS) * per_step <= QUICK_SECONDS
 
 
-def _is_bad(row: StepRecord) -> bool:
+def is_bad(row: StepRecord) -> bool:
+    """Whether a step was skipped, or its loss is not finite."""
     return not row.applied or not math.isfinite(row.loss)
 
 
@@ -121,7 +122,7 @@ def _replayed(
     why: str,
     tell: Callable[[str], None],
 ) -> Replay:
-    step, plan = row.step if row else 1, _plan(run)
+    step, plan = row.step if row else 1, plan_of(run)
     check_device(plan)
     if not 1 <= step <= plan.steps:
         raise user_error(
@@ -207,7 +208,12 @@ def _running_statistics(model: nn.Module) -> Iterator[list[nn.Module]]:
             norm.train()
 
 
-def _plan(run: RunDirectory) -> Plan:
+def plan_of(run: RunDirectory) -> Plan:
+    """The plan of an attempt.
+
+    Raises:
+        UserError: exit 4, it cannot be read.
+    """
     try:
         return run.plan()
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
 from mpcli.data.batch import Batch
+from mpcli.engines.base import Outcome
 from mpcli.engines.local import LocalEngine
 from mpcli.flight import flights, load_flight
 from mpcli.recipe.errors import Exit, UserError, user_error
@@ -49,14 +50,17 @@ class Stage:
         self.data.prepare(self.device)
 
         self.model = self._build_model()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # Not a copy: what a model holds besides parameters need not bear one.
-            self.exact = self._build_model()
         names = {name for name, _ in self.model.named_modules()}
         if unknown := sorted(set(plan.fp32_modules) - names):
             raise _broken(f"the plan of the run has a module `{unknown[0]:.100}`, its model not")
         self.engine = LocalEngine(recipe, self.model, self.device, plan.steps, plan.fp32_modules)
         self.loss = functools.partial(self.task.loss, recipe.task)
+
+    @functools.cached_property
+    def exact(self) -> nn.Module:
+        """Not a copy: what a model holds besides parameters need not bear one."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return self._build_model()
 
     def _build_model(self) -> nn.Module:
         """As the run began with."""
@@ -153,7 +157,7 @@ class Stage:
                 told = time.monotonic()
                 tell(f"{attempted - start.attempted:,} of {again:,} steps are run again")
             if attempted > start.attempted:
-                self._run(attempted)
+                self.run(attempted)
             if attempted in backs:
                 tensors, state = seen[backs[attempted]]
                 self.engine.restore(tensors, state | {"attempted": attempted})
@@ -162,12 +166,16 @@ class Stage:
                 seen[attempted] = {name: t.clone() for name, t in tensors.items()}, state
         return start, again
 
-    def _run(self, step: int) -> None:
+    def run(self, step: int) -> tuple[Tensor, Outcome]:
+        """The attempted step that comes next: its loss, and what became of it."""
         batch = self.batch(step)
-        for number, part in enumerate(self.micro_batches(batch), 1):
-            last = number == self.plan.accumulation
-            self.engine.accumulate(self.loss, part, batch.weight, last=last)
-        self.engine.step()
+        losses = [
+            self.engine.accumulate(
+                self.loss, part, batch.weight, last=number == self.plan.accumulation
+            )
+            for number, part in enumerate(self.micro_batches(batch), 1)
+        ]
+        return torch.stack(losses).sum(), self.engine.step()
 
     def _can_restore(self, start: Start, tell: Callable[[str], None]) -> bool:
         if start.checkpoint is None:

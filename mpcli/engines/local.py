@@ -291,6 +291,43 @@ class LocalEngine:
         self.scaler.restore(scaler, attempted)
         for name, value in given.items():
             own[name].copy_(value)  # into its memory format
+        self._go_on(tensors, attempted)
+
+    def adopt(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
+        """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
+
+        Weights are the exact ones, so the masters of a mode that has any, rounded once to the types
+        here. State of the optimizer goes over where its name and shape are the same. What is not
+        given begins as the recipe says, such as a loss scale.
+
+        Args:
+            tensors: of `checkpoint`; without `scaler.*` for another policy.
+            attempted: steps so far.
+
+        Raises:
+            UserError: exit 4, a weight or a buffer is missing, or of another shape.
+        """
+        for name, value in self._state().items():
+            part, _, bare = name.partition(".")
+            is_weight = part in ("model", "master")
+            exact = tensors.get(f"master.{bare}", tensors.get(f"model.{bare}"))
+            given = exact if is_weight else tensors.get(name)
+            if part != "scaler" and given is not None and given.shape == value.shape:
+                value.copy_(given)
+            elif is_weight or part == "buffer":
+                there = "missing" if given is None else _about(given)
+                raise _foreign(f"`{name}` is {there}, and {_about(value)} here")
+        if int(self.applied) > attempted:
+            raise _foreign(f"{int(self.applied)} of {attempted} steps are applied")
+        scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
+        if all(key in tensors for key in scaler.values()):
+            self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
+        else:
+            self.scaler.begin(attempted)
+        self._go_on(tensors, attempted)
+
+    def _go_on(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
+        """What follows from a state that was copied, and its random numbers."""
         for before, buffer in zip(self.buffers_before, self.buffers, strict=True):
             before.copy_(buffer)
         try:

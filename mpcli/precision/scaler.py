@@ -31,6 +31,15 @@ class LossScaler:
         self._scheduled = torch.tensor(scheduled, dtype=torch.float32, device=device)
         self._inverse_scale = self._inverse()
 
+    def begin(self, attempted: int) -> None:
+        """Begin after `attempted` steps that another policy scaled."""
+        self.attempted = attempted
+        if isinstance(self.policy, ScheduledScale):
+            self.scale = self._scheduled[position_at(self.policy.points, attempted)]
+        elif isinstance(self.policy, DynamicScale):
+            self.scale = self.scale.clamp_min(floor(self.policy, attempted))
+        self._inverse_scale = self._inverse()
+
     def unscale_(self, gradients: list[Tensor]) -> Tensor:
         """Divide fp32 gradients by the scale in place.
 
