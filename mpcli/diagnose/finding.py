@@ -14,6 +14,7 @@ FindingId = Literal[
     "forward-overflow",
     "scale-too-high",
     "scale-collapse",
+    "forward-nonfinite",
     "backward-nonfinite",
     "skip-storm",
     "exploding-gradients",

@@ -32,6 +32,7 @@ EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "weights-exceed-fp16": _NONFINITE | {"bad-checkpoint"},
     "batchnorm-stats": _NONFINITE - {"batchnorm-stats"},
     "forward-overflow": _NONFINITE - {"forward-overflow"},
+    "forward-nonfinite": _NONFINITE,
     "backward-nonfinite": _NONFINITE - {"backward-nonfinite", "forward-overflow"},
     "scale-too-high": frozenset({"skip-storm", "backward-nonfinite", "scale-collapse"}),
     "scale-collapse": frozenset({"skip-storm", "underflow"}),
