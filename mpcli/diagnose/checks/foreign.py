@@ -7,7 +7,6 @@ steps have each module beside itself in fp32 (`shadow`).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -25,12 +24,6 @@ would take more than that is not the doing of a number format, or of the loss sc
 MANY_FLUSHED = 0.1
 """Share of a step's gradients that are zero only in fp16: the share of its values that a layer of
 weights may lose, too, where `mptrain diagnose` says that it fits fp16."""
-
-_OUT_OF_RANGE = (
-    (r"Target (-?\d+) is out of bounds", "A label is out of range: {0}"),
-    (r"index out of range in self", "A token, or another index, is outside of its embedding"),
-)
-"""What torch says when a batch has numbers that no layer is there for."""
 
 
 def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
@@ -57,36 +50,19 @@ def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
             return
 
 
-def foreign_bad_index(evidence: Evidence) -> Iterable[Finding]:
-    """A loop that ended as its batch had a label or an index that does not exist."""
-    run = evidence.facts.run
-    if run is None or not evidence.is_foreign or run.result is None:
-        return
-    for pattern, cause in _OUT_OF_RANGE:
-        if match := re.search(pattern, run.result.reason or ""):
-            yield Finding(
-                id="bad-batch",
-                severity="error",
-                cause=cause.format(*match.groups()),
-                phase="input",
-                step=int(evidence.history.step[-1]) if len(evidence.history) else None,
-                confidence=1.0,
-                evidence={"error": run.result.reason},
-                suggestion=Suggestion(
-                    what="compare the labels and indices of the data with the sizes of the model",
-                    code="assert 0 <= labels.min() and labels.max() < num_classes",
-                ),
-            )
-
-
 def foreign_underflow(evidence: Evidence) -> Iterable[Finding]:
-    """Gradients that fp16 made zero: seen in the shadow, or as no gradient is left at all."""
+    """Gradients that fp16 made zero, or is about to.
+
+    What a module's own arithmetic flushed shows in its shadow. What was flushed before it, as when
+    the gradient of an fp32 loss becomes fp16, does not; but where even the largest gradient of a
+    step is subnormal, all that is 1000 times smaller is zero.
+    """
     if not evidence.is_foreign or evidence.compute != "fp16":
         return
-    shares = [(_flushed(sample), sample) for sample in evidence.samples]
-    share, sample = max(shares, key=lambda pair: pair[0], default=(0.0, None))
+    starved = [(max(_flushed(sample), _starved(sample)), sample) for sample in evidence.samples]
+    share, sample = max(starved, key=lambda pair: pair[0], default=(0.0, None))
     if sample is not None and share >= MANY_FLUSHED and _is_low(sample):
-        yield _underflow(evidence, sample, share)
+        yield _underflow(evidence, sample)
     elif len(gone := _steps_without_gradient(evidence)):
         step = int(gone[0])
         scale = evidence.history.at(step, "scale")
@@ -104,29 +80,33 @@ def foreign_underflow(evidence: Evidence) -> Iterable[Finding]:
         )
 
 
-def _underflow(evidence: Evidence, sample: Sample, share: float) -> Finding:
-    rows = sorted(_shadowed(sample), key=lambda row: -row.shadow.flushed if row.shadow else 0.0)
-    scale = evidence.history.at(sample.step, "scale")
+def _underflow(evidence: Evidence, sample: Sample) -> Finding:
+    shares = {row.module: row.shadow.flushed for row in _shadowed(sample) if row.shadow}
+    flushed, scale = _flushed(sample), evidence.history.at(sample.step, "scale")
     largest = _largest_gradient([sample])
-    headroom = math.log2(FP16_MAX / (largest * scale)) if largest else None
+    cause = (
+        f"fp16 makes {flushed:.0%} of the gradients zero at a loss scale of {scale:g}"
+        if flushed >= MANY_FLUSHED
+        else f"Even the largest gradient is {largest * scale:.1g} at a loss scale of {scale:g}: "
+        "fp16 makes zero of all that are 1000 times smaller"
+    )
     return Finding(
         id="underflow",
-        severity="error" if share >= 0.5 else "warning",
-        cause=f"fp16 makes {share:.0%} of the gradients zero at a loss scale of {scale:g}, most in "
-        f"{rows[0].module}",
+        severity="error" if max(flushed, _starved(sample)) >= 0.5 else "warning",
+        cause=cause,
         layers=tuple(
-            dict.fromkeys(
-                row.module for row in rows if row.shadow and row.shadow.flushed >= MANY_FLUSHED
-            )
+            name
+            for name, share in sorted(shares.items(), key=lambda item: -item[1])
+            if share >= MANY_FLUSHED
         ),
         phase="backward",
         step=sample.step,
         confidence=0.9,
         evidence={
-            "flushed_share": round(share, 4),
+            "flushed_share_in_modules": round(flushed, 4),
             "loss_scale": scale,
             "largest_gradient_unscaled": largest,
-            "headroom_bits": headroom,
+            "headroom_bits": math.log2(FP16_MAX / (largest * scale)) if largest else None,
         },
         suggestion=remedies.dynamic_scale(evidence),
         alternatives=(
@@ -201,7 +181,8 @@ def _forward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) 
     largest, overflowed = _outputs(evidence, origin.module)
     is_near = largest * SPIKE >= FP16_MAX
     place = _named(origin.module)
-    numbers = {"value": origin.value, "format": "+".join(sorted(formats)) or None,
+    numbers = {"value": origin.value, "operation": origin.operation,
+               "format": "+".join(sorted(formats)) or None,
                "largest_output_sampled": largest or None, "loss": flight.loss}  # fmt: skip
     about = {"layers": (origin.module,), "phase": "forward", "step": flight.step,
              "severity": "error", "evidence": numbers}  # fmt: skip
@@ -235,7 +216,7 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
     formats = _formats(evidence, origin.module)
     expected = _largest_gradient(evidence.samples) * flight.scale
     may_overflow = not expected or expected * SPIKE >= FP16_MAX
-    if evidence.compute in ("fp16", "-") and flight.scale > 1 and may_overflow:
+    if may_overflow and evidence.compute in ("fp16", "-") and not _at_scale_1(evidence, flight):
         return None
     return Finding(
         id="backward-nonfinite",
@@ -249,6 +230,7 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
         evidence={
             "value": origin.value,
             "format": "+".join(sorted(formats)) or None,
+            "operation": origin.operation,
             "loss": flight.loss,
             "loss_scale": flight.scale,
             "largest_gradient_sampled_times_scale": expected or None,
@@ -258,6 +240,15 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
         if formats & {"fp16", "bf16"}
         else (),
     )
+
+
+def _at_scale_1(evidence: Evidence, flight: FlightRecord) -> bool:
+    """Whether steps go on to be skipped until the loss scale is down to 1."""
+    history = evidence.history
+    later = history.step >= flight.step
+    skipped, scale = history.skipped[later], history.scale[later]
+    in_a_row = len(skipped) if skipped.all() else int((~skipped).argmax())
+    return flight.scale <= 1 or bool((scale[:in_a_row] <= 1).any())
 
 
 def _without_origin(evidence: Evidence, flight: FlightRecord) -> Finding | None:
@@ -351,6 +342,16 @@ def _flushed(sample: Sample) -> float:
     return lost / elements if elements else 0.0
 
 
+def _starved(sample: Sample) -> float:
+    """Share of fp16's subnormal range that the largest gradient of a step does not reach; 0 above.
+
+    At 0 the largest has all its bits and lies 2^10 above the least number, at 1 it is that one.
+    """
+    rows = [row for row in sample.of("grad_output") if row.dtype == "fp16"]
+    largest = max((row.max for row in rows), default=0.0)
+    return 0.0 if largest == 0 else max(-14 - math.log2(largest), 0.0) / 10
+
+
 def _is_low(sample: Sample) -> bool:
     """Whether the scale may rise: the largest gradient is a factor of 4 or more from overflow."""
     return all(row.max * 4 <= FP16_MAX for row in sample.rows
@@ -366,6 +367,5 @@ def _steps_without_gradient(evidence: Evidence) -> np.ndarray:
 
 FOREIGN: tuple[Callable[[Evidence], Iterable[Finding]], ...] = (
     foreign_nonfinite,
-    foreign_bad_index,
     foreign_underflow,
 )

@@ -77,6 +77,8 @@ def fp32_island(evidence: Evidence) -> Iterable[Finding]:
     sizes = _sizes(evidence)
     total = sum(sizes.get(name, 0) for name in multiplying)
     share = sum(sizes.get(name, 0) for name in islands) / total if total else 0.0
+    if share > MOST and not _wants_half(evidence):
+        return  # then the half ones are the exception
     cast_in, cast_out = _casts(evidence, islands, types)
     islands.sort(key=lambda name: -sizes.get(name, 0))
     yield Finding(
@@ -311,6 +313,12 @@ def _has_half(evidence: Evidence) -> bool:
     seen = [part for t in run.types.values() for part in (t.computed, t.stored)] if run else []
     seen += [module.stored for module in run.foreign.modules] if run and run.foreign else []
     return any("fp16" in types or "bf16" in types for types in seen)
+
+
+def _wants_half(evidence: Evidence) -> bool:
+    """Whether half is meant for the whole of a model: by its recipe, or by autocast."""
+    autocast = [e.autocast for _, e in _all(evidence) if e.event == "forward" and e.autocast]
+    return evidence.recipe is not None or any(kind != "off" for kind in autocast)
 
 
 def _settings(evidence: Evidence) -> dict[str, float | bool | str | None]:
