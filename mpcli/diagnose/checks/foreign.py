@@ -7,6 +7,7 @@ steps have each module beside itself in fp32 (`shadow`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -16,6 +17,8 @@ from mpcli.diagnose.evidence import Evidence, Sample
 from mpcli.diagnose.finding import Finding, Suggestion
 from mpcli.precision.observe import LOSS
 from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin
+
+Numbers = dict[str, float | str | bool | None]
 
 FP16_MAX = 65504.0
 SPIKE = 2.0**8
@@ -176,38 +179,49 @@ def _weights(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) 
 
 
 def _forward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
-    """An overflow of fp16 is infinite, in fp16; of NaN, only near its limit."""
+    """An overflow of fp16 is infinite, in fp16 or in a cast to it; of NaN, only near its limit."""
     formats = _formats(evidence, origin.module)
     largest, overflowed = _outputs(evidence, origin.module)
-    is_near = largest * SPIKE >= FP16_MAX
+    is_near = overflowed or largest * SPIKE >= FP16_MAX
+    is_cast = origin.operation == "_to_copy"  # to bf16, fp32 and fp64 keep their range
+    of_format = is_near or (origin.value == "inf" and not _has_pole(origin))
     place = _named(origin.module)
-    numbers = {"value": origin.value, "operation": origin.operation,
-               "format": "+".join(sorted(formats)) or None,
-               "largest_output_sampled": largest or None, "loss": flight.loss}  # fmt: skip
-    about = {"layers": (origin.module,), "phase": "forward", "step": flight.step,
-             "severity": "error", "evidence": numbers}  # fmt: skip
-    if "fp16" in formats and (origin.value == "inf" or is_near):
-        first, second = remedies.bf16(evidence), _layer_in_fp32(evidence, origin.module)
-        if not _runs_in_fp16(evidence):
-            first, second = second, first
+    numbers: Numbers = {
+        "value": origin.value,
+        "operation": origin.operation,
+        "format": "+".join(sorted(formats)) or None,
+        "largest_output_sampled": largest or None,
+        "loss": flight.loss,
+    }
+    if is_cast or ("fp16" in formats and of_format):
+        what = f"A value that {place} makes fp16" if is_cast else f"The output of {place}"
+        wide = [remedies.bf16(evidence)] if _runs_in_fp16(evidence) else []
+        mending = [*wide, _layer_in_fp32(evidence, origin.module)]
         return Finding(
             id="forward-overflow",
-            cause=f"The output of {place} leaves the range of fp16 (65504) in step {flight.step}",
-            confidence=1.0 if overflowed else 0.9 if is_near else 0.7,
-            suggestion=first,
-            alternatives=(second,),
-            **about,
+            severity="error",
+            cause=f"{what} leaves the range of fp16 (65504) in step {flight.step}",
+            layers=(origin.module,),
+            phase="forward",
+            step=flight.step,
+            confidence=1.0 if is_cast or overflowed else 0.9 if is_near else 0.7,
+            evidence=numbers,
+            suggestion=mending[0],
+            alternatives=tuple(mending[1:]),
         )
-    is_half = bool(formats & {"fp16", "bf16"})
-    in_format = f", in {numbers['format']}" if formats else ""
+    first, *others = _guards(evidence, origin, formats)
     return Finding(
         id="forward-nonfinite",
+        severity="error",
         cause=f"{place} makes {origin.value} out of finite numbers in step {flight.step}"
-        f"{in_format}",
+        f"{_within(formats)}",
+        layers=(origin.module,),
+        phase="forward",
+        step=flight.step,
         confidence=0.8,
-        suggestion=_layer_in_fp32(evidence, origin.module) if is_half else _guard(origin),
-        alternatives=(remedies.fp32(evidence), _guard(origin)) if is_half else (),
-        **about,
+        evidence=numbers,
+        suggestion=first,
+        alternatives=tuple(others),
     )
 
 
@@ -218,27 +232,26 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
     may_overflow = not expected or expected * SPIKE >= FP16_MAX
     if may_overflow and evidence.compute in ("fp16", "-") and not _at_scale_1(evidence, flight):
         return None
+    first, *others = _guards(evidence, origin, formats)
     return Finding(
         id="backward-nonfinite",
         severity="error",
-        cause=f"{_named(origin.module)} makes {origin.value} out of finite numbers in the backward "
-        f"of step {flight.step}: its outputs are finite, the slope of an operation in it is not",
+        cause=f"The backward of {_named(origin.module)} makes {origin.value} out of finite numbers "
+        f"in step {flight.step}{_within(formats)}",
         layers=(origin.module,),
         phase="backward",
         step=flight.step,
         confidence=0.9,
         evidence={
             "value": origin.value,
-            "format": "+".join(sorted(formats)) or None,
             "operation": origin.operation,
+            "format": "+".join(sorted(formats)) or None,
             "loss": flight.loss,
             "loss_scale": flight.scale,
             "largest_gradient_sampled_times_scale": expected or None,
         },
-        suggestion=_guard(origin),
-        alternatives=(_layer_in_fp32(evidence, origin.module),)
-        if formats & {"fp16", "bf16"}
-        else (),
+        suggestion=first,
+        alternatives=tuple(others),
     )
 
 
@@ -272,13 +285,27 @@ def _layer_in_fp32(evidence: Evidence, module: str) -> Suggestion:
     return remedies.fp32_layers(evidence, (module,))
 
 
-def _guard(origin: NonFiniteOrigin) -> Suggestion:
-    place = _named(origin.module)
-    return Suggestion(
-        what=f"keep {place} away from where its operations are singular (division by 0, the "
-        "logarithm or the root of 0, the norm of a zero vector): fp32 alone does not help",
+def _guards(
+    evidence: Evidence, origin: NonFiniteOrigin, formats: set[str]
+) -> tuple[Suggestion, ...]:
+    """In half, its few bits may have made a zero of what is none in fp32."""
+    guard = Suggestion(
+        what=f"keep {_named(origin.module)} away from where its operations are singular: division "
+        "by 0, the logarithm or the root of 0, the norm of zeros",
         code="x / (y + eps); x.clamp_min(eps).log(); (x.square().sum() + eps).sqrt()",
     )
+    if not formats & {"fp16", "bf16"}:
+        return (guard,)
+    return _layer_in_fp32(evidence, origin.module), remedies.fp32(evidence), guard
+
+
+def _has_pole(origin: NonFiniteOrigin) -> bool:
+    """Whether it was an operation that is infinite at ordinary numbers, such as 0."""
+    return re.search(r"sqrt|log|div|reciprocal|pow", origin.operation or "") is not None
+
+
+def _within(formats: set[str]) -> str:
+    return f", in {'+'.join(sorted(formats))}" if formats else ""
 
 
 def _named(module: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def test_a_slope_that_is_not_finite_is_the_module_s(loop, said):
     arguments = {} if loop is unscaled else {"init_scale": 8.0}
     found = only(said(lambda record: loop(record, model, **arguments)), "backward-nonfinite")
     assert (found.layers, found.phase) == (("1",), "backward")
-    assert "eps" in found.suggestion.code
+    assert "eps" in [found.suggestion, *found.alternatives][-1].code
 
 
 def test_nan_of_finite_numbers_in_fp32_is_no_overflow(said):
@@ -135,7 +137,8 @@ def test_gradients_that_a_low_scale_makes_zero_are_found(said):
     assert (found.phase, found.step) == ("backward", 1)
     assert found.evidence["loss_scale"] == 2.0**-20
     assert "GradScaler" in found.suggestion.code
-    assert "init_scale=65536" in found.alternatives[0].code or found.alternatives
+    (scale,) = re.findall(r"init_scale=(\d+)", found.alternatives[0].code)
+    assert 0.1 < found.evidence["largest_gradient_unscaled"] * int(scale) / 65504 <= 0.5
 
 
 def test_gradients_that_all_are_zero_are_found_without_a_sample(said):
