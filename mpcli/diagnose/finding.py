@@ -12,9 +12,9 @@ from mpcli.records import Record
 FindingId = Literal[
     "underflow",
     "forward-overflow",
+    "forward-nonfinite",
     "scale-too-high",
     "scale-collapse",
-    "forward-nonfinite",
     "backward-nonfinite",
     "skip-storm",
     "exploding-gradients",

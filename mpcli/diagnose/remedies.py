@@ -52,7 +52,8 @@ def fp32(evidence: Evidence) -> Suggestion:
     if evidence.is_foreign:
         return _of_loop(
             "train in fp32",
-            "leave out torch.autocast and the GradScaler",
+            f"scaler = torch.amp.GradScaler({device(evidence)!r}, enabled=False)\n"
+            f"with torch.autocast({device(evidence)!r}, enabled=False):\n    loss = ...",
             {"fp16": False, "bf16": False} if evidence.is_trainer else None,
         )
     settings = ("precision.mode=fp32", "precision.loss_scale={kind: none}")
@@ -71,13 +72,20 @@ def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:
 
 
 def _in_fp32(evidence: Evidence, layers: tuple[str, ...]) -> str:
-    """Code that can be pasted once the model is made, before its optimizer."""
-    return "\n".join((
-        f"for name in {list(layers)}:",
-        "    layer = model.get_submodule(name).float()",
-        f"    layer.forward = torch.autocast({device(evidence)!r}, enabled=False)(layer.forward)",
-        "    layer.register_forward_pre_hook(lambda _, args: tuple(x.float() for x in args))",
-    ))  # fmt: skip
+    """Code that can be run once the model is made; names are of modules or of their classes."""
+    kind = device(evidence)
+    return f"""\
+def fp32(x):
+    return x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+
+def all_fp32(layer, args, kwargs):
+    return torch.utils._pytree.tree_map(fp32, (args, kwargs))
+
+for name, layer in model.named_modules():
+    if {{name, type(layer).__name__}} & {set(layers)}:
+        layer.float()
+        layer.forward = torch.autocast({kind!r}, enabled=False)(layer.forward)
+        layer.register_forward_pre_hook(all_fp32, with_kwargs=True)"""
 
 
 def device(evidence: Evidence) -> str:
