@@ -82,7 +82,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
         train(recipe, plan, run, display, progress, resume=run.attempt > 1)
         return finish("done", Exit.DONE)
     except Diverged as diverged:
-        hint = "`steps.jsonl` in the run directory holds loss, gradient norm and scale of each step"
+        hint = "`mptrain diagnose` with the run directory names the cause, the layer and the fix"
         return finish(
             "diverged", Exit.NUMERICS, [Problem(str(diverged), hint, finding=diverged.finding)]
         )

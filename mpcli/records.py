@@ -175,6 +175,8 @@ class LayerRecord(Record):
     gradient are multiplied by `scale`.
     """
 
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     step: int
     attempt: int
     rank: int = 0
@@ -213,6 +215,12 @@ class LayerRecord(Record):
         "stored weight did not change",
     )
     shadow: ShadowComparison | None = None
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Strict JSON text, by pydantic where it can: a sampled step has hundreds of these."""
+        text = self.model_dump_json(indent=indent)
+        named = "NaN" in text or "Infinity" in text  # which strict JSON has not
+        return super().to_json(indent) if named else text
 
 
 class NonFiniteOrigin(Record):

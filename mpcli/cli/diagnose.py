@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +21,8 @@ from mpcli.recipe.render import visible
 from mpcli.signals import uninterrupted
 
 if TYPE_CHECKING:
+    from mpcli.diagnose.finding import Finding
+    from mpcli.recipe.load import LoadedRecipe
     from mpcli.records import Replay
     from mpcli.rundir import RunDirectory
 
@@ -43,11 +48,22 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="Print the evidence too, as tables.")
+    ] = False,
+    fix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write the recipe with the fixes in it to a new YAML file.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="The recipe of a checkpoint or a file of weights that lies in no run.",
+            help="The recipe of a checkpoint or a file of weights that lies in no run of ours.",
             show_default=False,
         ),
     ] = None,
@@ -68,43 +84,115 @@ def diagnose(
     if path == "":
         raise user_error("the path is empty", "leave it out for the newest run")
     place = newest_run() if path is None else Path(path)
+    out = _new_file(fix)
 
     with uninterrupted():
         from mpcli.cli.evidence import show_evidence
+        from mpcli.cli.findings import show_findings
         from mpcli.cli.replayed import show_replay
         from mpcli.diagnose.checks import findings
         from mpcli.diagnose.margins import margins
         from mpcli.diagnose.places import gather, is_run
         from mpcli.diagnose.ranking import ranked
         from mpcli.diagnose.summary import verdict
-        from mpcli.recipe.load import load_recipe
         from mpcli.rundir import RunDirectory
 
-    run = RunDirectory.read(place) if is_run(place) else None
-    named = load_recipe(recipe, plugin=named_plugin(plugin)) if recipe else None
-    if run and recipe:
-        raise user_error(f"--recipe {recipe}: the run has its own", "leave it out")
-    evidence = gather(place, named.recipe if named else None)
+    run = RunDirectory.read(place, "--replay ") if replay or is_run(place) else None
+    if run and replay:
+        run.refuse_foreign("--replay ")
+    if plugin and not recipe and (run is None or run.foreign()):
+        raise user_error(f"--plugin {plugin}: {place} has none", "leave it out")
+    named = _named_recipe(recipe, plugin, run)
+    found = gather(place, named.recipe if named else None)
     if replay is not False:
-        evidence = replace(evidence, replay=_replayed(run, plugin, asked=bool(replay)))
-    causes = ranked(findings(evidence))
-    sentence = verdict(evidence.facts, evidence.replay, causes)
+        found = dataclasses.replace(found, replay=_replayed(run, plugin, asked=bool(replay)))
+    causes = ranked(findings(found))
+    sentence, around = verdict(found.facts, found.replay, causes), margins(found)
     code = _exit_code(fail_on, [cause.severity for cause in causes])
+    written = _write_fix(out, causes, run, named, plugin) if out else None
     if as_json:
-        shown = evidence.replay.model_dump() if evidence.replay else None
+        shown = found.replay.model_dump() if found.replay else None
         write_json({
             "verdict": sentence,
             "findings": [cause.model_dump() for cause in causes],
-            "margins": margins(evidence),
-            "evidence": evidence.facts.model_dump() | {"replay": shown},
+            "margins": around,
+            "evidence": found.facts.model_dump() | {"replay": shown},
+            "fix": written and str(written),
             "status": "done", "exit_code": code,
         })  # fmt: skip
-    else:
-        show_evidence(evidence.facts)
-        if evidence.replay:
-            show_replay(evidence.replay)
-        write(visible(f"{place}: {sentence}"))
+        raise typer.Exit(code)
+    if evidence:
+        show_evidence(found.facts)
+        if found.replay:
+            show_replay(found.replay)
+    show_findings(causes, around)
+    write(visible(f"{place}: {sentence}"))
+    if written:
+        write(f"wrote {written}; next: mptrain run {shlex.quote(str(written))}", sys.stderr)
     raise typer.Exit(code)
+
+
+def _named_recipe(
+    path: str | None, plugin: str | None, run: RunDirectory | None
+) -> LoadedRecipe | None:
+    """The recipe of `--recipe`."""
+    if path is None:
+        return None
+    if run and not run.foreign():
+        raise user_error(f"--recipe {path}: the run has its own", "leave it out")
+    from mpcli.recipe.load import load_recipe
+
+    return load_recipe(path, plugin=named_plugin(plugin))
+
+
+def _new_file(fix: str | None) -> Path | None:
+    if fix is None:
+        return None
+    path = Path(fix)
+    if path.suffix not in (".yaml", ".yml"):
+        raise user_error(f"--fix {fix}: a recipe is a `.yaml` file", "such as `--fix fixed.yaml`")
+    if os.path.lexists(path):
+        raise user_error(f"--fix {fix}: it exists already", "name a new file")
+    if not path.parent.is_dir():
+        raise user_error(f"--fix {fix}: no such folder", "make it first")
+    return path
+
+
+def _write_fix(
+    out: Path,
+    causes: Sequence[Finding],
+    run: RunDirectory | None,
+    named: LoadedRecipe | None,
+    plugin: str | None,
+) -> Path | None:
+    """The repaired recipe; None where nothing is to be changed in one, which is told."""
+    from mpcli.diagnose.repair import overrides, repaired
+
+    settings = overrides(causes)
+    if not settings:
+        write("--fix: nothing was found that a change of the recipe mends", sys.stderr)
+        return None
+    if run and not run.foreign():
+        recipe, source, file = run.recipe_path, run.source_path, plugin_of_run(run, plugin)
+    elif named:
+        recipe = source = Path(named.file)
+        file = named.plugin
+    else:
+        raise user_error("--fix: there is no recipe to repair", "name one with `--recipe`")
+    text, own = repaired(recipe, source, settings, out.parent, file)
+    if not own:
+        write(
+            "--fix: the recipe's own text uses fragments that do not lie beside the new file, so "
+            "every value is written out, without the comments",
+            sys.stderr,
+        )
+    try:
+        with out.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        what = f"--fix {out}: cannot be written: {error.strerror}"
+        raise user_error(what, exit_code=Exit.STORAGE) from error
+    return out
 
 
 LEVELS = ("info", "warning", "error")
@@ -119,7 +207,7 @@ def _exit_code(fail_on: Level | None, severities: list[Level]) -> Exit:
 
 def _replayed(run: RunDirectory | None, plugin: str | None, *, asked: bool) -> Replay | None:
     """A step once more. Where nobody asked, only if it is quick, and not if it cannot be."""
-    if run is None or (run.foreign() and not asked):
+    if run is None or run.foreign():
         return None
     with uninterrupted():
         from mpcli.diagnose.replay import is_quick
@@ -129,7 +217,6 @@ def _replayed(run: RunDirectory | None, plugin: str | None, *, asked: bool) -> R
         write(text, sys.stderr)
 
     try:
-        run.refuse_foreign("--replay ")
         file = plugin_of_run(run, plugin)
         if not asked and not is_quick(run):
             tell("no step is run again, as that takes more than a minute: `--replay` does it")

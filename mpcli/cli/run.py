@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -13,7 +14,7 @@ from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
 from mpcli.cli.plugin import named_plugin, plugin_of_run
-from mpcli.recipe.errors import Place, Problem, UserError, user_error
+from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
 from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
@@ -159,6 +160,12 @@ def _show_result(
         ).at(_place(p, loaded))
         for p in result.problems
     )
+    if result.exit_code == Exit.NUMERICS:
+        plugin = ["--plugin", loaded.plugin.file] if loaded.plugin else []
+        write(
+            f"find out why: {shlex.join(['mptrain', 'diagnose', str(directory.path), *plugin])}",
+            sys.stderr,
+        )
     raise typer.Exit(result.exit_code)
 
 

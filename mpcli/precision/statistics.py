@@ -13,10 +13,11 @@ even: |x| <= 2^-25 becomes 0, |x| >= 65520 becomes infinite.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Samples:
         through_fp16: activations and gradients went through fp16, so what it flushes is gone: it is
             not counted there.
         on_host: read the numbers as they come, which costs nothing on a CPU, and is faster there;
-            else they stay on the device, and all samples are counted together, with few kernels.
+            else they stay on the device.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class Samples:
         self.through_fp16 = through_fp16
         self._on_host = device.type == "cpu" if on_host is None else on_host
         self._table = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=device)
+        self._host_table = np.zeros((0, _COLUMNS))  # the same memory, if `on_host`
+        self._room = torch.zeros(0, device=device)  # for samples, if `on_host`
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self.begin(1.0)
 
@@ -110,8 +113,8 @@ class Samples:
         self._keep = keep
         self.kept: dict[Key, Tensor] = {}
         self._rows: list[_Row] = []
-        self._waiting: list[Tensor] = []  # a sample for each row
-        self._values: list[NDArray[np.float64]] = []
+        self._waiting: list[Tensor] = []  # the samples, unless `on_host`
+        self._used = 0  # of the room
         self._table.zero_()
 
     def add(
@@ -127,28 +130,23 @@ class Samples:
         if not tensor.numel() or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             return
         tensor = tensor.detach()
-        sample = sampled(tensor)
+        # First, as it reads a large tensor in order, and what it leaves in the cache is sampled.
+        extremes = exact_on_host(tensor) if self._on_host else exact(tensor)
+        sample = sampled(tensor, self._next_room(tensor) if self._on_host else None)
         beside = self._shadow.get(key) if shadow is None else sampled(shadow.detach())
-        row = _Row(key, tensor.dtype, tensor.numel(), len(sample), scaled, beside is not None)
+        row = _Row(key, tensor.dtype, tensor.numel(), sample.numel(), scaled, beside is not None)
         self._rows.append(row)
         compared = None
         if beside is not None:
             compared = _compared(sample, beside, self._scale if scaled else self._one)
         if self._keep:
-            self.kept[key] = sample
-        if self._on_host:
-            values = np.zeros(_COLUMNS)
-            values[_MAX : _INF + 1] = exact_on_host(tensor)
-            values[_SQUARES : _TIES + 1], values[_FIRST_BIN:] = _counted(sample)
-            if compared is not None:
-                values[_FLUSHED : _SHADOW + 1] = compared.numpy()
-            self._values.append(values)
-            return
-        place = self._next_place()
-        place[_MAX : _INF + 1] = exact(tensor)
+            self.kept[key] = sample.clone() if self._on_host else sample
+        if not self._on_host:
+            self._waiting.append(sample)
+        place = self._place(len(self._rows) - 1)
+        place[_MAX : _INF + 1] = extremes
         if compared is not None:
             place[_FLUSHED : _SHADOW + 1] = compared
-        self._waiting.append(sample)
 
     def add_update(self, key: Key, before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         """What an optimizer step changed, of one parameter as it is stored.
@@ -158,20 +156,19 @@ class Samples:
             gradient: that the step used; None where it had none.
         """
         update = after.detach() if before.dtype == torch.float32 else after.detach().float()
-        update = update - before
+        update = update - before.detach()
         number = len(self._rows)
         self.add(update, key)
         if gradient is None or number == len(self._rows):
             return
         self._rows[number].dtype = before.dtype
-        moving = gradient != 0
-        num_moving = torch.count_nonzero(moving)
-        num_lost = torch.count_nonzero(moving.logical_and_(update == 0))
+        place = self._place(number)
         if self._on_host:
-            self._values[number][_LOST : _MOVING + 1] = num_lost.item(), num_moving.item()
-        else:
-            self._table[number, _LOST] = num_lost
-            self._table[number, _MOVING] = num_moving
+            place[_LOST : _MOVING + 1] = _lost_on_host(update, gradient)
+            return
+        moving = gradient != 0
+        place[_LOST] = torch.count_nonzero(moving.logical_and(update == 0))
+        place[_MOVING] = torch.count_nonzero(moving)
 
     def finish(self, found_inf: Tensor | float = 0.0) -> Pending:
         """Begin to copy the table to the host.
@@ -181,13 +178,14 @@ class Samples:
         """
         rows = tuple(self._rows)
         outcome = torch.stack([self._scale, self._number(found_inf)])
-        if self._on_host:
-            for values in self._values:
-                values[_SCALE : _FOUND_INF + 1] = outcome.numpy()
-            return Pending(rows, self._values, None, self.through_fp16)
         table = self._table[: len(rows)]
-        if self._waiting:
-            table[:, _SQUARES : _TIES + 1], table[:, _FIRST_BIN:] = _counted_together(self._waiting)
+        if rows:
+            counts, bins = (
+                _counted_on_host(self._room[: self._used], [row.sampled for row in rows])
+                if self._on_host
+                else _counted_together(self._waiting)
+            )
+            table[:, _SQUARES : _TIES + 1], table[:, _FIRST_BIN:] = counts, bins
         table[:, _SCALE : _FOUND_INF + 1] = outcome
         if self.device.type != "cuda":
             return Pending(rows, table.clone(), None, self.through_fp16)
@@ -203,12 +201,25 @@ class Samples:
             return value.detach().to(self.device, torch.float64)
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
-    def _next_place(self) -> Tensor:
-        """The row of the table for the tensor that was noted last."""
-        if len(self._rows) > len(self._table):
-            more = self._table.new_zeros(max(64, len(self._table)), _COLUMNS)
+    def _next_room(self, tensor: Tensor) -> Tensor:
+        """For its sample. A step's samples are kept in one piece.
+
+        Small pieces between the activations would keep the allocator from using memory again.
+        """
+        begin, self._used = self._used, self._used + min(tensor.numel(), SAMPLED)
+        if self._used > len(self._room):
+            more = self._room.new_empty(max(64 * SAMPLED, len(self._room)))
+            self._room = torch.cat([self._room, more])
+        return self._room[begin : self._used]
+
+    def _place(self, number: int) -> Any:
+        """A row of the table, to write to."""
+        if number == len(self._table):
+            more = self._table.new_zeros(max(64, number), _COLUMNS)
             self._table = torch.cat([self._table, more])
-        return self._table[len(self._rows) - 1]
+            if self._on_host:
+                self._host_table = self._table.numpy()
+        return self._host_table[number] if self._on_host else self._table[number]
 
 
 @dataclass(frozen=True)
@@ -216,7 +227,7 @@ class Pending:
     """A table that is, or is being, copied to the host; `ready` is None where it is there."""
 
     rows: tuple[_Row, ...]
-    table: Tensor | list[NDArray[np.float64]]
+    table: Tensor
     ready: torch.cuda.Event | None
     through_fp16: bool
 
@@ -226,17 +237,7 @@ class Pending:
             if not wait:
                 return None
             self.ready.synchronize()
-        found: list[LayerRecord] = []
-        weight_rms: dict[str, float] = {}
-        table = self.table if isinstance(self.table, list) else self.table.numpy()
-        for row, values in zip(self.rows, table, strict=True):
-            record = _record(row, values, step, attempt, self.through_fp16)
-            if row.key.kind == "weight":
-                weight_rms[row.key.name] = record.rms
-            if row.key.kind == "update":
-                record = _with_update(record, values, weight_rms.get(row.key.name))
-            found.append(record)
-        return found
+        return _records(self.rows, self.table.numpy(), step, attempt, self.through_fp16)
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -270,19 +271,24 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
 
 
-def sampled(tensor: Tensor) -> Tensor:
+def sampled(tensor: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy of at most `SAMPLED` of the elements, in the order of their indices, as fp32.
 
     Tensors of one shape give the same elements, however they lie in memory.
     """
+    if out is None:
+        out = torch.empty(min(tensor.numel(), SAMPLED), device=tensor.device)
     if tensor.numel() <= SAMPLED:
-        return tensor.reshape(-1).to(torch.float32, copy=True)
+        out.view(tensor.shape).copy_(tensor)
+        return out
     offsets = _offsets(tensor.shape, tensor.stride(), tensor.device)
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span,), (1,)).index_select(0, offsets).float()
+    flat = tensor.as_strided((_span(tensor.shape, tensor.stride()),), (1,))
+    if tensor.dtype == torch.float32:
+        return torch.index_select(flat, 0, offsets, out=out)
+    return out.copy_(flat.index_select(0, offsets))
 
 
-@functools.lru_cache(maxsize=128)  # of 128 KiB each
+@functools.lru_cache(maxsize=128)  # of 64 KiB each, or 128
 def _offsets(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -> Tensor:
     """Where the sampled elements lie: one at random in each of `SAMPLED` equal stretches."""
     generator = torch.Generator().manual_seed(0)
@@ -293,32 +299,56 @@ def _offsets(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         offsets += index % size * step
         index //= size
-    return offsets.to(device)
+    return offsets.to(device, torch.int32 if _span(shape, stride) <= 2**31 else torch.int64)
 
 
-def _counted(sample: Tensor) -> tuple[list[float], NDArray[np.int64]]:
-    """On a CPU: 4 counts (`_SQUARES` to `_TIES`) and the 256 bins of a sample.
+def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
+    """From the first element in memory to the last one."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
-    Looking costs nothing there, so what cannot be is not counted; and numpy is called faster than
-    torch, which is most of the time that a small tensor takes.
+
+def _lost_on_host(update: Tensor, gradient: Tensor) -> tuple[int, int]:
+    """`_LOST` and `_MOVING`; numpy compares and counts 10 times as fast as torch on a CPU."""
+    if gradient.dtype == torch.bfloat16:  # which numpy has not
+        gradient = gradient.float()
+    moving = gradient.detach().numpy() != 0
+    lost = moving & (update.numpy() == 0)
+    return int(np.count_nonzero(lost)), int(np.count_nonzero(moving))
+
+
+def _counted_on_host(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """On a CPU: 4 counts (`_SQUARES` to `_TIES`) and the 256 bins of each sample.
+
+    The bins are counted together, since calls are most of the time that small tensors take. Looking
+    costs nothing on a CPU, so what the bins say is not there is not counted.
+
+    Args:
+        values: all samples, one after the other.
     """
-    values = sample.numpy()
-    bits = values.view(np.int32) & _MAGNITUDE
-    bins = np.bincount(bits >> _MANTISSA, minlength=_BINS)
-    highest = np.flatnonzero(bins)[-1]
-    if _BIAS - 40 <= highest <= _BIAS + 40:  # no square that matters leaves fp32
-        squares = torch.dot(sample, sample).item()
-    else:
-        finite = values[np.isfinite(values)]
-        squares = np.square(finite, dtype=np.float64).sum().item()
-    counts = [squares, 0.0, 0.0, 0.0]
-    if bins[0]:
-        counts[1] = float(len(values) - np.count_nonzero(bits))
-    if highest >= _LIMIT_BIN:
-        counts[2] = float(np.count_nonzero((bits >= _LIMIT) & (bits <= _INFINITY)))
-    if bins[_TIE_BIN]:
-        counts[3] = float(np.count_nonzero(bits == _TIE))
-    return counts, bins
+    ends = [0, *itertools.accumulate(lengths)]
+    places = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+    bits = values.numpy().view(np.int32) & _MAGNITUDE
+    key = bits >> _MANTISSA
+    for row, place in enumerate(places):
+        key[place] += row * _BINS
+    all_bins = torch.bincount(torch.from_numpy(key), minlength=len(lengths) * _BINS)
+    bins = all_bins.view(-1, _BINS).numpy()
+    counts = np.zeros((len(lengths), 4))
+    small, large = bins[:, : _BIAS - 40], bins[:, _BIAS + 41 :]
+    # Where no square that matters leaves fp32: the largest has a normal one.
+    plain = (bins.sum(axis=1) > small.sum(axis=1)) & (large.sum(axis=1) == 0)
+    for row, sample in enumerate(values.split(lengths)):
+        if not plain[row]:
+            sample = sample[sample.isfinite()].double()
+        counts[row, 0] = torch.dot(sample, sample).item()
+    for row in np.flatnonzero(bins[:, 0]).tolist():
+        counts[row, 1] = np.count_nonzero(bits[places[row]] == 0)
+    for row in np.flatnonzero(bins[:, _LIMIT_BIN:].sum(axis=1)).tolist():
+        part = bits[places[row]]
+        counts[row, 2] = np.count_nonzero((part >= _LIMIT) & (part <= _INFINITY))
+    for row in np.flatnonzero(bins[:, _TIE_BIN]).tolist():
+        counts[row, 3] = np.count_nonzero(bits[places[row]] == _TIE)
+    return torch.from_numpy(counts), torch.from_numpy(bins)
 
 
 def _counted_together(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -363,45 +393,68 @@ def _compared(sample: Tensor, shadow: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-def _record(
-    row: _Row, values: NDArray[np.float64], step: int, attempt: int, through_fp16: bool
-) -> LayerRecord:
-    """A row in the terms of `layers.jsonl`."""
-    counts = values[_FIRST_BIN : _FIRST_BIN + _BINS - 1].astype(np.int64)  # of what is finite
-    largest, nan, inf, squares, zeros, at_limit, ties = values[: _TIES + 1].tolist()
-    num_finite = int(counts.sum())
-    counts[0] -= int(zeros)
-    filled = np.flatnonzero(counts)
-    lowest = int(filled[0]) - _BIAS if len(filled) else None
-    scale = values[_SCALE].item() if row.scaled else 1.0
-    gone = through_fp16 and row.key.kind in ("output", "grad_output", "grad")
-    flushes = None
-    if row.dtype != torch.float16 and not gone:
-        flushes = (int(counts[:_TIE_BIN].sum()) + ties) / row.sampled
-    return LayerRecord(
-        step=step,
-        attempt=attempt,
-        module=row.key.module,
-        tensor=row.key.kind,
-        name=row.key.name,
-        call=row.key.call,
-        dtype=dtype_name(row.dtype),
-        scale=scale,
-        elements=row.elements,
-        sampled=row.sampled,
-        max=largest,
-        rms=math.sqrt(squares / num_finite) if num_finite else 0.0,
-        zeros=zeros / row.sampled,
-        nan=int(nan),
-        inf=int(inf),
-        at_least_65520=at_limit / row.sampled,
-        subnormal=int(counts[: _BIAS + _least_normal(row.dtype)].sum()) / row.sampled,
-        would_flush=flushes,
-        lowest_exponent=lowest,
-        exponents=tuple(counts[filled[0] : filled[-1] + 1].tolist()) if len(filled) else (),
-        lowest_unscaled_exponent=None if lowest is None else lowest - math.log2(scale),
-        shadow=_comparison(values, row.sampled) if row.has_shadow else None,
-    )
+def _records(
+    rows: Sequence[_Row],
+    table: NDArray[np.float64],
+    step: int,
+    attempt: int,
+    through_fp16: bool,
+) -> list[LayerRecord]:
+    """The table in the terms of `layers.jsonl`."""
+    all_counts = table[:, _FIRST_BIN : _FIRST_BIN + _BINS - 1].astype(np.int64)  # of what is finite
+    num_finite = all_counts.sum(axis=1).tolist()
+    all_counts[:, 0] -= table[:, _ZEROS].astype(np.int64)
+    up_to = all_counts.cumsum(axis=1)
+    filled = all_counts != 0
+    firsts = filled.argmax(axis=1).tolist()
+    ends = (_BINS - 1 - filled[:, ::-1].argmax(axis=1)).tolist()
+    found: list[LayerRecord] = []
+    weight_rms: dict[str, float] = {}
+    for number, row in enumerate(rows):
+        values, first = table[number, :_FIRST_BIN].tolist(), firsts[number]
+        empty = not filled[number, first]
+        scale = values[_SCALE] if row.scaled else 1.0
+        gone = through_fp16 and row.key.kind in ("output", "grad_output", "grad")
+        rms = math.sqrt(values[_SQUARES] / num_finite[number]) if num_finite[number] else 0.0
+        flushes = ratio = lost = None
+        if row.dtype != torch.float16 and not gone:
+            flushes = (int(up_to[number, _TIE_BIN - 1]) + values[_TIES]) / row.sampled
+        if row.key.kind == "weight":
+            weight_rms[row.key.name] = rms
+        if row.key.kind == "update":
+            if of_weight := weight_rms.get(row.key.name):
+                ratio = rms / of_weight
+            if values[_MOVING] and not values[_FOUND_INF]:  # a skipped step lost nothing
+                lost = values[_LOST] / values[_MOVING]
+        found.append(
+            LayerRecord(
+                step=step,
+                attempt=attempt,
+                module=row.key.module,
+                tensor=row.key.kind,
+                name=row.key.name,
+                call=row.key.call,
+                dtype=dtype_name(row.dtype),
+                scale=scale,
+                elements=row.elements,
+                sampled=row.sampled,
+                max=values[_MAX],
+                rms=rms,
+                zeros=values[_ZEROS] / row.sampled,
+                nan=int(values[_NAN]),
+                inf=int(values[_INF]),
+                at_least_65520=values[_AT_LIMIT] / row.sampled,
+                subnormal=int(up_to[number, _BIAS + _least_normal(row.dtype) - 1]) / row.sampled,
+                would_flush=flushes,
+                lowest_exponent=None if empty else first - _BIAS,
+                exponents=() if empty else tuple(all_counts[number, first : ends[number]].tolist()),
+                lowest_unscaled_exponent=None if empty else first - _BIAS - math.log2(scale),
+                update_ratio=ratio,
+                lost=lost,
+                shadow=_comparison(values, row.sampled) if row.has_shadow else None,
+            )
+        )
+    return found
 
 
 @functools.cache
@@ -410,19 +463,7 @@ def _least_normal(dtype: torch.dtype) -> int:
     return max(round(math.log2(torch.finfo(dtype).tiny)), 1 - _BIAS)
 
 
-def _comparison(values: NDArray[np.float64], sampled: int) -> ShadowComparison:
-    flushed, overflowed, difference, shadow = values[_FLUSHED : _SHADOW + 1].tolist()
+def _comparison(values: list[float], sampled: int) -> ShadowComparison:
+    flushed, overflowed, difference, shadow = values[_FLUSHED : _SHADOW + 1]
     error = math.sqrt(difference / shadow) if shadow else math.inf if difference else 0.0
     return ShadowComparison(flushed=flushed / sampled, overflowed=overflowed / sampled, error=error)
-
-
-def _with_update(
-    record: LayerRecord, values: NDArray[np.float64], weight_rms: float | None
-) -> LayerRecord:
-    """What only an update has; a step that was skipped lost nothing."""
-    about: dict[str, float] = {}
-    if weight_rms:
-        about["update_ratio"] = record.rms / weight_rms
-    if values[_MOVING] and not values[_FOUND_INF]:
-        about["lost"] = float(values[_LOST] / values[_MOVING])
-    return record.model_copy(update=about)

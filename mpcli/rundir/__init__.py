@@ -238,6 +238,11 @@ class RunDirectory:
         return resumed if resumed.exists() else self.path / "recipe.yaml"
 
     @property
+    def source_path(self) -> Path:
+        """The text that the recipe was written in."""
+        return self.path / "recipe.source.yaml"
+
+    @property
     def log_path(self) -> Path:
         """Text log of this process."""
         return self.attempt_path / "log.rank0.txt"

@@ -54,14 +54,16 @@ def step(number: int, **changed: object) -> StepRecord:
 
 
 def test_the_json_has_the_shape_of_the_contract(mptrain, run):
-    outcome = mptrain("diagnose", run.path, "--json")
+    outcome = mptrain("diagnose", run.path, "--no-replay", "--json")
     assert outcome.code == 0
     found = outcome.json
     assert list(found)[:3] == ["verdict", "findings", "margins"]
-    assert (found["findings"], found["margins"]) == ([], {})
+    assert found["findings"] == []
+    assert (found["margins"]["skip_rate"], found["margins"]["flushed_share"]) == (0.0, None)
+    assert 0 < found["margins"]["forward_headroom_bits"] < 20
     assert (found["status"], found["exit_code"]) == ("done", 0)
     assert found["verdict"] == (
-        "done; 0 of 4 steps skipped; weights: fits fp16; "
+        "no problem found; done; 0 of 4 steps skipped; weights: fits fp16; "
         "optimizer: all of its state is finite; loss scale: 1"
     )
     evidence = found["evidence"]
@@ -73,12 +75,14 @@ def test_the_json_has_the_shape_of_the_contract(mptrain, run):
 
 
 def test_the_tables_show_what_tells_most(mptrain, run):
-    outcome = mptrain("diagnose", run.path)
+    outcome = mptrain("diagnose", run.path, "--evidence", "--no-replay")
     assert outcome.code == 0
     for title in ("Run", "Last steps", "Types in the first step", "Weights", "Layers in fp16",
                   "Optimizer's state", "Loss scale"):  # fmt: skip
         assert f"{title}\n" in outcome.out
-    assert outcome.out.splitlines()[-1].startswith(f"{run.path}: done; 0 of 4 steps skipped; ")
+    assert outcome.out.splitlines()[-1].startswith(
+        f"{run.path}: no problem found; done; 0 of 4 steps skipped; "
+    )
 
 
 def test_without_a_path_it_is_the_newest_run(mptrain, run, tmp_path, monkeypatch):
@@ -127,7 +131,7 @@ def foreign(tmp_path) -> RunDirectory:
 
 
 def test_a_recorded_run_shows_where_it_went_wrong(mptrain, foreign):
-    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    lines = mptrain("diagnose", foreign.path, "--evidence").out.splitlines()
     table = lines[lines.index("Tensors of step 2") :]
     assert table[1].split()[0] == "tensor"
     assert table[2].split() == ["bad", "output", "fp16", "1", "25.00%", "50.00%", "3", "-"]
@@ -168,14 +172,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(mptrain, tmp_p
     assert [left["file"] for left in found["not_read"]] == ["checkpoints/step-4"]
 
 
-def test_a_run_whose_weights_are_all_damaged_exits_4(mptrain, tmp_path):
+def test_a_run_whose_weights_are_all_damaged_still_has_its_rows(mptrain, tmp_path):
     run, _ = run_small(tmp_path, "output.checkpoint_every=4 steps")
     for path in run.path.glob("checkpoints/*/state.json"):
         path.write_text("x")
     (run.path / "final" / "model.safetensors").write_bytes(b"x")
     outcome = mptrain("diagnose", run.path, "--json")
-    assert outcome.code == outcome.json["exit_code"] == Exit.CHECKPOINT
-    assert outcome.json["status"] == "failed"
+    assert outcome.code == outcome.json["exit_code"] == 0
+    assert outcome.json["evidence"]["run"]["steps"] == 4
+    not_read = [left["file"] for left in outcome.json["evidence"]["not_read"]]
+    assert not_read == ["checkpoints/step-4", "final"]
 
 
 def test_reading_a_run_leaves_it_as_it_was(mptrain, run):
@@ -193,20 +199,22 @@ def test_it_exits_0_whatever_it_finds(mptrain, tmp_path):
     safetensors.torch.save_file(weights, tmp_path / "x.safetensors")
     outcome = mptrain("diagnose", tmp_path / "x.safetensors", "--json")
     assert outcome.code == 0
-    assert outcome.json["verdict"] == ("weights: NaN or infinity in these layers: [a]; needs bf16")
+    assert outcome.json["verdict"].endswith(
+        "weights: NaN or infinity in these layers: [a]; needs bf16"
+    )
     assert json.dumps(outcome.json, allow_nan=False)
 
 
 def test_a_file_without_floats_has_no_verdict(mptrain, tmp_path):
     safetensors.torch.save_file({"n": torch.arange(3)}, tmp_path / "x.safetensors")
-    outcome = mptrain("diagnose", tmp_path / "x.safetensors")
+    outcome = mptrain("diagnose", tmp_path / "x.safetensors", "--evidence")
     assert outcome.code == 0
-    assert outcome.out.endswith("x.safetensors: weights: no floating-point values\n")
+    assert outcome.out.endswith("; weights: no floating-point values\n")
 
 
 def test_an_evil_file_ends_in_one_line(mptrain, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    outcome = mptrain("diagnose", tmp_path / "x.bin")
+    outcome = mptrain("diagnose", tmp_path / "x.bin", "--evidence")
     assert outcome.code == Exit.CHECKPOINT
     assert "Traceback" not in outcome.err
     assert "x.bin: cannot be read: it asks for `os.system`" in outcome.err
@@ -214,7 +222,7 @@ def test_an_evil_file_ends_in_one_line(mptrain, tmp_path):
 
 def test_names_that_would_move_the_cursor_are_escaped(mptrain, tmp_path):
     torch.save({"\x1b[31mred\n": torch.tensor([1e9, 1.0])}, tmp_path / "x.pt")
-    outcome = mptrain("diagnose", tmp_path / "x.pt")
+    outcome = mptrain("diagnose", tmp_path / "x.pt", "--evidence")
     assert outcome.code == 0
     assert "\x1b" not in outcome.out
     assert "\\x1b[31mred" in outcome.out
@@ -224,7 +232,7 @@ def test_on_a_narrow_terminal_no_name_is_cut(foreign, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(console.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
-    assert main(["diagnose", str(foreign.path)]) == 0
+    assert main(["diagnose", str(foreign.path), "--evidence"]) == 0
     lines = terminal.getvalue().splitlines()
     assert (
         "bad: of output, type fp16, max 1, zeros 25.00%, subnormal 50.00%, not finite 3"
@@ -235,18 +243,18 @@ def test_on_a_narrow_terminal_no_name_is_cut(foreign, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--plugin", "x.py"], "only a replay runs code"),
+        (["--plugin", "x.py"], "has none"),
         (["--replay"], "--replay"),
     ],
 )
 def test_a_replay_needs_a_run_of_ours(mptrain, foreign, options, said):
-    outcome = mptrain("diagnose", foreign.path, *options)
+    outcome = mptrain("diagnose", foreign.path, *options, "--evidence")
     assert outcome.code == Exit.USAGE
     assert said in outcome.err
 
 
 def test_a_replay_names_the_module_in_words_and_in_json(mptrain, tmp_path):
-    scale = "precision.loss_scale={kind: dynamic, init_scale: 16777216}"
+    scale = "precision.loss_scale={kind: static, scale: 16777216}"
     run, _ = run_small(tmp_path, "precision.mode=fp16", scale, "train.steps=2")
     outcome = mptrain("diagnose", run.path, "--replay", "--json")
     assert outcome.code == 0
@@ -254,7 +262,7 @@ def test_a_replay_names_the_module_in_words_and_in_json(mptrain, tmp_path):
     assert replayed["step"] == 1
     assert replayed["origin"]["phase"] == "backward"
     assert "; step 1 again: inf made in " in outcome.json["verdict"]
-    text = mptrain("diagnose", run.path, "--replay")
+    text = mptrain("diagnose", run.path, "--replay", "--evidence")
     assert "Step 1 again\n" in text.out
     assert "Beside fp32\n" in text.out
     assert text.out.splitlines()[-1].endswith(outcome.json["verdict"])
@@ -262,7 +270,7 @@ def test_a_replay_names_the_module_in_words_and_in_json(mptrain, tmp_path):
 
 
 def test_a_replay_of_a_checkpoint_is_a_mistake(mptrain, run):
-    outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4", "--replay")
+    outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4", "--replay", "--evidence")
     assert outcome.code == Exit.USAGE
     assert "not a run" in outcome.err
 
@@ -283,7 +291,7 @@ def test_a_loop_that_clips_before_it_unscales_is_seen(mptrain, tmp_path):
             scaler.step(optimizer)
             scaler.update()
     recorder.close()
-    lines = mptrain("diagnose", tmp_path / "loop").out.splitlines()
+    lines = mptrain("diagnose", tmp_path / "loop", "--evidence").out.splitlines()
     (row,) = [line for line in lines if "clip_norm" in line]
     events = row.split(", ")
     clipped = events.index("clip_norm (gradients: scaled")
@@ -294,7 +302,7 @@ def test_a_loop_that_clips_before_it_unscales_is_seen(mptrain, tmp_path):
 
 
 def test_updates_that_were_lost_come_first(mptrain, foreign):
-    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    lines = mptrain("diagnose", foreign.path, "--evidence").out.splitlines()
     assert not any(line.startswith("Updates") for line in lines)
     run = RunDirectory(foreign.path)
     ratios = {"a": 1e-3, "b": 2e-8, "c": 1e-2}
@@ -303,7 +311,7 @@ def test_updates_that_were_lost_come_first(mptrain, foreign):
         for name, ratio in ratios.items()
     ])  # fmt: skip
     run.close()
-    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    lines = mptrain("diagnose", foreign.path, "--evidence").out.splitlines()
     table = lines[lines.index("Updates of step 3") + 2 :]
     assert [line.split() for line in table[:3]] == [
         ["b", "2.0e-08", "75.00%"],
@@ -318,7 +326,7 @@ def test_a_batch_that_held_an_infinity_is_named_as_such(mptrain, foreign):
                          applied=False, origin=origin)  # fmt: skip
     (foreign.flights_path / "step-3").mkdir()
     (foreign.flights_path / "step-3" / "flight.json").write_text(about.to_json())
-    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    lines = mptrain("diagnose", foreign.path, "--evidence").out.splitlines()
     assert any(line.endswith("no       inf in the batch") for line in lines)
 
 
@@ -331,7 +339,7 @@ def test_a_recorded_loop_has_nothing_to_go_on_with_or_to_evaluate(mptrain, forei
 
 def test_of_whole_numbers_there_are_no_tables(mptrain, tmp_path):
     safetensors.torch.save_file({"ids": torch.arange(3)}, tmp_path / "x.safetensors")
-    out = mptrain("diagnose", tmp_path / "x.safetensors").out
+    out = mptrain("diagnose", tmp_path / "x.safetensors", "--evidence").out
     assert "none that are floating-point numbers" in out
     assert "Layers in fp16" not in out and "cannot hold" not in out
 
@@ -339,7 +347,7 @@ def test_of_whole_numbers_there_are_no_tables(mptrain, tmp_path):
 def test_a_layer_of_nan_is_not_said_to_fit(mptrain, tmp_path):
     weights = {"a.w": torch.full((2,), math.nan), "b.w": torch.ones(2)}
     safetensors.torch.save_file(weights, tmp_path / "x.safetensors")
-    lines = mptrain("diagnose", tmp_path / "x.safetensors").out.splitlines()
+    lines = mptrain("diagnose", tmp_path / "x.safetensors", "--evidence").out.splitlines()
     rows = [line.split() for line in lines[lines.index("Layers in fp16") :]]
     assert {row[0]: row[-1] for row in rows if row and row[0] in "ab"} == {"a": "-", "b": "yes"}
 
@@ -348,7 +356,7 @@ def test_rows_that_cannot_be_read_are_told(mptrain, foreign):
     with (foreign.path / "steps.jsonl").open("ab") as file:
         file.write(b"junk\n{}\n" + b"x" * 200_000 + b"\n" + b'{"step": 4')
     (foreign.path / "layers.jsonl").write_bytes(b"\xff\n")
-    outcome = mptrain("diagnose", foreign.path)
+    outcome = mptrain("diagnose", foreign.path, "--evidence")
     assert outcome.code == 0
     assert "4 rows of steps.jsonl" in outcome.out and "1 rows of layers.jsonl" in outcome.out
     found = mptrain("diagnose", foreign.path, "--json").json
@@ -363,7 +371,7 @@ def test_the_sampled_table_shows_what_it_is_sorted_by(mptrain, foreign):
         layer(3, "tiny", scale=8.0, would_flush=0.375, subnormal=0.0),
     ]
     foreign.append_layers(rows)
-    lines = mptrain("diagnose", foreign.path).out.splitlines()
+    lines = mptrain("diagnose", foreign.path, "--evidence").out.splitlines()
     table = lines[lines.index("Tensors of step 3 (gradients times the scale 8)") + 1 :]
     assert table[0].split("  ")[-1].strip() == "fp16 flushes" and ">= 65520" in table[0]
     assert [row.split()[0] for row in table[1:4]] == ["above", "tiny", "subnormal"]
@@ -381,6 +389,6 @@ def test_where_a_step_of_ours_went_wrong_a_replay_tells(mptrain, tmp_path):
     scale = "{kind: dynamic, init_scale: 16777216}"
     skipped = f"precision={{mode: fp16, loss_scale: {scale}}}"
     run, _ = run_small(tmp_path, skipped, "train.steps=1")
-    lines = mptrain("diagnose", run.path).out.splitlines()
+    lines = mptrain("diagnose", run.path, "--evidence").out.splitlines()
     table = lines[lines.index("Steps that went wrong") :]
     assert table[2].split()[0] == "1" and table[2].endswith("see --replay")

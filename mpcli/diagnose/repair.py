@@ -1,0 +1,93 @@
+"""A recipe with a suggestion in it, as its author would have written it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpcli.diagnose.finding import Finding
+from mpcli.recipe.base import Section
+from mpcli.recipe.dump import resolved_yaml
+from mpcli.recipe.edit import with_value
+from mpcli.recipe.errors import UserError
+from mpcli.recipe.load import load_recipe
+from mpcli.recipe.plugin import PluginFile
+from mpcli.recipe.recipe import Recipe
+
+
+def overrides(causes: Sequence[Finding]) -> tuple[str, ...]:
+    """`path=value` of every cause that has some; of two that set the same, the first cause's.
+
+    A suggestion that was tried and did not help is none, nor is that of an `info`.
+    """
+    chosen: dict[str, str] = {}
+    for cause in causes:
+        if cause.suggestion and cause.verified is not False and cause.severity != "info":
+            paths = [setting.partition("=")[0] for setting in cause.suggestion.set]
+            if not any(_overlap(path, other) for path in paths for other in chosen):
+                chosen |= dict(zip(paths, cause.suggestion.set, strict=True))
+    return tuple(chosen.values())
+
+
+def _overlap(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def repaired(
+    recipe: Path, source: Path, settings: Sequence[str], folder: Path, plugin: PluginFile | None
+) -> tuple[str, bool]:
+    """The text of a recipe with other settings.
+
+    Args:
+        recipe: the resolved one.
+        source: the text that it was written in; what `--set` changed then is changed in it too.
+        settings: `path=value`.
+        folder: where it will lie: fragments that it uses are looked for there.
+
+    Returns:
+        the text, and whether it is the author's own, comments kept. Where that cannot be (it uses
+        fragments that do not lie beside `folder`), it is the resolved recipe.
+    """
+    wanted = load_recipe(recipe, settings, plugin).recipe
+    try:
+        text = _edited(source.read_text("utf-8-sig"), wanted, folder, plugin)
+    except (UserError, OSError):
+        text = None
+    return (text, True) if text else (resolved_yaml(wanted), False)
+
+
+def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) -> str | None:
+    """The text with as few changes as make it mean `wanted`; None where none do."""
+    for path, value in differences(_read(text, folder, plugin), wanted):
+        try:
+            still = [name for name, _ in differences(_read(text, folder, plugin), wanted)]
+        except UserError:  # between two changes that go together
+            still = [path]
+        if path in still:
+            text = with_value(text, path, value)
+    return text if _read(text, folder, plugin) == wanted else None
+
+
+def _read(text: str, folder: Path, plugin: PluginFile | None) -> Recipe:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=folder, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        return load_recipe(file.name, plugin=plugin).recipe
+
+
+def differences(old: Section, new: Section) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths of what differs, and the new values; of a section of another kind, all of it."""
+    for name in type(new).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after:
+            continue
+        same = isinstance(before, Section) and isinstance(after, Section)
+        if same and getattr(before, "kind", None) == getattr(after, "kind", None):
+            for path, value in differences(before, after):
+                yield (name, *path), value
+        elif isinstance(after, Section):
+            yield (name,), after.model_dump(mode="json", exclude_defaults=True)
+        else:
+            yield (name,), new.model_dump(mode="json")[name]

@@ -1,0 +1,120 @@
+"""A recipe with a suggestion in it: the author's text, or all values where that cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.diagnose.repair import overrides, repaired
+from mpcli.recipe.dump import resolved_yaml
+from mpcli.recipe.load import load_recipe
+
+RECIPE = """\
+# ours
+name: small
+task: {kind: image-classification, model: {kind: smallnet}}
+data: {kind: digits}
+precision:
+  mode: fp16                # fast
+  loss_scale: {kind: static, scale: 1024}   # tried
+optim: {kind: sgd, lr: 0.1}
+train: {steps: 4, global_batch_size: 8}  # short
+"""
+
+
+def repair(
+    folder: Path, text: str, *settings: str, given: tuple[str, ...] = ()
+) -> tuple[str, bool]:
+    """What `settings` make of a run of the recipe, that was started with `given`."""
+    source, resolved = folder / "source.yaml", folder / "resolved.yaml"
+    source.write_text(text)
+    resolved.write_text(resolved_yaml(load_recipe(source, given).recipe))
+    out = folder / "out"
+    out.mkdir()
+    result, own = repaired(resolved, source, settings, out, None)
+    assert not list(out.iterdir())
+    (out / "fixed.yaml").write_text(result)
+    fixed = load_recipe(out / "fixed.yaml").recipe
+    assert fixed == load_recipe(resolved, settings).recipe
+    return result, own
+
+
+def changed(before: str, after: str) -> list[str]:
+    return [line for line in after.splitlines() if line not in before.splitlines()]
+
+
+def test_only_what_changes_is_changed(tmp_path):
+    text, own = repair(tmp_path, RECIPE, "precision.loss_scale={kind: dynamic}")
+    assert own
+    assert changed(RECIPE, text) == ["  loss_scale: {kind: dynamic}   # tried"]
+
+
+def test_changes_that_need_each_other(tmp_path):
+    settings = ("precision.mode=bf16", "precision.loss_scale={kind: none}")
+    text, own = repair(tmp_path, RECIPE, *settings)
+    assert own
+    assert changed(RECIPE, text) == [
+        "  mode: bf16                # fast",
+        "  loss_scale: {kind: none}   # tried",
+    ]
+
+
+def test_a_new_section_is_written_with_what_it_needs(tmp_path):
+    text, own = repair(tmp_path, RECIPE, "train.clip={kind: norm, max_norm: 0.5}")
+    assert own
+    assert changed(RECIPE, text) == [
+        "train: {steps: 4, global_batch_size: 8, clip: {kind: norm, max_norm: 0.5}}  # short"
+    ]
+
+
+def test_what_the_command_line_set_is_kept(tmp_path):
+    text, own = repair(
+        tmp_path, RECIPE, "optim.lr=0.01", given=("train.steps=7", "precision.mode=bf16")
+    )
+    assert own
+    assert "train: {steps: 7, global_batch_size: 8}  # short" in text
+    assert "  mode: bf16                # fast" in text
+    assert "optim: {kind: sgd, lr: 0.01}" in text
+
+
+def test_a_fragment_of_the_package_stays_a_fragment(tmp_path):
+    text = RECIPE.replace("optim: {kind: sgd, lr: 0.1}", "use: {optim: adamw-cosine}")
+    text, own = repair(tmp_path, text, "optim.lr=0.5")
+    assert own
+    assert "use: {optim: adamw-cosine}" in text and "optim: {lr: 0.5}" in text
+
+
+def test_a_fragment_that_is_not_there_is_written_out(tmp_path):
+    (tmp_path / "configs" / "optim").mkdir(parents=True)
+    (tmp_path / "configs" / "optim" / "mine.yaml").write_text("kind: sgd\nlr: 0.3\n")
+    text = RECIPE.replace("optim: {kind: sgd, lr: 0.1}", "use: {optim: mine}")
+    text, own = repair(tmp_path, text, "precision.mode=bf16", "precision.loss_scale={kind: none}")
+    assert not own
+    assert "# ours" not in text
+
+
+def cause(finding: str, *settings: str, **more: object) -> Finding:
+    return Finding.model_validate({
+        "id": finding, "severity": "error", "cause": "it is so", "phase": "update",
+        "confidence": 1.0, "evidence": {}, "suggestion": Suggestion(what="do", set=settings),
+        **more,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("causes", "expected"),
+    [
+        (
+            [cause("underflow", "a.b=1"), cause("learning-rate", "optim.lr=2")],
+            ("a.b=1", "optim.lr=2"),
+        ),
+        ([cause("underflow", "a.b=1"), cause("learning-rate", "a.b=2")], ("a.b=1",)),
+        ([cause("underflow", "a.b=1"), cause("learning-rate", "c=2", "a.b.c=2")], ("a.b=1",)),
+        ([cause("underflow", "a.b=1"), cause("learning-rate", "a.bc=2")], ("a.b=1", "a.bc=2")),
+        ([cause("underflow", "a.b=1", verified=False)], ()),
+        ([cause("underflow", "a.b=1", severity="info")], ()),
+        ([cause("underflow", suggestion=None)], ()),
+    ],
+)
+def test_of_several_causes_the_first_decides(causes, expected):
+    assert overrides(causes) == expected
