@@ -303,8 +303,9 @@ class LoopEvent(Record):
 
     `stale_gradients`: at the first backward there were gradients of an earlier step.
     `gradients_changed`: something that is not recorded wrote to them (by hand, for example).
-    `skipped_step`: the scaler left the optimizer's step out. `buffer_nonfinite`: a buffer of the
-    model held NaN or infinity after the step.
+    `skipped_step`: the scaler left the optimizer's step out. `state_changed`: though the step was
+    left out, a tensor of the optimizer's state is not what it was. `buffer_nonfinite`: a buffer of
+    the model held NaN or infinity after the step.
     """
 
     event: Literal[
@@ -319,6 +320,7 @@ class LoopEvent(Record):
         "clip_value",
         "optimizer_step",
         "skipped_step",
+        "state_changed",
         "scaler_update",
         "buffer_nonfinite",
     ]

@@ -61,8 +61,8 @@ def _show_fix(suggestion: Suggestion, verified: bool | None) -> None:
     _say("fix", suggestion.what + known)
     for setting in suggestion.set:
         _say("", f"--set {shlex.quote(setting)}", whole=True)
-    if suggestion.code:
-        _say("code", suggestion.code)
+    for number, line in enumerate((suggestion.code or "").splitlines()):
+        _say("" if number else "code", line, whole=True)
     if suggestion.arguments:
         given = ", ".join(f"{name}={value!r}" for name, value in suggestion.arguments.items())
         _say("arguments", f"TrainingArguments({given})")

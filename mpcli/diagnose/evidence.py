@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpcli.diagnose.facts import Facts
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import EvalRecord, LayerRecord, LoopRecord, Plan, Replay
+from mpcli.records import EvalRecord, ForeignRun, LayerRecord, LoopRecord, Plan, Replay
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class History:
     def finite_loss(self) -> NDArray[np.bool_]:
         """Steps whose loss is a number."""
         return np.isfinite(self.loss)
+
+    def at(self, step: int, column: Literal["loss", "lr", "grad_norm", "scale"]) -> float:
+        """A number of one step; NaN where no such step is."""
+        (found,) = np.nonzero(self.step == step)
+        return float(getattr(self, column)[found[0]]) if len(found) else math.nan
 
 
 NO_HISTORY = History(*(np.zeros(0, kind) for kind in (np.int64, *[np.float64] * 4, np.bool_)))
@@ -74,15 +81,19 @@ class Evidence:
     replay: Replay | None = None
 
     @property
+    def foreign(self) -> ForeignRun | None:
+        """What a recorder says of a loop that is not ours."""
+        return self.facts.run.foreign if self.facts.run else None
+
+    @property
     def is_foreign(self) -> bool:
         """Whether a recorder wrote it in a loop that is not ours."""
-        return self.facts.run is not None and self.facts.run.foreign is not None
+        return self.foreign is not None
 
     @property
     def is_trainer(self) -> bool:
         """Whether that loop is the Hugging Face Trainer's."""
-        foreign = self.facts.run.foreign if self.facts.run else None
-        return foreign is not None and foreign.loop == "transformers"
+        return self.foreign is not None and self.foreign.loop == "transformers"
 
     @property
     def scales_loss(self) -> bool:

@@ -17,12 +17,28 @@ def _of_loop(what: str, code: str | None = None, arguments: Arguments | None = N
     return Suggestion(what=what, code=code, arguments=arguments or {})
 
 
+_SCALED_STEP = "scaler.scale(loss).backward()\nscaler.step(optimizer)\nscaler.update()"
+
+
+def _clip_code(evidence: Evidence, limit: float, *, is_norm: bool) -> str:
+    """Right before the optimizer's step, of unscaled gradients."""
+    function = "clip_grad_norm_" if is_norm else "clip_grad_value_"
+    clip = f"torch.nn.utils.{function}(model.parameters(), {limit:g})"
+    return f"scaler.unscale_(optimizer)\n{clip}" if has_scaler(evidence) else clip
+
+
+def has_scaler(evidence: Evidence) -> bool:
+    """Whether a loop has a GradScaler."""
+    foreign = evidence.foreign
+    return foreign is not None and foreign.scaler is not None
+
+
 def bf16(evidence: Evidence) -> Suggestion:
     """The same kind of mode in bf16, which has the range of fp32."""
     if evidence.is_foreign:
         return _of_loop(
             "train in bf16, which has the range of fp32, without a scaler",
-            "torch.autocast(device, dtype=torch.bfloat16), and no GradScaler",
+            f"with torch.autocast({device(evidence)!r}, dtype=torch.bfloat16):\n    loss = ...",
             {"fp16": False, "bf16": True} if evidence.is_trainer else None,
         )
     mode = evidence.recipe.precision.mode if evidence.recipe else "fp16"
@@ -36,7 +52,8 @@ def fp32(evidence: Evidence) -> Suggestion:
     if evidence.is_foreign:
         return _of_loop(
             "train in fp32",
-            "leave out torch.autocast and the GradScaler",
+            f"scaler = torch.amp.GradScaler({device(evidence)!r}, enabled=False)\n"
+            f"with torch.autocast({device(evidence)!r}, enabled=False):\n    loss = ...",
             {"fp16": False, "bf16": False} if evidence.is_trainer else None,
         )
     settings = ("precision.mode=fp32", "precision.loss_scale={kind: none}")
@@ -47,15 +64,34 @@ def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:
     """These layers (module names, groups or class names) in fp32, the rest as it is."""
     names = ", ".join(layers)
     if evidence.is_foreign:
-        return _of_loop(
-            f"compute {names} in fp32",
-            f"in the forward of {names}: `with torch.autocast(device, enabled=False): "
-            "layer(x.float())`",
-        )
+        return _of_loop(f"compute {names} in fp32", _in_fp32(evidence, layers))
     before = evidence.recipe.precision.sensitive_layers if evidence.recipe else ()
     listed = [*before, *(name for name in layers if name not in before)]
     settings = (f"precision.sensitive_layers={written(listed)}",)
     return Suggestion(what=f"compute {names} in fp32", set=settings)
+
+
+def _in_fp32(evidence: Evidence, layers: tuple[str, ...]) -> str:
+    """Code that can be run once the model is made; names are of modules or of their classes."""
+    kind = device(evidence)
+    return f"""\
+def fp32(x):
+    return x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+
+def all_fp32(layer, args, kwargs):
+    return torch.utils._pytree.tree_map(fp32, (args, kwargs))
+
+for name, layer in model.named_modules():
+    if {{name, type(layer).__name__}} & {set(layers)}:
+        layer.float()
+        layer.forward = torch.autocast({kind!r}, enabled=False)(layer.forward)
+        layer.register_forward_pre_hook(all_fp32, with_kwargs=True)"""
+
+
+def device(evidence: Evidence) -> str:
+    """The type of device that a loop trains on."""
+    foreign = evidence.foreign
+    return foreign.device.partition(":")[0] if foreign else "cuda"
 
 
 def dynamic_scale(evidence: Evidence) -> Suggestion:
@@ -63,8 +99,7 @@ def dynamic_scale(evidence: Evidence) -> Suggestion:
     if evidence.is_foreign:
         return _of_loop(
             "let the loss scale find its level",
-            "scaler = torch.amp.GradScaler(device) with its defaults; scaler.scale(loss).backward()"
-            "; scaler.step(optimizer); scaler.update()",
+            f"scaler = torch.amp.GradScaler({device(evidence)!r})\n{_SCALED_STEP}",
             {"fp16": True} if evidence.is_trainer else None,
         )
     settings = ("precision.loss_scale={kind: dynamic}",)
@@ -82,7 +117,10 @@ def static_scale(evidence: Evidence, largest: float) -> Suggestion:
     exponent = math.floor(math.log2(FP16_MAX / largest)) - 1
     scale = 2.0 ** min(max(exponent, 0), 24)
     if evidence.is_foreign:
-        code = f"torch.amp.GradScaler(device, init_scale={scale:g}, growth_interval=10**9)"
+        code = (
+            f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:.0f}, "
+            "growth_interval=10**9)"
+        )
         return _of_loop(f"use a loss scale of {scale:g}", code)
     settings = (f"precision.loss_scale={{kind: static, scale: {scale:g}}}",)
     return Suggestion(what=f"use a loss scale of {scale:g}", set=settings)
@@ -98,8 +136,7 @@ def clip_norm(evidence: Evidence, limit: float) -> Suggestion:
     if evidence.is_foreign:
         return _of_loop(
             f"clip gradients to a norm of {limit:g}",
-            "scaler.unscale_(optimizer); torch.nn.utils.clip_grad_norm_(model.parameters(), "
-            f"{limit:g}), right before the step",
+            _clip_code(evidence, limit, is_norm=True),
             {"max_grad_norm": limit} if evidence.is_trainer else None,
         )
     settings = (f"train.clip={{kind: norm, max_norm: {limit:g}}}",)
@@ -132,7 +169,8 @@ def masters(evidence: Evidence) -> Suggestion:
     if evidence.is_foreign:
         return _of_loop(
             "keep the weights in fp32 and compute in half under autocast",
-            "model.float(); with torch.autocast(device, dtype=...): loss = ...",
+            f"model.float()\nwith torch.autocast({device(evidence)!r}, dtype=torch."
+            f"{'bfloat16' if evidence.compute == 'bf16' else 'float16'}):\n    loss = ...",
         )
     mode = evidence.recipe.precision.mode if evidence.recipe else "fp16-pure"
     new = f"{mode.partition('-')[0]}-master"
@@ -196,4 +234,79 @@ def bf16_pure() -> Suggestion:
             "precision.stochastic_rounding=true",
             "precision.loss_scale={kind: none}",
         ),
+    )
+
+
+def autocast(evidence: Evidence) -> Suggestion:
+    """Of a loop: half precision where its forwards are; on a CPU bf16, which needs no scaler."""
+    kind = device(evidence)
+    if kind == "cpu":
+        return bf16(evidence)
+    return _of_loop(
+        "run the forward and the loss under autocast",
+        f"with torch.autocast({kind!r}, dtype=torch.float16):\n    loss = ...",
+        {"fp16": True} if evidence.is_trainer else None,
+    )
+
+
+def half_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion | None:
+    """Of a loop: these layers in half too, if nothing speaks against it."""
+    if not evidence.is_foreign:
+        return None
+    what = "if they need no fp32, let autocast have them: without `.float()` or `enabled=False`"
+    code = f"with torch.autocast({device(evidence)!r}):\n    x = {layers[0]}(x)"
+    return _of_loop(what, code)
+
+
+def clip_unscaled(evidence: Evidence, limit: float, *, is_norm: bool) -> Suggestion:
+    """Of a loop: the clipping that it has, at its right place."""
+    code = f"{_clip_code(evidence, limit, is_norm=is_norm)}\nscaler.step(optimizer)"
+    return _of_loop("unscale before clipping", code)
+
+
+def scaler_step(evidence: Evidence) -> Suggestion:
+    """Of a loop: let the scaler unscale, and leave out steps whose gradients are not finite."""
+    what = "let the scaler take the step: it unscales, and leaves out what is not finite"
+    return _of_loop(what, _SCALED_STEP)
+
+
+def window(evidence: Evidence, *, zero: bool, scale: bool) -> Suggestion:
+    """Of a loop: an optimizer step's backwards first, then all that is done once.
+
+    Args:
+        zero: only the zeroing is missing.
+        scale: only some losses are not scaled.
+    """
+    if zero:
+        code = "optimizer.zero_grad()  # after each optimizer.step()"
+        return _of_loop("zero the gradients after each step of the optimizer", code)
+    if scale:
+        return _of_loop("scale every loss", "scaler.scale(loss).backward()  # for each loss")
+    return _of_loop(
+        "unscale, step and update once for all micro-batches of a step",
+        "for micro_batch in micro_batches:\n"
+        "    scaler.scale(loss_of(micro_batch) / len(micro_batches)).backward()\n"
+        "scaler.unscale_(optimizer)\nscaler.step(optimizer)\nscaler.update()\n"
+        "optimizer.zero_grad()",
+    )
+
+
+def unfused(evidence: Evidence) -> Suggestion:
+    """Of a loop: an optimizer that the scaler leaves out, instead of one that leaves itself out."""
+    foreign = evidence.foreign
+    name = foreign.optimizer if foreign else "SGD"
+    return _of_loop(
+        "use the optimizer without fused=True",
+        f"optimizer = torch.optim.{name}(..., fused=False)",
+    )
+
+
+def lower_first_scale(evidence: Evidence) -> Suggestion:
+    """Of a loop: begin at a scale of which no step is skipped, a factor of 2 below the first."""
+    history = evidence.history
+    good = history.scale[history.applied]
+    scale = float(good[0]) / 2 if len(good) else 1.0
+    return _of_loop(
+        f"begin with a loss scale of {scale:g}, so that the first step is not skipped",
+        f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:g})",
     )

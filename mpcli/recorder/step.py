@@ -25,14 +25,15 @@ from mpcli.recorder.events import StepEvents
 from mpcli.recorder.first_call import LoopObserver, at_first_call
 from mpcli.recorder.origin import ForwardCalls, find_origin, nonfinite_weights
 from mpcli.recorder.patches import Failures
+from mpcli.recorder.state import StateBefore
 from mpcli.recorder.tensors import all_finite
 from mpcli.records import LayerRecord, LoopEvent, ModuleTypes, NonFiniteOrigin
 
 _NO_ROOM = (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit)
 """Ends of a step after which nothing is computed again."""
 
-MAX_NAMED_BUFFERS = 10
-"""That are not finite, of one step."""
+MAX_NAMED = 10
+"""Buffers that are not finite, and tensors of the optimizer's state that changed, of one step."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class WatchedStep:
         self._shadows: LocalShadows | None = None
         self._calls = ForwardCalls(watched.model, watched.device, watched.failures)
         self._before: dict[Key, tuple[Tensor, Tensor]] = {}  # weights; where they had a gradient
+        self._state: StateBefore | None = None  # of a step that may be left out
         self._scale: Tensor | float = 1.0
         self._lr: Any = watched.optimizer.param_groups[0]["lr"]
         self._is_read = self._is_sampled = False
@@ -156,6 +158,8 @@ class WatchedStep:
         applied = events.stepped_optimizer and not (events.fused_skip and not self._is_finite)
         if events.stepped_optimizer and not applied:
             events.log.add(LoopEvent(event="skipped_step", gradients=events.gradients))
+            for name in self._state.changed()[:MAX_NAMED] if self._state else ():
+                events.log.add(LoopEvent(event="state_changed", name=name))
         if self._samples is not None or not self._is_finite:
             for name in self._nonfinite_buffers():
                 events.log.add(LoopEvent(event="buffer_nonfinite", name=name))
@@ -248,6 +252,7 @@ class WatchedStep:
         self._modules.close()
         self._judge()
         if not self._is_finite:
+            self._state = StateBefore(self._watched.optimizer, self._watched.parameters)
             self._search()
         elif self._samples is not None:
             for parameter in self._watched.parameters:
@@ -290,7 +295,7 @@ class WatchedStep:
     def _nonfinite_buffers(self) -> list[str]:
         named = self._watched.model.named_buffers()
         found = [n for n, b in named if b.is_floating_point() and not all_finite([b])]
-        return found[:MAX_NAMED_BUFFERS]
+        return found[:MAX_NAMED]
 
     def _layers(self, applied: bool) -> list[LayerRecord]:
         if self._samples is None:

@@ -231,6 +231,29 @@ def test_a_batch_norm_that_a_skipped_step_spoiled_is_named(recording: Recording)
     assert "skipped_step" in names(recording.events(2))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_that_a_skipped_step_changed_is_named(
+    momentum: float, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused SGD makes its momentum out of uninitialized memory, in a skipped step too."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(7.0))
+    model = nn.Linear(36, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    step = recording.record(model, optimizer, scaler)
+    for number, (images, labels) in enumerate(batches(2)):
+        with step(None):
+            optimizer.zero_grad()
+            bad = images.flatten(1) * (1.0 if number else torch.inf)
+            scaler.scale(loss_of(model, (bad, labels))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    changed = [e.name for e in recording.events(1) if e.event == "state_changed"]
+    assert changed == (["weight.momentum_buffer", "bias.momentum_buffer"] if momentum else [])
+    assert "state_changed" not in names(recording.events(2))
+
+
 def test_rows_are_written_when_what_happens_changes(recording: Recording) -> None:
     model = conv_net()
     optimizer = adam(model)

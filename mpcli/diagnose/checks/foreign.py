@@ -1,0 +1,398 @@
+"""What is not finite, or became zero, in a loop that is not ours and cannot be run again.
+
+The recorder looked for the origin of NaN and infinity on the spot (`flight.json`), and sampled
+steps have each module beside itself in fp32 (`shadow`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from mpcli.diagnose import remedies
+from mpcli.diagnose.evidence import Evidence, Sample
+from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.precision.observe import LOSS
+from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin
+
+Numbers = dict[str, float | str | bool | None]
+
+FP16_MAX = 65504.0
+SPIKE = 2.0**8
+"""How much larger than in any sampled step values may become in an ordinary one: infinity that
+would take more than that is not the doing of a number format, or of the loss scale."""
+MANY_FLUSHED = 0.1
+"""Share of a step's gradients that are zero only in fp16: the share of its values that a layer of
+weights may lose, too, where `mptrain diagnose` says that it fits fp16."""
+
+
+def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
+    """The first NaN or infinity of a loop, from the origin that was found on the spot.
+
+    Infinite gradients are none where a high loss scale explains them: it finds its level that way.
+    """
+    run = evidence.facts.run
+    if run is None or not evidence.is_foreign:
+        return
+    for flight in sorted(run.flights, key=lambda flight: flight.step):
+        if flight.origin is None:
+            found = _without_origin(evidence, flight)
+        elif flight.origin.phase == "input":
+            found = _batch(evidence, flight, flight.origin)
+        elif flight.origin.operation == "weights":
+            found = _weights(evidence, flight, flight.origin)
+        elif flight.origin.phase == "forward":
+            found = _forward(evidence, flight, flight.origin)
+        else:
+            found = _backward(evidence, flight, flight.origin)
+        if found is not None:
+            yield found
+            return
+
+
+def foreign_underflow(evidence: Evidence) -> Iterable[Finding]:
+    """Gradients that fp16 made zero, or is about to.
+
+    What a module's own arithmetic flushed shows in its shadow. What was flushed before it, as when
+    the gradient of an fp32 loss becomes fp16, does not; but where even the largest gradient of a
+    step is subnormal, all that is 1000 times smaller is zero.
+    """
+    if not evidence.is_foreign or evidence.compute != "fp16":
+        return
+    starved = [(max(_flushed(sample), _starved(sample)), sample) for sample in evidence.samples]
+    share, sample = max(starved, key=lambda pair: pair[0], default=(0.0, None))
+    if sample is not None and share >= MANY_FLUSHED and _is_low(sample):
+        yield _underflow(evidence, sample)
+    elif len(gone := _steps_without_gradient(evidence)):
+        step = int(gone[0])
+        scale = evidence.history.at(step, "scale")
+        yield Finding(
+            id="underflow",
+            severity="error",
+            cause=f"In {len(gone)} steps all gradients are zero, though the loss is not: fp16 "
+            f"cannot hold them at a loss scale of {scale:g}",
+            phase="backward",
+            step=step,
+            confidence=0.7,
+            evidence={"steps_without_gradient": len(gone), "loss_scale": scale},
+            suggestion=remedies.dynamic_scale(evidence),
+            alternatives=(remedies.bf16(evidence),),
+        )
+
+
+def _underflow(evidence: Evidence, sample: Sample) -> Finding:
+    shares = {row.module: row.shadow.flushed for row in _shadowed(sample) if row.shadow}
+    flushed, scale = _flushed(sample), evidence.history.at(sample.step, "scale")
+    largest = _largest_gradient([sample])
+    cause = (
+        f"fp16 makes {flushed:.0%} of the gradients zero at a loss scale of {scale:g}"
+        if flushed >= MANY_FLUSHED
+        else f"Even the largest gradient is {largest * scale:.1g} at a loss scale of {scale:g}: "
+        "fp16 makes zero of all that are 1000 times smaller"
+    )
+    return Finding(
+        id="underflow",
+        severity="error" if max(flushed, _starved(sample)) >= 0.5 else "warning",
+        cause=cause,
+        layers=tuple(
+            name
+            for name, share in sorted(shares.items(), key=lambda item: -item[1])
+            if share >= MANY_FLUSHED
+        ),
+        phase="backward",
+        step=sample.step,
+        confidence=0.9,
+        evidence={
+            "flushed_share_in_modules": round(flushed, 4),
+            "loss_scale": scale,
+            "largest_gradient_unscaled": largest,
+            "headroom_bits": math.log2(FP16_MAX / (largest * scale)) if largest else None,
+        },
+        suggestion=remedies.dynamic_scale(evidence),
+        alternatives=(
+            *((remedies.static_scale(evidence, largest),) if largest else ()),
+            remedies.bf16(evidence),
+        ),
+    )
+
+
+def _batch(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
+    cast = origin.value == "inf" and evidence.compute == "fp16"
+    also = ", or values above 65504 that the loop made fp16" if cast else ""
+    return Finding(
+        id="bad-batch",
+        severity="error",
+        cause=f"The batch of step {flight.step} holds {origin.value}{also}",
+        phase="input",
+        step=flight.step,
+        confidence=1.0,
+        evidence={"value": origin.value, "loss": flight.loss},
+        suggestion=Suggestion(
+            what=f"look at the batch, which is in flights/step-{flight.step}, and mend the data",
+            code="if not all(x.isfinite().all() for x in batch if x.is_floating_point()):\n"
+            "    continue",
+        ),
+    )
+
+
+def _weights(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
+    """Loaded so in the first step; else the update before made them so, of finite gradients."""
+    is_first = not len(evidence.history) or flight.step == int(evidence.history.step[0])
+    place = origin.module or "the model itself"
+    if is_first:
+        return Finding(
+            id="bad-checkpoint",
+            severity="error",
+            cause=f"The weights of {place} hold {origin.value} before the first step",
+            layers=(origin.module,),
+            phase="input",
+            step=flight.step,
+            confidence=1.0,
+            evidence={"value": origin.value},
+            suggestion=Suggestion(
+                what="load other weights",
+                code="assert all(w.isfinite().all() for w in model.parameters())",
+            ),
+        )
+    step = flight.step - 1
+    rate = evidence.history.at(step, "lr")
+    return Finding(
+        id="learning-rate",
+        severity="error",
+        cause=f"The update of step {step} made {origin.value} of weights in {place}, though its "
+        "gradients were finite",
+        layers=(origin.module,),
+        phase="update",
+        step=step,
+        confidence=0.5 if math.isfinite(rate) else 1.0,
+        evidence={
+            "learning_rate": rate,
+            "gradient_norm": evidence.history.at(step, "grad_norm"),
+            "stored": _stored(evidence, origin.module),
+        },
+        suggestion=remedies.learning_rate(evidence, 0.1),
+        alternatives=(remedies.masters(evidence),),
+    )
+
+
+def _forward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
+    """An overflow of fp16 is infinite, in fp16 or in a cast to it; of NaN, only near its limit."""
+    formats = _formats(evidence, origin.module)
+    largest, overflowed = _outputs(evidence, origin.module)
+    is_near = overflowed or largest * SPIKE >= FP16_MAX
+    is_cast = origin.operation == "_to_copy"  # to bf16, fp32 and fp64 keep their range
+    of_format = is_near or (origin.value == "inf" and not _has_pole(origin))
+    place = _named(origin.module)
+    numbers: Numbers = {
+        "value": origin.value,
+        "operation": origin.operation,
+        "format": "+".join(sorted(formats)) or None,
+        "largest_output_sampled": largest or None,
+        "loss": flight.loss,
+    }
+    if is_cast or ("fp16" in formats and of_format):
+        what = f"A value that {place} makes fp16" if is_cast else f"The output of {place}"
+        wide = [remedies.bf16(evidence)] if _runs_in_fp16(evidence) else []
+        mending = [*wide, _layer_in_fp32(evidence, origin.module)]
+        return Finding(
+            id="forward-overflow",
+            severity="error",
+            cause=f"{what} leaves the range of fp16 (65504) in step {flight.step}",
+            layers=(origin.module,),
+            phase="forward",
+            step=flight.step,
+            confidence=1.0 if is_cast or overflowed else 0.9 if is_near else 0.7,
+            evidence=numbers,
+            suggestion=mending[0],
+            alternatives=tuple(mending[1:]),
+        )
+    first, *others = _guards(evidence, origin, formats)
+    return Finding(
+        id="forward-nonfinite",
+        severity="error",
+        cause=f"{place} makes {origin.value} out of finite numbers in step {flight.step}"
+        f"{_within(formats)}",
+        layers=(origin.module,),
+        phase="forward",
+        step=flight.step,
+        confidence=0.8,
+        evidence=numbers,
+        suggestion=first,
+        alternatives=tuple(others),
+    )
+
+
+def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding | None:
+    """None where the loss scale may have made it: its overflow is not the module's."""
+    formats = _formats(evidence, origin.module)
+    expected = _largest_gradient(evidence.samples) * flight.scale
+    may_overflow = not expected or expected * SPIKE >= FP16_MAX
+    if may_overflow and evidence.compute in ("fp16", "-") and not _at_scale_1(evidence, flight):
+        return None
+    first, *others = _guards(evidence, origin, formats)
+    return Finding(
+        id="backward-nonfinite",
+        severity="error",
+        cause=f"The backward of {_named(origin.module)} makes {origin.value} out of finite numbers "
+        f"in step {flight.step}{_within(formats)}",
+        layers=(origin.module,),
+        phase="backward",
+        step=flight.step,
+        confidence=0.9,
+        evidence={
+            "value": origin.value,
+            "operation": origin.operation,
+            "format": "+".join(sorted(formats)) or None,
+            "loss": flight.loss,
+            "loss_scale": flight.scale,
+            "largest_gradient_sampled_times_scale": expected or None,
+        },
+        suggestion=first,
+        alternatives=tuple(others),
+    )
+
+
+def _at_scale_1(evidence: Evidence, flight: FlightRecord) -> bool:
+    """Whether steps go on to be skipped until the loss scale is down to 1."""
+    history = evidence.history
+    later = history.step >= flight.step
+    skipped, scale = history.skipped[later], history.scale[later]
+    in_a_row = len(skipped) if skipped.all() else int((~skipped).argmax())
+    return flight.scale <= 1 or bool((scale[:in_a_row] <= 1).any())
+
+
+def _without_origin(evidence: Evidence, flight: FlightRecord) -> Finding | None:
+    """From the sampled outputs: the first that is infinite in fp16, of a step up to then."""
+    if math.isfinite(flight.loss):
+        return None
+    for sample in evidence.samples:
+        for row in sample.of("output") if sample.step <= flight.step else ():
+            if row.inf and row.dtype == "fp16":
+                origin = NonFiniteOrigin(module=row.module, phase="forward", value="inf")
+                return _forward(evidence, flight, origin)
+    return None
+
+
+def _layer_in_fp32(evidence: Evidence, module: str) -> Suggestion:
+    if module in ("", LOSS):
+        what = (
+            "compute the loss in fp32" if module else "compute the model's own operations in fp32"
+        )
+        return Suggestion(what=what, code="loss = loss_function(output.float(), labels)")
+    return remedies.fp32_layers(evidence, (module,))
+
+
+def _guards(
+    evidence: Evidence, origin: NonFiniteOrigin, formats: set[str]
+) -> tuple[Suggestion, ...]:
+    """In half, its few bits may have made a zero of what is none in fp32."""
+    guard = Suggestion(
+        what=f"keep {_named(origin.module)} away from where its operations are singular: division "
+        "by 0, the logarithm or the root of 0, the norm of zeros",
+        code="x / (y + eps); x.clamp_min(eps).log(); (x.square().sum() + eps).sqrt()",
+    )
+    if not formats & {"fp16", "bf16"}:
+        return (guard,)
+    return _layer_in_fp32(evidence, origin.module), remedies.fp32(evidence), guard
+
+
+def _has_pole(origin: NonFiniteOrigin) -> bool:
+    """Whether it was an operation that is infinite at ordinary numbers, such as 0."""
+    return re.search(r"sqrt|log|div|reciprocal|pow", origin.operation or "") is not None
+
+
+def _within(formats: set[str]) -> str:
+    return f", in {'+'.join(sorted(formats))}" if formats else ""
+
+
+def _named(module: str) -> str:
+    return {"": "the model itself", LOSS: "the loss"}.get(module, module)
+
+
+def _formats(evidence: Evidence, module: str) -> set[str]:
+    """Formats that a module computes in, or gives its results in, as far as it is known."""
+    types = evidence.facts.run.types if evidence.facts.run else {}
+    found = set(types[module].computed.split("+")) if module in types else set()
+    found |= {row.dtype for row in _rows(evidence, "output") if row.module == module}
+    return (found or {_stored(evidence, module) or "-"}) - {"-"}
+
+
+def _stored(evidence: Evidence, module: str) -> str | None:
+    foreign = evidence.foreign
+    stored = {known.name: known.stored for known in foreign.modules} if foreign else {}
+    return stored.get(module)
+
+
+def _runs_in_fp16(evidence: Evidence) -> bool:
+    """Whether autocast is fp16, or most weights are: not a single module among others."""
+    events = [event for row in evidence.events for event in row.events]
+    if any(event.autocast and "fp16" in event.autocast for event in events):
+        return True
+    foreign = evidence.foreign
+    modules = foreign.modules if foreign else ()
+    in_fp16 = sum(module.parameters for module in modules if module.stored == "fp16")
+    return 2 * in_fp16 > sum(module.parameters for module in modules)
+
+
+def _rows(evidence: Evidence, *tensors: str) -> Iterator[LayerRecord]:
+    return (row for sample in evidence.samples for row in sample.rows if row.tensor in tensors)
+
+
+def _outputs(evidence: Evidence, module: str) -> tuple[float, bool]:
+    """Largest sampled output of a module, and whether one is infinite only in half."""
+    rows = [row for row in _rows(evidence, "output") if row.module == module]
+    finite = [row.max for row in rows if math.isfinite(row.max)]
+    overflowed = any(row.shadow is not None and row.shadow.overflowed > 0 for row in rows)
+    return max(finite, default=0.0), overflowed
+
+
+def _largest_gradient(samples: Iterable[Sample]) -> float:
+    """Without the scale, of sampled steps where it is finite; 0 without any."""
+    rows = [row for sample in samples for row in sample.rows]
+    found = [row.max / row.scale for row in rows if row.tensor in ("grad", "grad_output")
+             and math.isfinite(row.max) and not row.inf and not row.nan]  # fmt: skip
+    return max(found, default=0.0)
+
+
+def _shadowed(sample: Sample) -> list[LayerRecord]:
+    return [row for row in sample.of("grad") if row.shadow is not None and not row.nan + row.inf]
+
+
+def _flushed(sample: Sample) -> float:
+    """Share of a step's gradients that are zero only in fp16."""
+    rows = _shadowed(sample)
+    elements = sum(row.elements for row in rows)
+    lost = sum(row.elements * row.shadow.flushed for row in rows if row.shadow)
+    return lost / elements if elements else 0.0
+
+
+def _starved(sample: Sample) -> float:
+    """Share of fp16's subnormal range that the largest gradient of a step does not reach; 0 above.
+
+    At 0 the largest has all its bits and lies 2^10 above the least number, at 1 it is that one.
+    """
+    rows = [row for row in sample.of("grad_output") if row.dtype == "fp16"]
+    largest = max((row.max for row in rows), default=0.0)
+    return 0.0 if largest == 0 else max(-14 - math.log2(largest), 0.0) / 10
+
+
+def _is_low(sample: Sample) -> bool:
+    """Whether the scale may rise: the largest gradient is a factor of 4 or more from overflow."""
+    return all(row.max * 4 <= FP16_MAX for row in sample.rows
+               if row.tensor in ("grad", "grad_output"))  # fmt: skip
+
+
+def _steps_without_gradient(evidence: Evidence) -> np.ndarray:
+    """Of most of the steps, or none: one batch may have no gradient."""
+    history = evidence.history
+    gone = history.applied & (history.grad_norm == 0) & history.finite_loss & (history.loss != 0)
+    return history.step[gone] if 2 * gone.sum() > len(history) else history.step[:0]
+
+
+FOREIGN: tuple[Callable[[Evidence], Iterable[Finding]], ...] = (
+    foreign_nonfinite,
+    foreign_underflow,
+)

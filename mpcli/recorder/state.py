@@ -1,0 +1,40 @@
+"""Whether an optimizer leaves its state alone in a step that it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mpcli.precision.statistics import sampled
+from mpcli.recorder.describe import SteppedParameter
+
+
+class StateBefore:
+    """The optimizer's state before a step: at most 16,384 elements of each tensor.
+
+    torch's fused SGD makes its momentum in the first step out of uninitialized memory and relies on
+    the kernel to fill it, which the kernel does not do in a step that it leaves out (torch 2.14).
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[SteppedParameter]
+    ) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        self._before = dict(self._now())
+
+    def changed(self) -> list[str]:
+        """`parameter.key` of the tensors that are others now; zeros are what no state is."""
+        return [name for name, now in self._now() if not _same(now, self._before.get(name))]
+
+    def _now(self) -> Iterator[tuple[str, Tensor]]:
+        for parameter in self._parameters:
+            for key, value in self._optimizer.state.get(parameter.tensor, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    yield f"{parameter.name}.{key}", sampled(value.detach())
+
+
+def _same(now: Tensor, before: Tensor | None) -> bool:
+    before = torch.zeros_like(now) if before is None else before
+    return torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True)
