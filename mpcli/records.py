@@ -357,13 +357,45 @@ class ReplayedModule(Record):
     type: str = Field(description="its class")
     output: ShadowComparison | None = Field(description="in the run's precision")
     output_max: float | None = Field(description="largest magnitude of what is not NaN")
+    exact_output_max: float | None = Field(default=None, description="of the output in fp32")
     grad_output: ShadowComparison | None
     grad_output_max: float | None
+    exact_grad_max: float | None = Field(
+        default=None, description="in fp32, of the outputs' gradients and its own parameters'"
+    )
     parameter_grad: ShadowComparison | None
     bf16_output: ShadowComparison | None = Field(
         description="in bf16 (autocast); null where torch cannot compute it"
     )
     bf16_grad_output: ShadowComparison | None
+    half_operations: tuple[str, ...] = Field(
+        default=(),
+        description="norms, softmaxes, sums and means that it computed itself with a result in "
+        "fp16 or bf16, by torch's names",
+    )
+
+
+class ReplayedAttention(Record):
+    """The logits of attention in a call of a module, in fp32."""
+
+    module: str = Field(description="that multiplied the queries with the keys")
+    call: int
+    product_max: float = Field(description="largest |q . k|, as it was multiplied")
+    logit_max: float = Field(description="of what the softmax was given, without masked places")
+    entropy: float = Field(description="mean over the queries, over that of equal probabilities")
+    saturated: float = Field(
+        description="share of the queries with a probability of 1 in fp32: no gradient gets past"
+    )
+
+
+class ReplayedInput(Record):
+    """A tensor of the batch that was run again."""
+
+    name: str
+    nan: int
+    inf: int
+    max: float = Field(description="largest finite magnitude")
+    usual_max: float | None = Field(description="the same of a neighbouring step's batch")
 
 
 class Parting(Record):
@@ -406,6 +438,10 @@ class Replay(Record):
     )
     same_random_numbers: bool = Field(description="the shadows had those of the run")
     modules: tuple[ReplayedModule, ...] = Field(description="in the order of returning")
+    attention: tuple[ReplayedAttention, ...] = ()
+    inputs: tuple[ReplayedInput, ...] = Field(
+        default=(), description="the floating-point tensors of the whole step's batch"
+    )
     flight_differs: tuple[str, ...] | None = Field(
         default=None,
         description="which of `batch` and `random state` were taken from the step's flight, being "

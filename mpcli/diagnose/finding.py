@@ -12,6 +12,7 @@ from mpcli.records import Record
 FindingId = Literal[
     "underflow",
     "forward-overflow",
+    "forward-nonfinite",
     "scale-too-high",
     "scale-collapse",
     "backward-nonfinite",

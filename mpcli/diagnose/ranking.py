@@ -9,7 +9,7 @@ from mpcli.diagnose.finding import Finding, FindingId
 
 _NONFINITE: frozenset[FindingId] = frozenset((
     *("scale-collapse", "skip-storm", "scale-too-high", "backward-nonfinite", "forward-overflow"),
-    *("bad-checkpoint", "optimizer-state-corrupted", "batchnorm-stats"),
+    *("bad-checkpoint", "optimizer-state-corrupted", "batchnorm-stats", "forward-nonfinite"),
 ))  # fmt: skip
 """What values that are not finite lead to."""
 
@@ -31,8 +31,10 @@ EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "norm-in-half": _NONFINITE,
     "weights-exceed-fp16": _NONFINITE | {"bad-checkpoint"},
     "batchnorm-stats": _NONFINITE - {"batchnorm-stats"},
+    "forward-nonfinite": _NONFINITE - {"forward-nonfinite"},
     "forward-overflow": _NONFINITE - {"forward-overflow"},
-    "backward-nonfinite": _NONFINITE - {"backward-nonfinite", "forward-overflow"},
+    "backward-nonfinite": _NONFINITE
+    - {"backward-nonfinite", "forward-overflow", "forward-nonfinite"},
     "scale-too-high": frozenset({"skip-storm", "backward-nonfinite", "scale-collapse"}),
     "scale-collapse": frozenset({"skip-storm", "underflow"}),
     "underflow": frozenset({"vanishing-gradients", "lost-updates"}),
