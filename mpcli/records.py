@@ -242,6 +242,9 @@ class FlightRecord(Record):
     weights: tuple[int, ...] | None = Field(
         default=None, description="how many things the loss sums over each sample"
     )
+    largest: dict[str, float] = Field(
+        default={}, description="finite magnitude in each floating-point tensor of the batch"
+    )
     origin: NonFiniteOrigin | None = Field(
         default=None, description="found on the spot, in a loop that cannot be repeated"
     )
@@ -370,8 +373,8 @@ class ReplayedModule(Record):
     bf16_grad_output: ShadowComparison | None
     half_operations: tuple[str, ...] = Field(
         default=(),
-        description="norms, softmaxes, sums and means that it computed itself with a result in "
-        "fp16 or bf16, by torch's names",
+        description="norms, softmaxes, sums, means, roots and exponentials that it computed itself "
+        "with a result in fp16 or bf16, by torch's names",
     )
 
 

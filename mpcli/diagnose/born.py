@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from mpcli.diagnose.evidence import Evidence, History
+from mpcli.diagnose.remedies import FP16_MAX
 from mpcli.precision.loss_scale import at_floor
 from mpcli.recipe.precision import DynamicScale
 from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin, Replay
@@ -16,7 +17,6 @@ SINGULAR = re.compile(
 )
 """Operations that make infinity of ordinary numbers: at 0, or at the end of their domain."""
 
-FP16_MAX = 65504.0
 AMPLIFIED = 2.0**6
 """Gradients inside a module that overflow while all that pass between modules, times the scale, are
 so many times below the limit, are the module's matter and not the scale's."""

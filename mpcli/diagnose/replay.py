@@ -26,6 +26,7 @@ from mpcli.diagnose.passes import (
 )
 from mpcli.diagnose.stage import Stage, check_device
 from mpcli.engines.local import LocalEngine
+from mpcli.flight import finite_max
 from mpcli.launch import explaining
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import autocast, numerics
@@ -207,14 +208,9 @@ def _inputs(batch: Batch, neighbour: Batch) -> Iterator[ReplayedInput]:
                 name=name,
                 nan=int(tensor.isnan().sum()),
                 inf=int(tensor.isinf().sum()),
-                max=_finite_max(tensor),
-                usual_max=None if usual is None else _finite_max(usual),
+                max=finite_max(tensor),
+                usual_max=None if usual is None else finite_max(usual),
             )
-
-
-def _finite_max(tensor: Tensor) -> float:
-    values = tensor.abs()
-    return float(torch.where(values.isfinite(), values, 0.0).max()) if values.numel() else 0.0
 
 
 def _plan(run: RunDirectory) -> Plan:

@@ -31,6 +31,9 @@ NORMS = frozenset((
 ))  # fmt: skip
 """Fused kernels, which compute their statistics in fp32 whatever they are given."""
 
+PARTS = frozenset({"sqrt", "rsqrt", "exp"})
+"""Of norms and softmaxes that are written out."""
+
 MASKED = -9e3
 """Logits below are masked: -inf, the least number of a type, -1e9, or the -1e4 of old models."""
 CHUNK = 2**24
@@ -62,7 +65,8 @@ class OperationsSeen:
     """Listens to a forward.
 
     Attributes:
-        half: by module, the reductions, softmaxes and norms whose result is in half precision.
+        half: by module, the reductions, softmaxes and norms, or parts of such, whose result is in
+            half precision.
         attention: by the call that multiplied queries with keys; only if asked for.
     """
 
@@ -78,7 +82,7 @@ class OperationsSeen:
         first = result[0] if isinstance(result, tuple | list) and result else result
         if not isinstance(first, Tensor):
             return
-        if first.dtype in HALF and name in REDUCTIONS | SOFTMAXES | NORMS:
+        if first.dtype in HALF and name in REDUCTIONS | SOFTMAXES | NORMS | PARTS:
             self.half.setdefault(call[0], set()).add(name)
         if self._sees_attention:
             with torch.no_grad(), _disable_current_modes():

@@ -45,8 +45,9 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     parting = evidence.replay.parting if evidence.replay else None
     if evidence.compute != "fp16" or (parting and parting.phase == "forward"):
         return  # of another forward the gradients are others
-    known = _lost_beside_fp32(evidence) if _has_shadow(evidence) else _last_bits(evidence)
-    lost = sorted(known, key=lambda one: (-one.flushed, -one.error))
+    lost = sorted(_lost_beside_fp32(evidence), key=lambda one: (-one.flushed, -one.error))
+    if not lost and evidence.replay is None:
+        lost = list(_last_bits(evidence))
     if not lost:
         return
     worst, scale = lost[0], lost[0].scale
@@ -54,12 +55,11 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     headroom = math.log2(FP16_MAX / (largest * scale)) if largest > 0 else math.inf
     may_rise = headroom >= HEADROOM
     proven = worst.proof == "fp32"
-    room = (
-        f"the largest gradient times the scale is {headroom:.0f} bits below fp16's limit, so there "
-        "is room for a higher scale"
-        if may_rise
-        else "the largest gradients leave no room for a higher scale"
-    )
+    room = f"the largest times the scale is {headroom:.0f} bits below fp16's limit"
+    if not largest:
+        room = "a higher scale costs nothing"
+    elif not may_rise:
+        room = "the largest leave no room for a higher scale"
     said = {
         "fp32": f"{worst.flushed:.0%} of the gradient of `{worst.module}` becomes zero",
         "bits": f"{worst.flushed:.0%} of what is left of the gradient of `{worst.module}` has at "
@@ -101,14 +101,14 @@ def scale_too_high(evidence: Evidence) -> Iterator[Finding]:
     first = int(stuck.argmax())
     scale, largest = float(history.scale[first]), largest_gradient(evidence)
     place = f", first in `{found.origin.module}`" if found else ""
-    is_lower = 0 < largest and largest * scale > FP16_MAX  # else it is the inside of a module
+    is_lower = largest > 0 and largest * scale > FP16_MAX  # else it is the inside of a module
     fits = [remedies.static_scale(evidence, largest)] if is_lower else []
     layers = (found.origin.module,) if found else _overflowed(evidence)
     yield Finding(
         id="scale-too-high",
         severity=severity_of(evidence),
-        cause=f"the loss scale of {scale:,.10g} makes gradients overflow in backward{place}, and does "
-        f"not fall: {int(stuck.sum())} of {len(history)} steps are skipped",
+        cause=f"the loss scale of {scale:,.10g} makes gradients overflow in backward{place}, and "
+        f"does not fall: {int(stuck.sum())} of {len(history)} steps are skipped",
         layers=layers,
         phase="backward",
         step=int(history.step[first]),
@@ -137,8 +137,8 @@ def scale_collapse(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         id="scale-collapse",
         severity=severity_of(evidence),
-        cause=f"the loss scale fell to {history.scale.min():,.10g} and gradients are still not finite: "
-        f"{whose}; a higher scale would make it worse",
+        cause=f"the loss scale fell to {history.scale.min():,.10g} and gradients are still not "
+        f"finite: {whose}; a higher scale would make it worse",
         layers=(found.origin.module,) if found else (),
         phase=found.origin.phase if found else "backward",
         step=int(history.step[first]),
@@ -205,12 +205,10 @@ class _Lost:
 
 
 _SHARE = {
-    "fp32": "share that becomes zero", "bits": "share with two bits or less", "zero": "share of zeros"
-}  # fmt: skip
-
-
-def _has_shadow(evidence: Evidence) -> bool:
-    return evidence.replay is not None or bool(_shadowed(evidence))
+    "fp32": "share that becomes zero",
+    "bits": "share with two bits or less",
+    "zero": "share of zeros",
+}
 
 
 def _lost_beside_fp32(evidence: Evidence) -> Iterator[_Lost]:
@@ -284,15 +282,17 @@ def _since(history: History, scale: float) -> int | None:
 
 def _stays(evidence: Evidence) -> NDArray[np.bool_]:
     """Of each step, whether the scale of the next one is no lower, or as low as it may be."""
-    history = evidence.history
+    history, policy = evidence.history, _dynamic(evidence)
     stays = np.ones(len(history), np.bool_)
+    if evidence.recipe and policy is None:
+        return stays
+    if evidence.recipe and not history.applied.any():
+        return stays  # it was too high for the whole run
     stays[:-1] = history.scale[1:] >= history.scale[:-1]
-    if (policy := _dynamic(evidence)) is not None:
-        stays[-1:] = False  # what comes next is not known
+    stays[-1:] = (stays & history.skipped)[:-1].any()  # what comes next is not known
+    if policy:
         steps = zip(history.step, history.scale, strict=True)
         stays |= np.array([at_floor(policy, float(s), int(n) - 1) for n, s in steps], np.bool_)
-        if len(history) and not history.applied.any():
-            stays[:] = True  # it was too high for the whole run
     return stays
 
 
