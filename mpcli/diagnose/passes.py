@@ -268,6 +268,8 @@ def parting(calls: dict[Call, ComparedCall], compute: str) -> Parting | None:
         if whole.seen.overflowed or whole.seen.flushed > limit:
             return Parting(module=LOSS, call=0, phase="backward", error=whole.seen.error)
         return None
+    # Infinite gradients that reach no weight (a ReLU sets those of dead channels to 0) do no harm.
+    reaches = any(math.isinf(_error(call.parameters)) for call in calls.values())
     parted: dict[Call, float] = {}
     for place, call in reversed(calls.items()):
         if call.gradients and call.gradients.seen.error <= limit:
@@ -275,7 +277,7 @@ def parting(calls: dict[Call, ComparedCall], compute: str) -> Parting | None:
             terms = max(1.0, inputs, math.sqrt(call.gradients.elements))
             known = max(_error(call.inputs), _error(call.outputs))
             for made, scale in ((call.input_gradients, 1.0), (call.parameters, terms)):
-                if _error(made) > limit:
+                if _error(made) > limit and (reaches or math.isfinite(_error(made))):
                     if _exceeds(made, call.gradients, rounding, scale, known):
                         parted[place] = max(parted.get(place, 0.0), _error(made))
                     else:

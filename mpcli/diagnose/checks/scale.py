@@ -29,6 +29,8 @@ ERROR = 0.125
 rounding opens and closes; by 0.16 and more where the same runs had their scale at 1e-5."""
 MOST = 0.5
 """Relative error of a gradient that has lost most of itself."""
+RANGE = 2.0**-40
+"""A gradient so far below the largest is never in fp16 with it: that goes from 2^-24 to 2^16."""
 LAST_BITS = -22
 """A value of fp16 below 2^-22 has at most two bits: it is 1, 2 or 3 times the least number."""
 HEADROOM = 2.0
@@ -59,7 +61,7 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     if not largest:
         room = "a higher scale costs nothing"
     elif not may_rise:
-        room = "the largest leave no room for a higher scale"
+        room = "the largest gradients leave no room for a higher scale"
     said = {
         "fp32": f"{worst.flushed:.0%} of the gradient of `{worst.module}` becomes zero",
         "bits": f"{worst.flushed:.0%} of what is left of the gradient of `{worst.module}` has at "
@@ -219,8 +221,11 @@ def _lost_beside_fp32(evidence: Evidence) -> Iterator[_Lost]:
             if seen and seen.flushed >= FLUSHED and seen.error >= ERROR:
                 yield _Lost(sampled.module, seen.flushed, seen.error, sampled.scale, "fp32")
         return
+    least = largest_gradient(evidence) * RANGE
     for row in evidence.replay.modules:
         own, given = row.parameter_grad, row.grad_output
+        if (row.exact_grad_max or 0.0) < least:
+            continue  # it vanishes in fp32 as well
         flushed = max(_flushed(own), _flushed(given))
         if own and flushed >= FLUSHED and math.isfinite(own.error) and own.error >= ERROR:
             yield _Lost(row.module, flushed, own.error, evidence.replay.scale, "fp32")

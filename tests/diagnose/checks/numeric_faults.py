@@ -14,7 +14,8 @@ from mpcli.recipe.plugin import Plugin
 class Options(Plugin):
     layer: Literal[
         "none", "overflow", "residual", "root", "log", "norm", "small-norm", "sum", "attention",
-        "sharp-attention", "sound-attention", "amplify", "shrink",
+        "sharp-attention", "sound-attention", "fused-attention", "softmax", "amplify", "shrink",
+        "torch-norm", "batch-norm",
     ]  # fmt: skip
     batch: Literal["good", "nan", "huge", "label"] = "good"
     loss: float = 1.0  # a factor
@@ -95,6 +96,21 @@ class Attention(nn.Module):
         return (logits.softmax(-1) @ x.to(query.dtype)).flatten(1)
 
 
+class FusedAttention(Attention):
+    def forward(self, x):
+        x = x.view(-1, 1, 4, 4)
+        query, key = self.query(x) * self.size, self.key(x) * self.size
+        return F.scaled_dot_product_attention(query, key, x.to(query.dtype)).flatten(1)
+
+
+class Written(nn.Module):
+    """A softmax without a maximum taken off."""
+
+    def forward(self, x):
+        x = (x * 20).exp()
+        return x / x.sum(-1, keepdim=True)
+
+
 class Amplify(nn.Module):
     """Large inside of its backward."""
 
@@ -106,7 +122,7 @@ class Shrink(nn.Module):
     """The gradients before it are small."""
 
     def forward(self, x):
-        return x.detach() + (x - x.detach()) * 2.0**-30
+        return x.detach() + (x - x.detach()) * 2.0**-36
 
 
 def build_model(options: Options, info: Any) -> nn.Module:
@@ -115,6 +131,8 @@ def build_model(options: Options, info: Any) -> nn.Module:
         "norm": lambda: HandNorm(1e3), "small-norm": lambda: HandNorm(1.0), "sum": Sum,
         "attention": lambda: Attention(1e3), "sharp-attention": lambda: Attention(100.0),
         "sound-attention": lambda: Attention(1.0), "amplify": Amplify, "shrink": Shrink,
+        "fused-attention": lambda: FusedAttention(100.0), "softmax": Written,
+        "torch-norm": lambda: nn.LayerNorm(16), "batch-norm": lambda: nn.BatchNorm1d(16),
     }[options.layer]()  # fmt: skip
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), odd, nn.Linear(16, 16), nn.Linear(16, 3))
 
