@@ -44,6 +44,12 @@ def fp32(evidence: Evidence) -> Suggestion:
     return Suggestion(what="train in fp32", set=settings)
 
 
+def wider(evidence: Evidence) -> Suggestion | None:
+    """The next format with more range, or more precision: bf16 after fp16, fp32 after bf16."""
+    following = {"fp16": bf16, "bf16": fp32}.get(evidence.compute)
+    return following(evidence) if following else None
+
+
 def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:
     """These layers (module names, groups or class names) in fp32, the rest as it is."""
     names = ", ".join(layers)

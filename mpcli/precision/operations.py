@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ REDUCTIONS = frozenset((
     *("norm", "linalg_vector_norm", "logsumexp", "dot", "vdot"),
 ))  # fmt: skip
 """Operations whose result adds up, or multiplies, many elements of one tensor."""
-SOFTMAXES = frozenset({"_softmax", "_log_softmax"})
+SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "_log_softmax"})
 NORMS = frozenset((
     *("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm"),
@@ -61,6 +61,9 @@ class AttentionSeen:
     rows: int
 
 
+NO_ROWS = AttentionSeen(0.0, 0.0, 1.0, 0.0, 0)
+
+
 class OperationsSeen:
     """Listens to a forward.
 
@@ -91,72 +94,81 @@ class OperationsSeen:
     def _look(self, call: Call, name: str, given: Mapping[str, Any], result: Tensor) -> None:
         if name in ("bmm", "baddbmm"):
             self._product = call, result.numel(), _largest(result)
-        elif name == "_softmax" and self._product and result.numel() == self._product[1]:
+        elif (
+            name in ("_softmax", "_safe_softmax")
+            and self._product
+            and result.numel() == self._product[1]
+        ):
             # The logits of attention come out of a product of as many elements.
             owner, _, largest = self._product
             self._add(owner, replace(rows_seen(given["self"]), product_max=largest))
         elif "scaled_dot_product" in name and {"query", "key"} <= given.keys():
-            self._add(call, _fused(given))
+            query, key = given["query"], given["key"]
+            if query.shape[:-2] == key.shape[:-2]:  # else several queries share a key
+                self._add(call, _fused(query, key, given))
 
     def _add(self, call: Call, seen: AttentionSeen) -> None:
         """Several attentions of one call count together."""
         before = self.attention.get(call)
-        self.attention[call] = _together(before, seen) if before else seen
+        self.attention[call] = _all_together([before, seen]) if before else seen
 
 
 @torch.no_grad()
 def rows_seen(logits: Tensor) -> AttentionSeen:
     """What a softmax over the last dimension is given, masked places and all."""
-    logits = logits.float()
+    rows = logits.reshape(-1, logits.shape[-1])
+    size = max(1, CHUNK // max(logits.shape[-1], 1))
+    return _all_together([_rows(part.float()) for part in rows.split(size)])
+
+
+def _rows(logits: Tensor) -> AttentionSeen:
     kept = logits >= MASKED
     keys = kept.sum(-1)
-    open_logits = logits.masked_fill(~kept, 0.0)
+    largest = _largest(logits.masked_fill(~kept, 0.0))
     probabilities = logits.softmax(-1)
     counted = (keys > 1) & probabilities.isfinite().all(-1)
     rows = int(counted.sum())
-    largest = _largest(open_logits)
     if not rows:
-        return AttentionSeen(largest, largest, 1.0, 0.0, 0)
+        return replace(NO_ROWS, product_max=largest, logit_max=largest)
     probabilities, keys = probabilities[counted], keys[counted]
     entropy = torch.special.entr(probabilities).sum(-1) / keys.log()
     saturated = (probabilities.amax(-1) == 1.0).float().mean()
     return AttentionSeen(largest, largest, float(entropy.mean()), float(saturated), rows)
 
 
-def _fused(given: Mapping[str, Any]) -> AttentionSeen:
+def _fused(query: Tensor, key: Tensor, given: Mapping[str, Any]) -> AttentionSeen:
     """The logits of a fused attention are computed again, some samples at a time."""
-    query, key = given["query"].float(), given["key"].float()
     scale = given.get("scale") or 1.0 / math.sqrt(query.shape[-1])
     mask = given.get("attn_mask", given.get("attn_bias"))
-    seen = None
-    per_sample = query[:1, ..., 0].numel() * key.shape[-2]
-    size = max(1, CHUNK // max(per_sample, 1))
+    size = max(1, CHUNK // max(query[:1, ..., 0].numel() * key.shape[-2], 1))
+    found = []
     for start in range(0, len(query), size):
         part = slice(start, start + size)
-        logits = query[part] @ key[part].mT * scale
+        logits = query[part].float() @ key[part].float().mT * scale
         largest = _largest(logits)
         if mask is not None:
-            own = mask[part] if mask.dim() == query.dim() and len(mask) == len(query) else mask
-            is_open = own.dtype == torch.bool
-            logits = logits.masked_fill(~own, -math.inf) if is_open else logits + own
+            logits = logits + (mask[part] if len(mask) == len(query) else mask)
         if given.get("is_causal"):
             logits = logits.masked_fill(torch.ones_like(logits[0]).tril() == 0, -math.inf)
-        found = replace(rows_seen(logits), product_max=largest)
-        seen = _together(seen, found) if seen else found
-    return seen or AttentionSeen(0.0, 0.0, 1.0, 0.0, 0)
+        found.append(replace(rows_seen(logits), product_max=largest))
+    return _all_together(found)
 
 
-def _together(one: AttentionSeen, two: AttentionSeen) -> AttentionSeen:
-    rows = one.rows + two.rows
+def _all_together(parts: Sequence[AttentionSeen]) -> AttentionSeen:
+    """Means over the rows of all."""
+    rows = sum(part.rows for part in parts)
 
-    def mean(first: float, second: float) -> float:
-        return (first * one.rows + second * two.rows) / rows if rows else first
+    def mean(values: Iterable[float]) -> float:
+        return sum(v * part.rows for v, part in zip(values, parts, strict=True)) / rows
 
+    if not rows:
+        largest = max((part.product_max for part in parts), default=0.0)
+        return replace(NO_ROWS, product_max=largest, logit_max=largest)
     return AttentionSeen(
-        product_max=max(one.product_max, two.product_max),
-        logit_max=max(one.logit_max, two.logit_max),
-        entropy=mean(one.entropy, two.entropy),
-        saturated=mean(one.saturated, two.saturated),
+        product_max=max(part.product_max for part in parts),
+        logit_max=max(part.logit_max for part in parts),
+        entropy=mean(part.entropy for part in parts),
+        saturated=mean(part.saturated for part in parts),
         rows=rows,
     )
 

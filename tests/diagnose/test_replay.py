@@ -268,6 +268,11 @@ def test_shadows_have_the_dropout_of_the_run(tmp_path: Path) -> None:
     found = replay(run, plugin=plugin)
     assert found.reproduced and found.same_random_numbers
     assert found.parting is None
+    layers = [f"encoder.layers.{number}.self_attn" for number in range(3)]
+    assert [seen.module for seen in found.attention] == layers
+    assert all(0 < seen.entropy < 1 and seen.saturated == 0 for seen in found.attention)
+    (inputs,) = found.inputs  # beside those of another batch
+    assert inputs.name == "inputs" and inputs.max != inputs.usual_max
     dropped = [row for row in found.modules if row.type == "Dropout"]
     assert dropped and all(row.output and row.output.flushed == 0 for row in dropped)
 

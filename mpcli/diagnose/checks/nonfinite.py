@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -30,6 +31,8 @@ OUT_OF_RANGE = 2.0**10
 """A batch whose largest value is so many times another one's is no such batch: between the largest
 of a few thousand values with a normal distribution and of as many others there is a factor below 2,
 and of log-normal ones (sigma 1) below 2^5."""
+HUGE = 2.0**63
+"""Of sums of squares of such numbers fp32 makes infinity, which is at 2^128."""
 LOGITS = frozenset({"bmm", "baddbmm", "mm", "mul", "div"})
 """Operations that make the logits of attention out of queries and keys."""
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -95,7 +98,7 @@ def severity_of(evidence: Evidence) -> Severity:
 def mending(evidence: Evidence, found: Born) -> tuple[Suggestion, ...]:
     """What keeps a step finite, the best first."""
     if found.is_of_operation:
-        if found.origin.value == "inf" and found.in_fp32 and not found.has_pole:
+        if _is_growth(evidence, found):
             return (remedies.learning_rate(evidence, 0.1),)
         return (remedies.guarded(found.origin.module, _operation(found)),)
     wide = remedies.bf16(evidence)
@@ -113,7 +116,7 @@ def _by_operation(evidence: Evidence, found: Born) -> Finding:
     origin = found.origin
     is_backward = origin.phase == "backward"
     made = f"the gradient of `{_operation(found)}`" if is_backward else f"`{_operation(found)}`"
-    if origin.value == "inf" and found.in_fp32 and not found.has_pole:
+    if _is_growth(evidence, found):
         why = "past the range of fp32 itself: look for what makes numbers grow before that"
     elif found.in_fp32:
         why = "in fp32 too: neither another precision nor a loss scale helps"
@@ -131,6 +134,15 @@ def _by_operation(evidence: Evidence, found: Born) -> Finding:
         evidence=_numbers(evidence, found),
         suggestion=mending(evidence, found)[0],
     )
+
+
+def _is_growth(evidence: Evidence, found: Born) -> bool:
+    """Whether numbers have left fp32's range, or will when they are squared."""
+    rows = evidence.replay.modules if evidence.replay else ()
+    sizes = [row.exact_output_max or 0.0 for row in rows]
+    is_huge = max(filter(math.isfinite, sizes), default=0.0) >= HUGE
+    is_plain = found.origin.value == "inf" and not found.has_pole
+    return bool(found.in_fp32) and (is_plain or is_huge)
 
 
 def _by_format(evidence: Evidence, found: Born) -> Finding:

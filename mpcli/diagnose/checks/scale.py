@@ -38,6 +38,8 @@ HEADROOM = 2.0
 STORM = 0.1
 """Share of skipped steps that is no search for a level: the default policy tries a higher scale
 every 2000 steps, and one of ten steps lost costs as much as a slower machine."""
+RARE = 0.01
+"""Share of steps that a fixed scale may skip: a batch now and then is no reason to change it."""
 SETTLED = 20
 """Steps after the search for a level from which a share is told."""
 
@@ -47,6 +49,8 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     parting = evidence.replay.parting if evidence.replay else None
     if evidence.compute != "fp16" or (parting and parting.phase == "forward"):
         return  # of another forward the gradients are others
+    if evidence.replay and evidence.replay.origin:
+        return
     lost = sorted(_lost_beside_fp32(evidence), key=lambda one: (-one.flushed, -one.error))
     if not lost and evidence.replay is None:
         lost = list(_last_bits(evidence))
@@ -92,8 +96,10 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
 def scale_too_high(evidence: Evidence) -> Iterator[Finding]:
     """Gradients that overflow for the scale's sake, under a policy that does not lower it."""
     history, found = evidence.history, born(evidence)
+    if not history.skipped.any():
+        return
     stuck = history.skipped & history.finite_loss & (history.scale > 1) & _stays(evidence)
-    if not stuck.any() or (history.skipped & (history.scale <= 1)).any():
+    if not stuck.any() or stuck.mean() <= RARE or (history.skipped & (history.scale <= 1)).any():
         return
     if evidence.replay:
         if found is None or not found.is_of_scale:
@@ -128,8 +134,8 @@ def scale_too_high(evidence: Evidence) -> Iterator[Finding]:
 def scale_collapse(evidence: Evidence) -> Iterator[Finding]:
     """A scale that has fallen to 1 and below: what is not finite there is not the scale's doing."""
     history = evidence.history
-    low = (history.scale < 1) | ((history.scale <= 1) & history.skipped)
-    fell = low.any() and history.scale.max() > 1 and history.skipped.any()
+    low = history.skipped & (history.scale <= 1)
+    fell = low.sum() >= 2 and history.scale.max() > 1  # one of them may find the level
     is_chosen = evidence.recipe is not None and _dynamic(evidence) is None
     found = born(evidence)
     if not fell or is_chosen or (found is not None and found.is_of_scale):
@@ -151,7 +157,7 @@ def scale_collapse(evidence: Evidence) -> Iterator[Finding]:
             "of the last 20 steps skipped": int(history.skipped[-20:].sum()),
             "also in fp32": found.in_fp32 if found else None,
         },
-        **_first_of(mending(evidence, found) if found else [remedies.bf16(evidence)]),
+        **_first_of(mending(evidence, found) if found else [remedies.wider(evidence)]),
     )
 
 
@@ -182,7 +188,7 @@ def skip_storm(evidence: Evidence) -> Iterator[Finding]:
             "growths of the scale": growths,
             "losses not finite": int((~history.finite_loss[start:]).sum()),
         },
-        **_first_of([remedies.dynamic_scale(evidence), remedies.bf16(evidence)]),
+        **_first_of(_against_storm(evidence)),
     )
 
 
@@ -278,6 +284,12 @@ def _against_underflow(
         yield remedies.fp32_layers(evidence, tuple(one.module for one in lost if one.module))
 
 
+def _against_storm(evidence: Evidence) -> Iterator[Suggestion | None]:
+    if evidence.scales_loss and evidence.history.finite_loss[evidence.history.skipped].any():
+        yield remedies.dynamic_scale(evidence)
+    yield remedies.wider(evidence)
+
+
 def _since(history: History, scale: float) -> int | None:
     """The step from which on the scale was no higher than it is."""
     higher = np.flatnonzero(history.scale > scale)
@@ -333,5 +345,6 @@ def _why_storm(evidence: Evidence, growths: int, skips: int) -> str:
 
 
 def _first_of(suggestions: Iterable[Suggestion | None]) -> dict[str, Any]:
-    first, *others = [one for one in suggestions if one is not None]
-    return {"suggestion": first, "alternatives": tuple(others)}
+    """Fields of a finding."""
+    given = [one for one in suggestions if one is not None]
+    return {"suggestion": given[0] if given else None, "alternatives": tuple(given[1:])}
