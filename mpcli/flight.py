@@ -45,7 +45,7 @@ def keep_flight(
     """Keep a step in the run directory; a disk that is full ends no run.
 
     Args:
-        about: `batch` in it is filled in here, unless it says why there is none.
+        about: `batch` in it is filled in here, unless it says why there is none; `largest` always.
         batch: the global batch, on any device.
         random_state: before the step's forward, by device: `cpu`, `cuda`.
         table: the rows of the last sampled step.
@@ -54,6 +54,8 @@ def keep_flight(
     fits = size <= MAX_BATCH_BYTES
     if about.batch == "stored" and not fits:
         about = about.model_copy(update={"batch": f"not stored: {size:,} bytes"})
+    largest = {name: finite_max(t) for name, t in batch.items() if t.is_floating_point()}
+    about = about.model_copy(update={"largest": largest})
     named = {f"batch.{name}": tensor for name, tensor in batch.items() if fits}
     named |= {f"rng.{name}": tensor for name, tensor in random_state.items()}
     # A tensor may share its memory with another one, which safetensors refuses.
@@ -75,6 +77,12 @@ def keep_flight(
             shutil.rmtree(temporary, ignore_errors=True)  # of what did not fit
         for step in sorted(_steps(run.flights_path))[FIRST:-NEWEST]:
             shutil.rmtree(run.flights_path / f"step-{step}")
+
+
+def finite_max(tensor: Tensor) -> float:
+    """Largest finite magnitude in a tensor; 0 in an empty one."""
+    values = tensor.detach().abs().nan_to_num(0.0, posinf=0.0)
+    return float(values.max()) if values.numel() else 0.0
 
 
 def flights(run: RunDirectory) -> list[FlightRecord]:

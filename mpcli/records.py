@@ -250,6 +250,9 @@ class FlightRecord(Record):
     weights: tuple[int, ...] | None = Field(
         default=None, description="how many things the loss sums over each sample"
     )
+    largest: dict[str, float] = Field(
+        default={}, description="finite magnitude in each floating-point tensor of the batch"
+    )
     origin: NonFiniteOrigin | None = Field(
         default=None, description="found on the spot, in a loop that cannot be repeated"
     )
@@ -367,8 +370,12 @@ class ReplayedModule(Record):
     type: str = Field(description="its class")
     output: ShadowComparison | None = Field(description="in the run's precision")
     output_max: float | None = Field(description="largest magnitude of what is not NaN")
+    exact_output_max: float | None = Field(default=None, description="of the output in fp32")
     grad_output: ShadowComparison | None
     grad_output_max: float | None
+    exact_grad_max: float | None = Field(
+        default=None, description="in fp32, of the outputs' gradients and its own parameters'"
+    )
     parameter_grad: ShadowComparison | None
     fp32_parameter_grad_rms: float | None = Field(
         default=None, description="root mean square of the gradient of its own parameters in fp32"
@@ -377,6 +384,34 @@ class ReplayedModule(Record):
         description="in bf16 (autocast); null where torch cannot compute it"
     )
     bf16_grad_output: ShadowComparison | None
+    half_operations: tuple[str, ...] = Field(
+        default=(),
+        description="norms, softmaxes, sums, means, roots and exponentials that it computed itself "
+        "with a result in fp16 or bf16, by torch's names",
+    )
+
+
+class ReplayedAttention(Record):
+    """The logits of attention in a call of a module, in fp32."""
+
+    module: str = Field(description="that multiplied the queries with the keys")
+    call: int
+    product_max: float = Field(description="largest |q . k|, as it was multiplied")
+    logit_max: float = Field(description="of what the softmax was given, without masked places")
+    entropy: float = Field(description="mean over the queries, over that of equal probabilities")
+    saturated: float = Field(
+        description="share of the queries with a probability of 1 in fp32: no gradient gets past"
+    )
+
+
+class ReplayedInput(Record):
+    """A tensor of the batch that was run again."""
+
+    name: str
+    nan: int
+    inf: int
+    max: float = Field(description="largest finite magnitude")
+    usual_max: float | None = Field(description="the same of a neighbouring step's batch")
 
 
 class Parting(Record):
@@ -424,6 +459,10 @@ class Replay(Record):
     )
     same_random_numbers: bool = Field(description="the shadows had those of the run")
     modules: tuple[ReplayedModule, ...] = Field(description="in the order of returning")
+    attention: tuple[ReplayedAttention, ...] = ()
+    inputs: tuple[ReplayedInput, ...] = Field(
+        default=(), description="the floating-point tensors of the whole step's batch"
+    )
     flight_differs: tuple[str, ...] | None = Field(
         default=None,
         description="which of `batch` and `random state` were taken from the step's flight, being "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from mpcli.data.batch import Batch
 from mpcli.engines.base import LossFunction
 from mpcli.precision.observe import LOSS
+from mpcli.precision.operations import AttentionSeen, Call, OperationsSeen
 from mpcli.precision.tape import RandomTape
 from mpcli.precision.trace import Kept, ModuleTrace, kept_values
-from mpcli.records import NonFiniteOrigin, Parting, ReplayedModule, ShadowComparison
+from mpcli.records import (
+    NonFiniteOrigin,
+    Parting,
+    ReplayedAttention,
+    ReplayedModule,
+    ShadowComparison,
+)
 
 GAIN = 16.0
 """A sound module may make the L2 norm of what it was given this many times as large."""
@@ -24,9 +31,6 @@ JUMP = 4.0
 """A sound module may make a relative difference this many times as large."""
 ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """Largest relative error of rounding a normal number, by `Numerics.compute_name`."""
-
-Call = tuple[str, int]
-"""Name of a module, and number of its call."""
 
 
 class Moment:
@@ -65,6 +69,8 @@ class Pass:
         scale: that gradients are multiplied by.
         kept: by module and call, in the order of returning.
         parameters: gradients of the parameters by their names, fp32, sampled as `kept`.
+        half: as `OperationsSeen` has it.
+        attention: the same, where it was asked for.
     """
 
     loss: float
@@ -72,6 +78,8 @@ class Pass:
     origin: NonFiniteOrigin | None
     kept: dict[Call, Kept]
     parameters: dict[str, Tensor]
+    half: dict[str, set[str]] = field(default_factory=dict)
+    attention: dict[Call, AttentionSeen] = field(default_factory=dict)
 
 
 def follow(
@@ -82,6 +90,8 @@ def follow(
     scale: float,
     region: AbstractContextManager[object],
     tape: RandomTape,
+    *,
+    attention: bool = False,
 ) -> Pass:
     """Forward and backward of one micro-batch; no gradient stays behind.
 
@@ -90,8 +100,10 @@ def follow(
         scale: of the loss.
         region: in which the forward runs.
         tape: of the random numbers.
+        attention: look at its logits too.
     """
-    with tape, ModuleTrace(model, keep=True) as trace:
+    seen = OperationsSeen(attention=attention)
+    with tape, ModuleTrace(model, keep=True, listen=seen) as trace:
         with region:
             loss_sum, _ = loss_function(model, batch)
         trace.watch(loss_sum)
@@ -102,7 +114,7 @@ def follow(
             gradients[name] = kept_values(parameter.grad)
             parameter.grad = None
     loss = float(loss_sum.detach() / total_weight)
-    return Pass(loss, scale, trace.origin, trace.kept, gradients)
+    return Pass(loss, scale, trace.origin, trace.kept, gradients, seen.half, seen.attention)
 
 
 @dataclass(frozen=True)
@@ -172,13 +184,15 @@ def compare(found: Tensor, exact: Tensor) -> Difference:
 def module_rows(
     model: nn.Module,
     run: Pass,
+    fp32: Pass,
     beside_fp32: dict[Call, ComparedCall],
     bf16_beside_fp32: dict[Call, ComparedCall],
 ) -> list[ReplayedModule]:
-    """The table of a replay, from what `compared` found."""
+    """The table of a replay, from two passes and what `compared` found."""
     rows = []
     for (name, number), call in beside_fp32.items():
-        kept, half = run.kept[name, number], bf16_beside_fp32.get((name, number))
+        kept, exact = run.kept[name, number], fp32.kept[name, number]
+        half = bf16_beside_fp32.get((name, number))
         rows.append(
             ReplayedModule(
                 module=name,
@@ -186,15 +200,33 @@ def module_rows(
                 type=type(model.get_submodule(name)).__name__,
                 output=_seen(call.outputs),
                 output_max=_largest(kept.outputs),
+                exact_output_max=_largest(exact.outputs),
                 grad_output=_seen(call.gradients),
                 grad_output_max=_largest(kept.gradients.values(), run.scale),
+                exact_grad_max=_largest(
+                    [*exact.gradients.values(), *_own_gradients(model, name, fp32).values()]
+                ),
                 parameter_grad=_seen(call.parameters),
                 fp32_parameter_grad_rms=_rms(call.parameters),
                 bf16_output=_seen(half.outputs) if half else None,
                 bf16_grad_output=_seen(half.gradients) if half else None,
+                half_operations=tuple(sorted(run.half.get(name, ()))),
             )
         )
     return rows
+
+
+def attention_rows(fp32: Pass) -> Iterator[ReplayedAttention]:
+    """Every attention of a pass that looked for them, in order."""
+    for (name, number), seen in fp32.attention.items():
+        yield ReplayedAttention(
+            module=name,
+            call=number,
+            product_max=seen.product_max,
+            logit_max=seen.logit_max,
+            entropy=seen.entropy,
+            saturated=seen.saturated,
+        )
 
 
 def parting(calls: dict[Call, ComparedCall], compute: str) -> Parting | None:
@@ -237,6 +269,8 @@ def parting(calls: dict[Call, ComparedCall], compute: str) -> Parting | None:
         if whole.seen.overflowed or whole.seen.flushed > limit:
             return Parting(module=LOSS, call=0, phase="backward", error=whole.seen.error)
         return None
+    # Infinite gradients that reach no weight (a ReLU sets those of dead channels to 0) do no harm.
+    reaches = any(math.isinf(_error(call.parameters)) for call in calls.values())
     parted: dict[Call, float] = {}
     for place, call in reversed(calls.items()):
         if call.gradients and call.gradients.seen.error <= limit:
@@ -244,7 +278,7 @@ def parting(calls: dict[Call, ComparedCall], compute: str) -> Parting | None:
             terms = max(1.0, inputs, math.sqrt(call.gradients.elements))
             known = max(_error(call.inputs), _error(call.outputs))
             for made, scale in ((call.input_gradients, 1.0), (call.parameters, terms)):
-                if _error(made) > limit:
+                if _error(made) > limit and (reaches or math.isfinite(_error(made))):
                     if _exceeds(made, call.gradients, rounding, scale, known):
                         parted[place] = max(parted.get(place, 0.0), _error(made))
                     else:

@@ -8,6 +8,7 @@ from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Arguments, Suggestion
 from mpcli.recipe.dump import written
 from mpcli.recipe.optim import Adam, AdamW
+from mpcli.recipe.precision import DynamicScale
 
 FP16_MAX = 65504.0
 
@@ -60,6 +61,12 @@ def fp32(evidence: Evidence) -> Suggestion:
     return Suggestion(what="train in fp32", set=settings)
 
 
+def wider(evidence: Evidence) -> Suggestion | None:
+    """The next format with more range, or more precision: bf16 after fp16, fp32 after bf16."""
+    following = {"fp16": bf16, "bf16": fp32}.get(evidence.compute)
+    return following(evidence) if following else None
+
+
 def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:
     """These layers (module names, groups or class names) in fp32, the rest as it is."""
     names = ", ".join(layers)
@@ -94,15 +101,23 @@ def device(evidence: Evidence) -> str:
     return foreign.device.partition(":")[0] if foreign else "cuda"
 
 
-def dynamic_scale(evidence: Evidence) -> Suggestion:
-    """A loss scale that finds its own level."""
+def dynamic_scale(evidence: Evidence) -> Suggestion | None:
+    """A loss scale that finds its own level; None where there is one as torch has it already."""
     if evidence.is_foreign:
         return _of_loop(
             "let the loss scale find its level",
             f"scaler = torch.amp.GradScaler({device(evidence)!r})\n{_SCALED_STEP}",
             {"fp16": True} if evidence.is_trainer else None,
         )
-    settings = ("precision.loss_scale={kind: dynamic}",)
+    default = DynamicScale(kind="dynamic")
+    now = evidence.recipe.precision.loss_scale if evidence.recipe else None
+    # Settings of a policy that is dynamic already stay, if they are not named.
+    named = dict(default) if isinstance(now, DynamicScale) else {}
+    changed = {name: value for name, value in named.items() if value != getattr(now, name)}
+    if now == default:
+        return None
+    fields = ", ".join(f"{name}: {value:g}" for name, value in changed.items())
+    settings = (f"precision.loss_scale={{kind: dynamic{', ' * bool(fields)}{fields}}}",)
     return Suggestion(what="let the loss scale find its level", set=settings)
 
 
@@ -309,4 +324,40 @@ def lower_first_scale(evidence: Evidence) -> Suggestion:
     return _of_loop(
         f"begin with a loss scale of {scale:g}, so that the first step is not skipped",
         f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:g})",
+    )
+
+
+_GUARDS = {
+    "softmax": "let no row be masked throughout: leave one key open in each",
+    "rsqrt": "torch.rsqrt(x + 1e-6)",
+    "sqrt": "torch.sqrt(x + 1e-8), or torch.sqrt(x.clamp_min(1e-8))",
+    "norm": "(x.square().sum(dim) + 1e-12).sqrt(), whose gradient at 0 is 0",
+    "log": "torch.log(x.clamp_min(1e-8))",
+    "reciprocal": "1 / (x + 1e-8), for x >= 0",
+    "div": "a / (b + 1e-8), for b >= 0",
+    "pow": "x.clamp_min(1e-8) ** p",
+    "cos": "torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))",
+    "asin": "torch.asin(x.clamp(-1 + 1e-6, 1 - 1e-6))",
+}
+"""What keeps an operation inside its domain, by a part of its name; the first that fits."""
+
+
+def guarded(module: str, operation: str) -> Suggestion:
+    """An operation kept where its value and its gradient are finite."""
+    code = next((code for part, code in _GUARDS.items() if part in operation), None)
+    return Suggestion(
+        what=f"in {module or 'the model'}, give `{operation}` no input at which "
+        "it or its gradient is not finite; choosing with torch.where afterwards does not help, as "
+        "0 * NaN is NaN",
+        code=code,
+    )
+
+
+def leave_out_batch(evidence: Evidence, step: int) -> Suggestion:
+    """A batch that is bad left out."""
+    stops = evidence.recipe is not None and evidence.recipe.train.on_nonfinite == "stop"
+    return Suggestion(
+        what=f"clean the samples of step {step}, or leave such a batch out",
+        set=("train.on_nonfinite=skip",) if stops else (),
+        code="if not all(t.isfinite().all() for t in floating_point_tensors_of(batch)): continue",
     )

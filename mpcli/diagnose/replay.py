@@ -14,9 +14,19 @@ from torch import Tensor, nn
 
 from mpcli import checkpoint
 from mpcli.data.batch import Batch
-from mpcli.diagnose.passes import Moment, Pass, compared, differing, follow, module_rows, parting
+from mpcli.diagnose.passes import (
+    Moment,
+    Pass,
+    attention_rows,
+    compared,
+    differing,
+    follow,
+    module_rows,
+    parting,
+)
 from mpcli.diagnose.stage import Stage, check_device
 from mpcli.engines.local import LocalEngine
+from mpcli.flight import finite_max
 from mpcli.launch import explaining
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import autocast, numerics
@@ -28,7 +38,7 @@ from mpcli.recipe.load import load_recipe, recorded_recipe
 from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.precision import LossScale, Mode
 from mpcli.recipe.recipe import Recipe
-from mpcli.records import NonFiniteOrigin, Plan, Replay, StepRecord
+from mpcli.records import NonFiniteOrigin, Plan, Replay, ReplayedInput, StepRecord
 from mpcli.rundir import RunDirectory
 from mpcli.trainer import settings
 
@@ -150,7 +160,7 @@ def _replayed(
                 shadows["unscaled"] = seen.follow_again(stage, 1.0, RandomTape(tape.draws))
             stage.give_exact_weights()
             tapes = [RandomTape(tape.draws), RandomTape(tape.draws)]
-            shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0])
+            shadows["fp32"] = seen.follow_shadow(stage, "fp32", tapes[0], attention=True)
             with _running_statistics(stage.exact) as used:
                 statistics_loss = (
                     seen.follow_shadow(stage, "fp32", RandomTape(tape.draws)).loss if used else None
@@ -189,7 +199,9 @@ def _replayed(
         nondeterministic=tuple(nondeterministic),
         same_random_numbers=all(given.matched for given in tapes),
         flight_differs=flight_differs,
-        modules=tuple(module_rows(stage.model, own, beside, half_beside)),
+        modules=tuple(module_rows(stage.model, own, shadows["fp32"], beside, half_beside)),
+        attention=tuple(attention_rows(shadows["fp32"])),
+        inputs=tuple(_inputs(batch, stage.batch(step - 1 if step > 1 else 2))),
     )
 
 
@@ -206,6 +218,20 @@ def _running_statistics(model: nn.Module) -> Iterator[list[nn.Module]]:
     finally:
         for norm in norms:
             norm.train()
+
+
+def _inputs(batch: Batch, neighbour: Batch) -> Iterator[ReplayedInput]:
+    """Magnitudes of a step's batch, beside those of one that has nothing to do with it."""
+    for name, tensor in batch.tensors.items():
+        if tensor.is_floating_point():
+            usual = neighbour.tensors.get(name)
+            yield ReplayedInput(
+                name=name,
+                nan=int(tensor.isnan().sum()),
+                inf=int(tensor.isinf().sum()),
+                max=finite_max(tensor),
+                usual_max=None if usual is None else finite_max(usual),
+            )
 
 
 def plan_of(run: RunDirectory) -> Plan:
@@ -245,14 +271,16 @@ class _Seen:
         """The micro-batch in the run's own precision."""
         return self._follow(stage, stage.model, scale, stage.engine.autocast, tape)
 
-    def follow_shadow(self, stage: Stage, mode: Mode, tape: RandomTape) -> Pass:
+    def follow_shadow(
+        self, stage: Stage, mode: Mode, tape: RandomTape, *, attention: bool = False
+    ) -> Pass:
         """The micro-batch in another precision; fp32 before others, which convert the model."""
         precision = stage.recipe.precision.model_copy(update={"mode": mode})
         meaning, device = numerics(mode), stage.device
         convert(stage.exact, meaning, device, stage.plan.fp32_modules)
         with settings(stage.recipe.model_copy(update={"precision": precision}), stage.plan):
             region = autocast(meaning, device)
-            return self._follow(stage, stage.exact, 1.0, region, tape)
+            return self._follow(stage, stage.exact, 1.0, region, tape, attention=attention)
 
     def _follow(
         self,
@@ -261,10 +289,12 @@ class _Seen:
         scale: float,
         region: contextlib.AbstractContextManager[object],
         tape: RandomTape,
+        *,
+        attention: bool = False,
     ) -> Pass:
         self.moment.give(model)
         batch, weight = self.micro_batch, self.total_weight
-        return follow(model, stage.loss, batch, weight, scale, region, tape)
+        return follow(model, stage.loss, batch, weight, scale, region, tape, attention=attention)
 
 
 def _run_once(stage: Stage, batch: Batch) -> _Seen:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mpcli.precision.observe import LOSS
+from mpcli.precision.operations import Listener
 from mpcli.records import NonFiniteOrigin
 
 CONSTANTS = frozenset((
@@ -83,10 +84,17 @@ class _Flow(TorchDispatchMode):
     Args:
         running: the frame whose operations these are.
         owners: names of modules by the id of their parameters.
+        listen: to be told of each operation.
     """
 
-    def __init__(self, running: Callable[[], _Frame], owners: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        running: Callable[[], _Frame],
+        owners: Mapping[int, str],
+        listen: Listener | None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._listen = listen
         self._running = running
         self._owners = owners
         self._faults: dict[int, tuple[StorageWeakRef, _Fault]] = {}  # by memory
@@ -99,6 +107,11 @@ class _Flow(TorchDispatchMode):
             inputs = _tensors((args, kwargs))
             for output in _tensors(result):
                 self._follow(func.overloadpacket.__name__, inputs, output)
+            if self._listen:
+                frame = self._running()
+                names = (argument.name for argument in func._schema.arguments)
+                given = dict(zip(names, args, strict=False)) | kwargs
+                self._listen((frame.name, frame.call), func, given, result)
         return result
 
     def add(self, tensor: Tensor, frame: _Frame, phase: _Phase, operation: str | None) -> _Fault:
@@ -173,12 +186,15 @@ class ModuleTrace:
 
     Args:
         keep: also keep what the modules gave and got, in `kept`.
+        listen: to be told of each operation of the forward.
 
     Attributes:
         kept: by name and call of the module, in the order in which they returned.
     """
 
-    def __init__(self, model: nn.Module, *, keep: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, keep: bool = False, listen: Listener | None = None
+    ) -> None:
         self.kept: dict[tuple[str, int], Kept] = {}
         self._keep = keep
         self._names = {module: name for name, module in model.named_modules()}
@@ -191,7 +207,7 @@ class ModuleTrace:
             for module, name in self._names.items()
             for parameter in module.parameters(recurse=False)
         }
-        self._flow = _Flow(lambda: self._running[-1], owners)
+        self._flow = _Flow(lambda: self._running[-1], owners, listen)
         self._consumers: dict[Node, list[tuple[Node, int]]] = {}
         self._sent: dict[tuple[Node, int], NonFiniteOrigin] = {}  # by number of the grad_input
         self._handles: list[RemovableHandle] = []

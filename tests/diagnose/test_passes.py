@@ -133,6 +133,16 @@ def test_gradients_are_compared_without_their_scale() -> None:
         ),
         # A mask that is off already is what the backward of a product is computed with.
         ({("a", 0): call(0.1, 0.2, 0.0, off(0.6, norm=9.0)), ("", 0): call()}, None),
+        # Infinity that reaches no weight; and such that does.
+        ({("a", 0): call(behind=off(math.inf)), ("", 0): call()}, None),
+        (
+            {
+                ("b", 0): call(gradients=off(math.inf), parameters=off(math.inf)),
+                ("a", 0): call(behind=off(math.inf)),
+                ("", 0): call(),
+            },
+            ("a", 0, "backward", math.inf),
+        ),
         # The gradients of a bias cancel over the batch: here to 2^-8 of what is added up.
         (
             {

@@ -232,7 +232,7 @@ def test_a_loss_scale_that_is_merely_too_high_is_told_apart(tmp_path: Path) -> N
     scale = "{kind: dynamic, init_scale: 16777216}"
     run, _ = run_small(tmp_path, f"precision={{mode: fp16, loss_scale: {scale}}}", *SHORT[:1])
     found, _ = replayed(run)
-    assert found.step == 1 and found.why.startswith("the first step that was skipped")
+    assert found.step == 3 and found.why == "the last step"  # it was skipped as all were
     assert found.origin is not None
     assert (found.origin.phase, found.origin.value) == ("backward", "inf")
     assert found.shadow_origins == {"unscaled": None, "fp32": None, "bf16": None}
@@ -268,6 +268,11 @@ def test_shadows_have_the_dropout_of_the_run(tmp_path: Path) -> None:
     found = replay(run, plugin=plugin)
     assert found.reproduced and found.same_random_numbers
     assert found.parting is None
+    layers = [f"encoder.layers.{number}.self_attn" for number in range(3)]
+    assert [seen.module for seen in found.attention] == layers
+    assert all(0 < seen.entropy < 1 and seen.saturated == 0 for seen in found.attention)
+    (inputs,) = found.inputs  # beside those of another batch
+    assert inputs.name == "inputs" and inputs.max != inputs.usual_max
     dropped = [row for row in found.modules if row.type == "Dropout"]
     assert dropped and all(row.output and row.output.flushed == 0 for row in dropped)
 
@@ -390,7 +395,7 @@ def row(step: int, *, loss: float = 1.0, applied: bool = True, scale: float = 8.
         (
             [row(1), row(2, applied=False), row(3, applied=False)],
             DynamicScale(kind="dynamic", init_scale=8.0),
-            2,
+            3,
         ),
         (
             [row(1), row(2, applied=False), row(3, applied=False), row(4, applied=False)],

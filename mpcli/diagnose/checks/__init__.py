@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from mpcli.diagnose.checks.loop import LOOP
 from mpcli.diagnose.checks.nonfinite import NONFINITE
 from mpcli.diagnose.checks.scale import SCALE
+from mpcli.diagnose.checks.silent import SILENT
 from mpcli.diagnose.checks.state import STATE
 from mpcli.diagnose.checks.training import TRAINING
 from mpcli.diagnose.evidence import Evidence
@@ -18,7 +19,7 @@ from mpcli.diagnose.finding import Finding
 
 Check = Callable[[Evidence], Iterable[Finding]]
 
-CHECKS: tuple[Check, ...] = (*NONFINITE, *SCALE, *TRAINING, *LOOP, *STATE)
+CHECKS: tuple[Check, ...] = (*NONFINITE, *SILENT, *SCALE, *TRAINING, *LOOP, *STATE)
 
 
 def findings(evidence: Evidence) -> list[Finding]:
