@@ -65,7 +65,8 @@ def foreign_run(
     layer: str,
     *,
     half: bool = True,
-    scaler: dict[str, Any] | None = {},  # noqa: B006
+    scaled: bool = True,
+    scaler: dict[str, Any] | None = None,
     bad: float | None = None,
     loss: float = 1.0,
 ) -> Evidence:
@@ -79,9 +80,8 @@ def foreign_run(
     torch.manual_seed(0)
     model = build_model(SimpleNamespace(layer=layer), None)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    scales = torch.amp.GradScaler("cpu", enabled=scaler is not None, **(scaler or {}))
-    given = None if scaler is None else scales
-    recorder = Recorder(model, optimizer, given, out=folder, every=10)
+    scales = torch.amp.GradScaler("cpu", enabled=scaled, **(scaler or {}))
+    recorder = Recorder(model, optimizer, scales if scaled else None, out=folder, every=10)
     for number in range(30):
         inputs, targets = torch.randn(8, 16), torch.randint(3, (8,))
         if bad is not None and number == 5:

@@ -90,9 +90,9 @@ def test_without_a_replay_less_is_said_with_less_confidence(tmp_path: Path) -> N
     ("layer", "options", "expected"),
     [
         ("overflow", {}, ("forward-overflow", ("2",), "forward", 1)),
-        ("overflow", {"scaler": None}, ("forward-overflow", ("2",), "forward", 1)),
+        ("overflow", {"scaled": False}, ("forward-overflow", ("2",), "forward", 1)),
         ("root", {}, ("backward-nonfinite", ("2",), "backward", 1)),
-        ("root", {"half": False, "scaler": None}, ("backward-nonfinite", ("2",), "backward", 1)),
+        ("root", {"half": False, "scaled": False}, ("backward-nonfinite", ("2",), "backward", 1)),
         ("log", {}, ("forward-nonfinite", ("2",), "forward", 1)),
         ("none", {"bad": math.nan}, ("bad-batch", (), "input", 6)),
         ("none", {"bad": 1e9}, ("bad-batch", (), "input", 6)),

@@ -156,9 +156,9 @@ def test_a_low_scale_that_was_asked_for_has_not_collapsed(tmp_path: Path) -> Non
     [
         ({"scaler": {"init_scale": 2.0**24, "backoff_factor": 1 - 1e-9}}, "scale-too-high"),
         ({"scaler": {"init_scale": 2.0**20, "growth_interval": 1}}, "skip-storm"),
-        ({"scaler": None, "loss": 1e-7}, "underflow"),
+        ({"scaled": False, "loss": 1e-7}, "underflow"),
         ({"scaler": {"init_scale": 2.0**24}}, None),
-        ({"scaler": None, "half": False, "loss": 1e-7}, None),
+        ({"scaled": False, "half": False, "loss": 1e-7}, None),
     ],
 )
 def test_a_loop_that_is_not_ours_is_judged_by_its_rows(
