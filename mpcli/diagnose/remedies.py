@@ -62,9 +62,13 @@ def fp32(evidence: Evidence) -> Suggestion:
 
 
 def wider(evidence: Evidence) -> Suggestion | None:
-    """The next format with more range, or more precision: bf16 after fp16, fp32 after bf16."""
-    following = {"fp16": bf16, "bf16": fp32}.get(evidence.compute)
-    return following(evidence) if following else None
+    """The next format with more range, or more precision: bf16 after fp16, fp32 after bf16.
+
+    Where the format is not known, a loss that is scaled says fp16. None after fp32.
+    """
+    if evidence.compute == "fp16" or (evidence.compute == "-" and evidence.scales_loss):
+        return bf16(evidence)
+    return fp32(evidence) if evidence.compute == "bf16" else None
 
 
 def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:

@@ -7,17 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from mpcli import Recorder
 from mpcli.diagnose.checks.nonfinite import NONFINITE
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.facts import Facts, RunFacts
 from mpcli.diagnose.finding import Finding
 from mpcli.diagnose.places import gather
-from tests.diagnose.checks.numeric_faults import build_model
-from tests.diagnose.checks.numeric_runs import causes, evidence_of, odd_run
+from tests.diagnose.checks.numeric_runs import causes, evidence_of, foreign_run, odd_run
 
 PURE = "precision.mode=fp16-pure"
 
@@ -90,30 +86,6 @@ def test_without_a_replay_less_is_said_with_less_confidence(tmp_path: Path) -> N
     assert cause.confidence <= 0.3
 
 
-def foreign(
-    folder: Path, layer: str, *, half: bool = True, scaled: bool = True, bad: float | None = None
-) -> Evidence:
-    """What a recorder writes of a hand-written loop of 20 steps."""
-    torch.manual_seed(0)
-    model = build_model(type("Options", (), {"layer": layer})(), None)  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    recorder = Recorder(model, optimizer, scaler if scaled else None, out=folder, every=10)
-    for number in range(20):
-        inputs, targets = torch.randn(8, 16), torch.randint(3, (8,))
-        if bad is not None and number == 5:
-            inputs[2, 3] = bad
-        with recorder.step((inputs, targets)):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.float16, enabled=half):
-                loss = nn.functional.cross_entropy(model(inputs).float(), targets)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    recorder.close()
-    return gather(folder)
-
-
 @pytest.mark.parametrize(
     ("layer", "options", "expected"),
     [
@@ -132,7 +104,7 @@ def test_a_loop_that_is_not_ours_is_judged_by_what_its_recorder_found(
     options: dict[str, object],
     expected: tuple[str, tuple[str, ...], str, int],
 ) -> None:
-    (cause,) = causes(foreign(tmp_path / "run", layer, **options))  # type: ignore[arg-type]
+    (cause,) = causes(foreign_run(tmp_path / "run", layer, **options))  # type: ignore[arg-type]
     assert (cause.id, cause.layers, cause.phase, cause.step) == expected
     assert cause.suggestion and cause.suggestion.code
     # One bad batch that was skipped did no harm.

@@ -14,7 +14,7 @@ from mpcli.diagnose.facts import Facts
 from mpcli.diagnose.finding import Finding
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.recipe import Recipe
-from tests.diagnose.checks.numeric_runs import causes, evidence_of, odd_run
+from tests.diagnose.checks.numeric_runs import causes, evidence_of, foreign_run, odd_run
 from tests.diagnose.faulty_runs import faulty_run
 from tests.small import small_recipe
 
@@ -149,6 +149,24 @@ def test_a_scale_that_collapses_is_not_raised(tmp_path: Path) -> None:
 def test_a_low_scale_that_was_asked_for_has_not_collapsed(tmp_path: Path) -> None:
     scale = "precision.loss_scale={kind: static, scale: 0.5}"
     assert said(recorded(history([0.5] * 30, {3}), recipe_of(tmp_path, scale))) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"scaler": {"init_scale": 2.0**24, "backoff_factor": 1 - 1e-9}}, "scale-too-high"),
+        ({"scaler": {"init_scale": 2.0**20, "growth_interval": 1}}, "skip-storm"),
+        ({"scaled": False, "loss": 1e-7}, "underflow"),
+        ({"scaler": {"init_scale": 2.0**24}}, None),
+        ({"scaled": False, "half": False, "loss": 1e-7}, None),
+    ],
+)
+def test_a_loop_that_is_not_ours_is_judged_by_its_rows(
+    tmp_path: Path, options: dict[str, object], expected: str | None
+) -> None:
+    found = causes(foreign_run(tmp_path / "run", "none", **options))  # type: ignore[arg-type]
+    assert [cause.id for cause in found] == ([expected] if expected else [])
+    assert all(cause.suggestion and cause.suggestion.code for cause in found)
 
 
 @pytest.mark.parametrize("mode", ["fp16", "fp16-pure", "bf16", "fp32"])
