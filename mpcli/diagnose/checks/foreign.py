@@ -24,9 +24,6 @@ FP16_MAX = 65504.0
 SPIKE = 2.0**8
 """How much larger than in any sampled step values may become in an ordinary one: infinity that
 would take more than that is not the doing of a number format, or of the loss scale."""
-MANY_FLUSHED = 0.1
-"""Share of a step's gradients that are zero only in fp16: the share of its values that a layer of
-weights may lose, too, where `mptrain diagnose` says that it fits fp16."""
 
 
 def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
@@ -39,8 +36,9 @@ def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
         return
     for flight in sorted(run.flights, key=lambda flight: flight.step):
         if flight.origin is None:
-            found = _without_origin(evidence, flight)
-        elif flight.origin.phase == "input":
+            continue
+        found: Finding | None
+        if flight.origin.phase == "input":
             found = _batch(evidence, flight, flight.origin)
         elif flight.origin.operation == "weights":
             found = _weights(evidence, flight, flight.origin)
@@ -53,20 +51,11 @@ def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
             return
 
 
-def foreign_underflow(evidence: Evidence) -> Iterable[Finding]:
-    """Gradients that fp16 made zero, or is about to.
-
-    What a module's own arithmetic flushed shows in its shadow. What was flushed before it, as when
-    the gradient of an fp32 loss becomes fp16, does not; but where even the largest gradient of a
-    step is subnormal, all that is 1000 times smaller is zero.
-    """
-    if not evidence.is_foreign or evidence.compute != "fp16":
+def unsampled_underflow(evidence: Evidence) -> Iterable[Finding]:
+    """No gradient is left in fp16, in a loop of which no step was sampled (`every=0`)."""
+    if not evidence.is_foreign or evidence.compute != "fp16" or evidence.samples:
         return
-    starved = [(max(_flushed(sample), _starved(sample)), sample) for sample in evidence.samples]
-    share, sample = max(starved, key=lambda pair: pair[0], default=(0.0, None))
-    if sample is not None and share >= MANY_FLUSHED and _is_low(sample):
-        yield _underflow(evidence, sample)
-    elif len(gone := _steps_without_gradient(evidence)):
+    if len(gone := _steps_without_gradient(evidence)):
         step = int(gone[0])
         scale = evidence.history.at(step, "scale")
         yield Finding(
@@ -81,42 +70,6 @@ def foreign_underflow(evidence: Evidence) -> Iterable[Finding]:
             suggestion=remedies.dynamic_scale(evidence),
             alternatives=(remedies.bf16(evidence),),
         )
-
-
-def _underflow(evidence: Evidence, sample: Sample) -> Finding:
-    shares = {row.module: row.shadow.flushed for row in _shadowed(sample) if row.shadow}
-    flushed, scale = _flushed(sample), evidence.history.at(sample.step, "scale")
-    largest = _largest_gradient([sample])
-    cause = (
-        f"fp16 makes {flushed:.0%} of the gradients zero at a loss scale of {scale:g}"
-        if flushed >= MANY_FLUSHED
-        else f"Even the largest gradient is {largest * scale:.1g} at a loss scale of {scale:g}: "
-        "fp16 makes zero of all that are 1000 times smaller"
-    )
-    return Finding(
-        id="underflow",
-        severity="error" if max(flushed, _starved(sample)) >= 0.5 else "warning",
-        cause=cause,
-        layers=tuple(
-            name
-            for name, share in sorted(shares.items(), key=lambda item: -item[1])
-            if share >= MANY_FLUSHED
-        ),
-        phase="backward",
-        step=sample.step,
-        confidence=0.9,
-        evidence={
-            "flushed_share_in_modules": round(flushed, 4),
-            "loss_scale": scale,
-            "largest_gradient_unscaled": largest,
-            "headroom_bits": math.log2(FP16_MAX / (largest * scale)) if largest else None,
-        },
-        suggestion=remedies.dynamic_scale(evidence),
-        alternatives=(
-            *((remedies.static_scale(evidence, largest),) if largest else ()),
-            remedies.bf16(evidence),
-        ),
-    )
 
 
 def _batch(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
@@ -264,18 +217,6 @@ def _at_scale_1(evidence: Evidence, flight: FlightRecord) -> bool:
     return flight.scale <= 1 or bool((scale[:in_a_row] <= 1).any())
 
 
-def _without_origin(evidence: Evidence, flight: FlightRecord) -> Finding | None:
-    """From the sampled outputs: the first that is infinite in fp16, of a step up to then."""
-    if math.isfinite(flight.loss):
-        return None
-    for sample in evidence.samples:
-        for row in sample.of("output") if sample.step <= flight.step else ():
-            if row.inf and row.dtype == "fp16":
-                origin = NonFiniteOrigin(module=row.module, phase="forward", value="inf")
-                return _forward(evidence, flight, origin)
-    return None
-
-
 def _layer_in_fp32(evidence: Evidence, module: str) -> Suggestion:
     if module in ("", LOSS):
         what = (
@@ -357,34 +298,6 @@ def _largest_gradient(samples: Iterable[Sample]) -> float:
     return max(found, default=0.0)
 
 
-def _shadowed(sample: Sample) -> list[LayerRecord]:
-    return [row for row in sample.of("grad") if row.shadow is not None and not row.nan + row.inf]
-
-
-def _flushed(sample: Sample) -> float:
-    """Share of a step's gradients that are zero only in fp16."""
-    rows = _shadowed(sample)
-    elements = sum(row.elements for row in rows)
-    lost = sum(row.elements * row.shadow.flushed for row in rows if row.shadow)
-    return lost / elements if elements else 0.0
-
-
-def _starved(sample: Sample) -> float:
-    """Share of fp16's subnormal range that the largest gradient of a step does not reach; 0 above.
-
-    At 0 the largest has all its bits and lies 2^10 above the least number, at 1 it is that one.
-    """
-    rows = [row for row in sample.of("grad_output") if row.dtype == "fp16"]
-    largest = max((row.max for row in rows), default=0.0)
-    return 0.0 if largest == 0 else max(-14 - math.log2(largest), 0.0) / 10
-
-
-def _is_low(sample: Sample) -> bool:
-    """Whether the scale may rise: the largest gradient is a factor of 4 or more from overflow."""
-    return all(row.max * 4 <= FP16_MAX for row in sample.rows
-               if row.tensor in ("grad", "grad_output"))  # fmt: skip
-
-
 def _steps_without_gradient(evidence: Evidence) -> np.ndarray:
     """Of most of the steps, or none: one batch may have no gradient."""
     history = evidence.history
@@ -394,5 +307,5 @@ def _steps_without_gradient(evidence: Evidence) -> np.ndarray:
 
 FOREIGN: tuple[Callable[[Evidence], Iterable[Finding]], ...] = (
     foreign_nonfinite,
-    foreign_underflow,
+    unsampled_underflow,
 )

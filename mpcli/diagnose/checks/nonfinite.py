@@ -45,6 +45,9 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     Not told here: weights that were not finite before the step, and gradients that a lower loss
     scale keeps finite.
     """
+    run = evidence.facts.run
+    if run and run.foreign and any(flight.origin for flight in run.flights):
+        return  # `foreign_nonfinite` knows how that was found
     found = born(evidence)
     if found is None:
         yield from _lost_in_forward(evidence)
