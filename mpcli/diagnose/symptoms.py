@@ -53,7 +53,7 @@ def _none(now: float, before: float) -> bool:
 
 
 def _halved(now: float, before: float) -> bool:
-    return now == 0 or now <= HALF * before < math.inf
+    return now == 0 or (math.isfinite(now) and now <= HALF * before)
 
 
 def _saved(now: float, before: float) -> bool:

@@ -66,11 +66,11 @@ def verify(
 
     Returns:
         the findings in their order. Of those that were tried, the suggestion is the one that
-        helped, or else the first; `tried` has each one's numbers.
+        helped, or else the first; `tried` has each one's numbers. `not_tried` says why others were
+        not: data or the device are missing, say.
 
     Raises:
-        UserError: exit 2, the run is not ours; 3, its device or data are missing; 4, its plan
-            cannot be read; besides what a plug-in raises.
+        UserError: exit 2, the run is not ours.
     """
     run.refuse_foreign("--verify ")
     bench = _Bench(run, steps, plugin, tell)
@@ -142,6 +142,14 @@ class _Bench:
         """A finding whose suggestions were tried until one helped."""
         if finding.id not in SYMPTOMS:
             return _not_tried(finding, "no number of a step shows that it is gone")
+        try:
+            return self._tried(finding)
+        except UserError as error:  # of the run as it was: what is found is told all the same
+            why = f"its steps cannot be run again: {error.problems[0].what}"
+            self.tell(f"no suggestion is tried: {why}")
+            return _not_tried(finding, why)
+
+    def _tried(self, finding: Finding) -> Finding:
         window = self._window(finding)
         if window.length > REACH + self.steps:
             why = f"the symptom is {window.length:,} steps from the last good checkpoint"

@@ -97,7 +97,7 @@ def test_a_loss_with_nothing_to_compare_may_not_rise() -> None:
          {"errors": {"a": INF, "b": 0.0}}),
         ("norm-in-half", {"errors": {"a": 0.2}, "broken": 1}, {"errors": {"a": 0.2}},
          {"errors": {"a": 0.0}, "broken": 1}),
-        ("half-reduction", {"errors": {"a": INF}}, {"errors": {"a": 0.0}}, {"errors": {"a": INF}}),
+        ("half-reduction", {"errors": {"a": INF}}, {"errors": {"a": 0.1}}, {"errors": {"a": INF}}),
         ("fp32-island", {"seconds": 1.0}, {"seconds": 0.9}, {"seconds": 0.99}),
         ("out-of-memory", {"peak_memory": 100}, {"peak_memory": 90}, {"peak_memory": 100}),
     ],

@@ -220,9 +220,8 @@ def test_the_steps_begin_before_the_symptom_and_reach_it(
 
     monkeypatch.setattr("mpcli.diagnose.verify.run_steps", seen)
     run, plugin = saved
-    with pytest.raises(UserError) as error:
-        verified(run, finding(name, DYNAMIC, step=step), steps=steps, plugin=plugin)
-    assert error.value.problems[0].what == f"from {start} to {end}"
+    (found,), _ = verified(run, finding(name, DYNAMIC, step=step), steps=steps, plugin=plugin)
+    assert found.not_tried == f"its steps cannot be run again: from {start} to {end}"
 
 
 def test_checkpoints_that_are_not_sound_are_passed_over(
@@ -284,6 +283,19 @@ def test_outputs_are_compared_with_fp32_where_nothing_breaks(tmp_path: Path) -> 
     (trial,) = found.tried
     assert trial.symptom == "relative difference of outputs from fp32"
     assert trial.with_it and 0 < trial.with_it.symptom < trial.without.symptom < 0.1
+
+
+def test_without_the_plan_findings_are_told_all_the_same(
+    saved: tuple[RunDirectory, PluginFile], tmp_path: Path
+) -> None:
+    original, plugin = saved
+    run = RunDirectory.read(shutil.copytree(original.path, tmp_path / "copy"))
+    (run.attempt_path / "plan.json").unlink()
+    asked = finding("underflow", DYNAMIC, step=9)
+    (found,), told = verified(run, asked, plugin=plugin)
+    assert found.verified is None and found.suggestion == asked.suggestion
+    assert found.not_tried and "plan of attempt 1 cannot be read" in found.not_tried
+    assert any("no suggestion is tried" in text for text in told)
 
 
 def test_a_run_of_another_loop_is_refused(tmp_path: Path) -> None:
