@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from mpcli.diagnose.course import Course
 from mpcli.diagnose.finding import Finding, FindingId
+from mpcli.diagnose.rerun import Rerun
 from mpcli.diagnose.symptoms import SYMPTOMS, judged, symptom_of
 from mpcli.records import StepRecord
 
@@ -17,7 +17,7 @@ NAN, INF = math.nan, math.inf
 FALLING = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3]
 
 
-def course(losses: Sequence[float], skipped: Sequence[int] = (), **numbers: Any) -> Course:
+def rerun(losses: Sequence[float], skipped: Sequence[int] = (), **numbers: Any) -> Rerun:
     """Steps with these losses, of which some (from 1) were skipped."""
     rows = [
         StepRecord(
@@ -35,7 +35,7 @@ def course(losses: Sequence[float], skipped: Sequence[int] = (), **numbers: Any)
         for step, loss in enumerate(losses, 1)
     ]
     sound = {"broken": 0, "seconds": 1.0, "peak_memory": 100, "lost": 0.0, "flushed": 0.0}
-    return Course(rows=rows, **({**sound, "errors": {}} | numbers))
+    return Rerun(rows=rows, **({**sound, "errors": {}} | numbers))
 
 
 def finding(name: FindingId, *layers: str) -> Finding:
@@ -50,7 +50,7 @@ def finding(name: FindingId, *layers: str) -> Finding:
     )
 
 
-def verdict(name: FindingId, without: Course, with_it: Course, *layers: str) -> tuple[bool, str]:
+def verdict(name: FindingId, without: Rerun, with_it: Rerun, *layers: str) -> tuple[bool, str]:
     found = finding(name, *layers)
     symptom = symptom_of(found, without)
     assert symptom is not None
@@ -61,7 +61,7 @@ def test_every_symptom_is_of_a_finding() -> None:
     assert set(SYMPTOMS) <= set(get_args(FindingId))
 
 
-BROKEN = course(FALLING, broken=2)
+BROKEN = rerun(FALLING, broken=2)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ BROKEN = course(FALLING, broken=2)
     ],
 )
 def test_a_fix_may_not_cost_loss(losses: list[float], fixed: bool, why: str) -> None:
-    found, said = verdict("forward-overflow", BROKEN, course(losses))
+    found, said = verdict("forward-overflow", BROKEN, rerun(losses))
     assert found == fixed and why in said
 
 
 def test_a_loss_with_nothing_to_compare_may_not_rise() -> None:
-    without = course([2.0, *[NAN] * 7], broken=7)
-    assert verdict("forward-overflow", without, course(FALLING))[0]
-    assert not verdict("forward-overflow", without, course(FALLING[::-1]))[0]
+    without = rerun([2.0, *[NAN] * 7], broken=7)
+    assert verdict("forward-overflow", without, rerun(FALLING))[0]
+    assert not verdict("forward-overflow", without, rerun(FALLING[::-1]))[0]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_a_loss_with_nothing_to_compare_may_not_rise() -> None:
 def test_what_has_to_go_away(
     name: FindingId, before: dict[str, Any], sound: dict[str, Any], ill: dict[str, Any]
 ) -> None:
-    without = course(FALLING, **before)
-    assert verdict(name, without, course(FALLING, **sound), "a")[0]
-    assert not verdict(name, without, course(FALLING, **ill), "a")[0]
+    without = rerun(FALLING, **before)
+    assert verdict(name, without, rerun(FALLING, **sound), "a")[0]
+    assert not verdict(name, without, rerun(FALLING, **ill), "a")[0]
 
 
 @pytest.mark.parametrize("name", ["forward-overflow", "skip-storm", "underflow", "norm-in-half"])
 def test_what_steps_do_not_show_cannot_go_away(name: FindingId) -> None:
-    assert symptom_of(finding(name), course(FALLING)) is None
-    assert symptom_of(finding("nondeterminism"), course(FALLING)) is None
+    assert symptom_of(finding(name), rerun(FALLING)) is None
+    assert symptom_of(finding("nondeterminism"), rerun(FALLING)) is None
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_what_steps_do_not_show_cannot_go_away(name: FindingId) -> None:
 def test_training_that_goes_wrong_has_to_go_clearly_better(
     before: list[float], after: list[float], fixed: bool
 ) -> None:
-    assert verdict("learning-rate", course(before), course(after))[0] is fixed
+    assert verdict("learning-rate", rerun(before), rerun(after))[0] is fixed
 
 
 def test_one_step_is_enough_to_judge() -> None:
-    assert verdict("forward-overflow", course([NAN], broken=1), course([1.0]))[0]
+    assert verdict("forward-overflow", rerun([NAN], broken=1), rerun([1.0]))[0]

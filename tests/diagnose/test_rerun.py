@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpcli import checkpoint
-from mpcli.diagnose.course import State, _PeakMemory, run_course
+from mpcli.diagnose.rerun import State, _PeakMemory, run_steps
 from mpcli.diagnose.stage import Stage
 from mpcli.plan import make_plan
 from mpcli.recipe.errors import UserError
@@ -33,7 +33,7 @@ def test_the_steps_of_a_run_are_the_same_again(tmp_path: Path, mode: str) -> Non
     tensors, _ = checkpoint.load(checkpoint.completed(run.checkpoints_path)[-1])
     rows = [(row.step, row.loss, row.grad_norm, row.lr, row.applied) for row in run.steps()]
     for start in (State(0, None), State(4, tensors)):
-        found = run_course(recipe, plan, start, 9, lambda text: None)
+        found = run_steps(recipe, plan, start, 9, lambda text: None)
         seen = [(row.step, row.loss, row.grad_norm, row.lr, row.applied) for row in found.rows]
         assert [row[:3] for row in seen] == [row[:3] for row in rows[start.attempted :]]
         assert all(row[4] for row in seen)
