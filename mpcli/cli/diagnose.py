@@ -103,13 +103,13 @@ def diagnose(
 
     with uninterrupted():
         from mpcli.cli.evidence import show_evidence
-        from mpcli.cli.findings import show_findings
+        from mpcli.cli.findings import show_findings, show_next
         from mpcli.cli.replayed import show_replay
         from mpcli.diagnose.checks import findings
         from mpcli.diagnose.margins import margins
         from mpcli.diagnose.places import gather, is_run
         from mpcli.diagnose.ranking import ranked
-        from mpcli.diagnose.summary import verdict
+        from mpcli.diagnose.summary import seen, verdict
         from mpcli.rundir import RunDirectory
 
     run = RunDirectory.read(place, "--replay ") if replay or is_run(place) else None
@@ -152,9 +152,15 @@ def diagnose(
         if found.replay:
             show_replay(found.replay)
     show_findings(causes, around)
-    write(visible(f"{place}: {sentence}"))
+    write(visible(f"{place}: {seen(found.facts, found.replay)}"))
+    with_plugin = ["--plugin", plugin] if plugin else []
     if written:
-        write(f"wrote {written}; next: mptrain run {shlex.quote(str(written))}", sys.stderr)
+        write(
+            f"wrote {written}; {shlex.join(['mptrain', 'run', str(written), *with_plugin])}",
+            sys.stderr,
+        )
+    elif run and not fix:
+        show_next(causes, ["mptrain", "diagnose", str(place), *with_plugin], verified=verify)
     raise typer.Exit(code)
 
 

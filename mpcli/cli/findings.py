@@ -37,6 +37,18 @@ def show_findings(causes: Sequence[Finding], margins: Mapping[str, float | None]
         write("")
 
 
+def show_next(causes: Sequence[Finding], command: Sequence[str], *, verified: bool) -> None:
+    """Say the command that tries and writes the fixes, where there are any for a recipe.
+
+    Args:
+        command: that was given, without options that only change how it is shown.
+    """
+    if any(cause.suggestion and cause.suggestion.set for cause in causes):
+        options = [*([] if verified else ["--verify"]), "--fix", "fixed.yaml"]
+        what = "writes the repaired recipe" if verified else "tries the fix and writes the recipe"
+        write(visible(f"{shlex.join([*command, *options])}\n  {what}"), sys.stderr)
+
+
 def _show(cause: Finding) -> None:
     where = [", ".join(cause.layers[:_LAYERS]), cause.phase]
     if cause.step is not None:
@@ -70,9 +82,14 @@ def _show_fix(suggestion: Suggestion, verified: bool | None) -> None:
 
 def _numbers(evidence: Mapping[str, float | str | bool | None]) -> Iterable[str]:
     for name, value in evidence.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        shown = number_text(float(value)) if number else value  # type: ignore[arg-type]
-        yield f"{name.replace('_', ' ')} {'-' if shown is None else shown}"
+        if value is not None:
+            yield f"{name.replace('_', ' ')} {_value(value)}"
+
+
+def _value(value: float | str | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else number_text(value)
 
 
 def _outcome(tried: Verification) -> str:

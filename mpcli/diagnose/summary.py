@@ -10,10 +10,15 @@ from mpcli.records import Replay
 
 
 def verdict(evidence: Facts, replay: Replay | None = None, causes: Sequence[Finding] = ()) -> str:
-    """The causes, of which information alone is none; then the facts."""
+    """The causes, of which information alone is none; then what was seen."""
     trouble = [cause for cause in causes if cause.severity != "info"]
     said = [f"{cause.id}: {cause.cause.rstrip('.')}" for cause in trouble] or ["no problem found"]
-    return "; ".join([*said, *_facts(evidence), *(_replayed(replay) if replay else ())])
+    return "; ".join([*said, *filter(None, [seen(evidence, replay)])])
+
+
+def seen(evidence: Facts, replay: Replay | None = None) -> str:
+    """Facts without a cause."""
+    return "; ".join([*_facts(evidence), *(_replayed(replay) if replay else ())])
 
 
 def _replayed(replay: Replay) -> Iterator[str]:
