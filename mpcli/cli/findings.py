@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from mpcli.cli.console import write
+from mpcli.cli.console import memory_text, write
 from mpcli.cli.evidence import number_text, share_text
 from mpcli.diagnose.finding import Finding, Suggestion, Verification
 from mpcli.recipe.render import visible
@@ -45,8 +45,8 @@ def show_next(causes: Sequence[Finding], command: Sequence[str], *, verified: bo
     """
     if any(cause.suggestion and cause.suggestion.set for cause in causes):
         options = [*([] if verified else ["--verify"]), "--fix", "fixed.yaml"]
-        what = "writes the repaired recipe" if verified else "tries the fix and writes the recipe"
-        write(visible(f"{shlex.join([*command, *options])}\n  {what}"), sys.stderr)
+        what = "write the repaired recipe" if verified else "try the fix and write the recipe"
+        write(visible(f"to {what}: {shlex.join([*command, *options])}"), sys.stderr)
 
 
 def _show(cause: Finding) -> None:
@@ -60,9 +60,16 @@ def _show(cause: Finding) -> None:
     if cause.evidence:
         _say("numbers", ", ".join(_numbers(cause.evidence)))
     for tried in cause.tried:
-        _say("tried", f"{tried.suggestion.what}: {_outcome(tried)}")
+        if not tried.fixed:
+            _say("no help", f"{tried.suggestion.what}: {tried.why}")
     if cause.suggestion:
         _show_fix(cause.suggestion, cause.verified)
+    for tried in cause.tried:
+        if tried.fixed:
+            _say("tried", tried.why)
+            _say("cost", _cost(tried))
+    if cause.not_tried:
+        _say("not tried", cause.not_tried)
     if cause.consequences:
         _say("leads to", ", ".join(dict.fromkeys(found.id for found in cause.consequences)))
     write("")
@@ -92,8 +99,13 @@ def _value(value: float | str | bool) -> str:
     return value if isinstance(value, str) else number_text(value)
 
 
-def _outcome(tried: Verification) -> str:
-    return f"{'it helps' if tried.fixed else 'it does not help'}: {tried.why}"
+def _cost(tried: Verification) -> str:
+    if tried.with_it is None:
+        return "unknown"
+    now, before = tried.with_it, tried.without
+    memory = f"{memory_text(now.peak_memory_bytes)} ({memory_text(before.peak_memory_bytes)})"
+    seconds = f"{now.seconds_per_step:.3g} s per step ({before.seconds_per_step:.3g})"
+    return f"{seconds}, {memory} of tensors; in brackets, without it"
 
 
 def _say(label: str, text: str, *, whole: bool = False) -> None:
