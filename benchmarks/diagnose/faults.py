@@ -144,7 +144,7 @@ def scale_collapse(family: Family, random: Random) -> Made:
 
 def backward_nonfinite(family: Family, random: Random) -> Made:
     number = block(random)
-    root = ("task.activation=magnitude", f"task.block={number}")
+    root = ("task.activation=margin", f"task.block={number}")
     return {
         "faulty": (*root, "task.offset=0"),
         "control": (*root, "task.offset=1e-4", FP32),
@@ -185,7 +185,7 @@ def vanishing_gradients(family: Family, random: Random) -> Made:
 
 
 def lost_updates(family: Family, random: Random) -> Made:
-    small = (adam(lr=1e-3), "task.init=8", "train.steps=100")
+    small = (adam(lr=4e-4), "task.init=2", "train.steps=200")
     return {"faulty": (*small, "precision.mode=bf16-pure"), "control": (*small, FP32)}
 
 

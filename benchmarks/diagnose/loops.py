@@ -23,25 +23,33 @@ from benchmarks.diagnose.runs import Trained
 from mpcli import Recorder
 from mpcli.precision.cpu_autocast import cuda_autocast_policy
 
-STEPS, BATCH = 60, 16
+STEPS, BATCH, LR = 60, 16, 0.05
 
 
 @dataclass
 class Case:
-    """What a loop trains, and how it is recorded."""
+    """What a loop trains, how it is recorded, and its schedule: the rate falls to zero."""
 
     model: nn.Module
     batches: Iterator[tuple[Tensor, Tensor]]
     corrected: bool
     out: Path
+    steps: int = 0
+    optimizer: torch.optim.Optimizer | None = None
     recorder: Recorder | None = None
 
-    def record(self, *parts: Any) -> None:
-        """Begin to record an optimizer and a scaler."""
-        self.recorder = Recorder(self.model, *parts, out=self.out, every=10)
+    def record(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+        """Begin to record."""
+        self.optimizer = optimizer
+        self.recorder = Recorder(self.model, optimizer, scaler, out=self.out, every=10)
 
     def step(self, batch: Any) -> AbstractContextManager[None]:
+        """Around one step."""
+        assert self.optimizer
         assert self.recorder
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * (1 - self.steps / STEPS)
+        self.steps += 1
         return self.recorder.step(batch)
 
 
@@ -53,7 +61,7 @@ def half() -> AbstractContextManager[Any]:
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, **options)
 
 
 def wrong_device(case: Case) -> None:
@@ -124,36 +132,36 @@ def plain_step(case: Case) -> None:
 
 
 def step_in_window(case: Case) -> None:
-    """Every micro-batch updates, with the gradients of those before it."""
-    optimizer, scaler = sgd(case.model), torch.amp.GradScaler("cpu")
-    case.record(optimizer, scaler)
+    """Every micro-batch updates, with the gradients of those before it.
+
+    (Harmless with a scaler: its step divides what was added up by the scale, every time.)
+    """
+    optimizer = sgd(case.model)
+    case.record(optimizer)
     for images, labels in case.batches:
         with case.step(images):
             optimizer.zero_grad()
             for part, targets in zip(images.split(2), labels.split(2), strict=True):
-                with half():
+                with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = F.cross_entropy(case.model(part).float(), targets) / 8
-                scaler.scale(loss).backward()
+                loss.backward()
                 if not case.corrected:
-                    scaler.step(optimizer)
-                    scaler.update()
+                    optimizer.step()
             if case.corrected:
-                scaler.step(optimizer)
-                scaler.update()
+                optimizer.step()
 
 
 def never_zeroed(case: Case) -> None:
-    """Gradients of all steps add up."""
-    optimizer, scaler = sgd(case.model), torch.amp.GradScaler("cpu")
-    case.record(optimizer, scaler)
+    """Gradients of all steps add up. (Harmless with a scaler too.)"""
+    optimizer = sgd(case.model)
+    case.record(optimizer)
     for images, labels in case.batches:
         with case.step(images):
             for part, targets in zip(images.split(8), labels.split(8), strict=True):
-                with half():
+                with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = F.cross_entropy(case.model(part).float(), targets) / 2
-                scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+                loss.backward()
+            optimizer.step()
             if case.corrected:
                 optimizer.zero_grad()
 
@@ -196,7 +204,7 @@ class Momentum(torch.optim.Optimizer):
 
 def moment_before_check(case: Case) -> None:
     """A scale by hand; a step that is skipped has already changed the momentum."""
-    optimizer = Momentum(case.model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = Momentum(case.model.parameters(), lr=LR, momentum=0.9)
     optimizer.whole = case.corrected
     scale = 2.0**32
     case.record(optimizer)

@@ -32,17 +32,17 @@ class LogFeatures(nn.Module):
         return (F.relu(values) + self.offset).log()
 
 
-class Magnitude(nn.Module):
-    """Length of pairs of features, as of complex numbers; its slope at 0 needs an epsilon."""
+class Margin(nn.Module):
+    """How far each feature is from the largest one; a root's slope at 0 needs an epsilon."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.channels, self.eps = channels, eps
 
     def forward(self, values: Tensor) -> Tensor:
-        real, imaginary = F.relu(values).chunk(2, self.channels)
-        length = (real.square() + imaginary.square() + self.eps).sqrt()
-        return torch.cat((length, real), self.channels)
+        values = F.relu(values)
+        away = values - values.amax(self.channels, keepdim=True)
+        return (away.square() + self.eps).sqrt()
 
 
 class ScaledReLU(nn.Module):
@@ -130,8 +130,8 @@ class Parts:
             return nn.Sigmoid()
         if kind == "log":
             return LogFeatures(options.offset)
-        if kind == "magnitude":
-            return Magnitude(self.channels, options.offset)
+        if kind == "margin":
+            return Margin(self.channels, options.offset)
         if kind == "scaled":
             return ScaledReLU(options.gain)
         if kind == "noisy":
@@ -275,7 +275,7 @@ def build(options: Options) -> nn.Module:
     if family in ("residual", "transformer"):
         before_head = parts.norm(-1, 8 if channels == 1 else 16)
     model = Classifier(stem, blocks, pool, width, before_head, options.decode > 0)
-    is_real = not isinstance(next(model.parameters()), FakeTensor)
-    if options.weights and is_real:
+    first = next(model.parameters())
+    if options.weights and not (isinstance(first, FakeTensor) or first.is_meta):
         model.load_state_dict(load_file(options.weights), strict=False)
     return model

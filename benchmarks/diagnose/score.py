@@ -25,7 +25,6 @@ HEALTHY = 5
 """Seeds of a control; the spread of healthy losses is their mean and three standard deviations."""
 SUGGESTIONS = 3
 """Tried at most, the first one first."""
-ITEM = {"fp32": 4, "fp16": 2, "bf16": 2}
 Score = dict[str, Any]
 
 
@@ -176,16 +175,12 @@ def _trained(
         options = Options(kind="plugin", model=cell.family)
         return run_loop(cell.loop, options, seed, folder / "run", corrected=corrected)
     if cell.damage:
-        good = corrected or (settings == cell.repair[1] if cell.repair else False)
-        settings = (
-            *settings,
-            f"task.weights={_weights(cell, seed, folder, good)}",
-            "optim.lr=1e-3",
-        )
+        weights = _weights(cell, seed, folder, good=corrected)
+        settings = (*settings, f"task.weights={weights}", "optim.lr=1e-3")
     return train(cell.family, settings, seed, folder)
 
 
-def _weights(cell: Cell, seed: int, folder: Path, good: bool) -> Path:
+def _weights(cell: Cell, seed: int, folder: Path, *, good: bool) -> Path:
     """Weights that were trained for a while, and spoilt if they are not to be good."""
     assert cell.damage
     train(cell.family, (FP32,), seed + 1000, folder / "before")
@@ -198,13 +193,17 @@ def _weights(cell: Cell, seed: int, folder: Path, good: bool) -> Path:
 
 
 def _activations(run: Path) -> int:
-    """Bytes of the outputs of all modules in the first step, by the run's own records."""
+    """Bytes of the outputs of all modules in the first step, as computed, by the run's records."""
+    rows, types = run / "layers.jsonl", run / "attempts" / "1" / "observed.json"
+    if not (rows.is_file() and types.is_file()):
+        return 0
+    computed = json.loads(types.read_text("utf-8"))
     total = 0
-    path = run / "layers.jsonl"
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+    for line in rows.read_text("utf-8").splitlines():
         row = json.loads(line)
         if row["step"] == 1 and row["tensor"] == "output":
-            total += row["elements"] * ITEM.get(row["dtype"], 4)
+            dtype = computed.get(row["module"], {}).get("outputs", row["dtype"])
+            total += row["elements"] * (4 if "fp32" in dtype else 2)
     return total
 
 

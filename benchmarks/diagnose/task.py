@@ -26,7 +26,7 @@ class Options(Plugin):
     norm: Literal["standard", "rms", "none"] = "standard"
     momentum: float = 0.1  # of a BatchNorm's running statistics
     activation: Literal[
-        "relu", "sigmoid", "log", "magnitude", "scaled", "noisy", "gather"
+        "relu", "sigmoid", "log", "margin", "scaled", "noisy", "gather"
     ] = "relu"  # fmt: skip
     offset: float = 1.0  # inside of a logarithm or a root
     gain: float = 1.0  # that `scaled` begins with
