@@ -125,7 +125,7 @@ def _patched(cell: Cell, finding: dict[str, Any], healthy: Score, seed: int, fol
     tried: list[Score] = []
     for number, suggestion in enumerate(filter(None, suggested[:SUGGESTIONS]), start=1):
         at = folder / f"patched-{number}"
-        settings = _settings(cell, suggestion)
+        settings = settings_of(cell, suggestion)
         if settings is None:
             tried.append({"what": suggestion["what"], "why": "nothing that could be tried"})
             continue
@@ -140,7 +140,7 @@ def _patched(cell: Cell, finding: dict[str, Any], healthy: Score, seed: int, fol
     return {"patch": 0, "tried": tried}
 
 
-def _settings(cell: Cell, suggestion: dict[str, Any]) -> tuple[str, ...] | None:
+def settings_of(cell: Cell, suggestion: dict[str, Any]) -> tuple[str, ...] | None:
     """What a suggestion makes of the recipe; None: it says nothing that could be tried."""
     if suggestion["set"]:
         return None if cell.loop else (*cell.faulty, *suggestion["set"])
@@ -193,7 +193,11 @@ def _weights(cell: Cell, seed: int, folder: Path, *, good: bool) -> Path:
 
 
 def _activations(run: Path) -> int:
-    """Bytes of the outputs of all modules in the first step, as computed, by the run's records."""
+    """Bytes of all modules' outputs in the first step, in the types that they computed in.
+
+    The types are those of a product's operands, where a module has any: what an fp32 island gives
+    back is half precision again.
+    """
     rows, types = run / "layers.jsonl", run / "attempts" / "1" / "observed.json"
     if not (rows.is_file() and types.is_file()):
         return 0
@@ -202,7 +206,9 @@ def _activations(run: Path) -> int:
     for line in rows.read_text("utf-8").splitlines():
         row = json.loads(line)
         if row["step"] == 1 and row["tensor"] == "output":
-            dtype = computed.get(row["module"], {}).get("outputs", row["dtype"])
+            seen = computed.get(row["module"], {})
+            dtype = next((seen[key] for key in ("operands", "outputs") if seen.get(key, "-") != "-"),
+                         row["dtype"])  # fmt: skip
             total += row["elements"] * (4 if "fp32" in dtype else 2)
     return total
 
