@@ -206,9 +206,8 @@ def _activations(run: Path) -> int:
     for line in rows.read_text("utf-8").splitlines():
         row = json.loads(line)
         if row["step"] == 1 and row["tensor"] == "output":
-            seen = computed.get(row["module"], {})
-            dtype = next((seen[key] for key in ("operands", "outputs") if seen.get(key, "-") != "-"),
-                         row["dtype"])  # fmt: skip
+            seen = computed.get(row["module"], {"outputs": row["dtype"]})
+            dtype = seen["outputs"] if seen.get("operands", "-") == "-" else seen["operands"]
             total += row["elements"] * (4 if "fp32" in dtype else 2)
     return total
 
