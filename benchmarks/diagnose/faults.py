@@ -253,7 +253,7 @@ def autocast_inactive(family: Family, random: Random) -> Made:
 def fp32_island(family: Family, random: Random) -> Made:
     inner = tuple(f"blocks.{n}{part}" for n in range(3) for part in ("", f".{INNER[family]}"))
     return {
-        "faulty": ('precision.sensitive_layers=["blocks.*"]',),
+        "faulty": ('precision.sensitive_layers=["blocks.?"]',),
         "control": (),
         "layers": inner,
         "harm": "memory",
