@@ -162,7 +162,8 @@ def skip_storm(family: Family, random: Random) -> Made:
 
 
 def exploding_gradients(family: Family, random: Random) -> Made:
-    deep = ("task.norm=none", "optim={kind: sgd, lr: 0.2, momentum: 0.9}", *{
+    lr = 0.4 if family == "residual" else 0.2
+    deep = ("task.norm=none", f"optim={{kind: sgd, lr: {lr}, momentum: 0.9}}", *{
         "convnet": ("task.init=4",),
         "residual": ("task.depth=6",),
         "transformer": (),
@@ -269,9 +270,9 @@ def missing_unscale(family: Family, random: Random) -> Made:
 
 
 def accumulation(family: Family, random: Random) -> Made:
-    loop = "step_in_window" if family in ("residual", "mlp") else "never_zeroed"
-    words = r"once|window|micro|after" if family in ("residual", "mlp") else r"zero_grad"
-    return {"loop": loop, "repair": (words, ())}
+    if family == "mlp":
+        return {"loop": "step_in_window", "repair": (r"once|window|micro|after", ())}
+    return {"loop": "never_zeroed", "repair": (r"zero_grad", ())}
 
 
 def bad_checkpoint(family: Family, random: Random) -> Made:
