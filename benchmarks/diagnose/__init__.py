@@ -1,0 +1,1 @@
+"""Real faults in real training, and what `mptrain diagnose` says of them."""
