@@ -77,6 +77,7 @@ _MEMORY = Symptom("bytes of memory", lambda c, f: c.peak_memory, _saved)
 
 SYMPTOMS: dict[FindingId, Symptom] = {
     "forward-overflow": _BROKEN,
+    "forward-nonfinite": _BROKEN,
     "backward-nonfinite": _BROKEN,
     "scale-collapse": _BROKEN,
     "batchnorm-stats": _BROKEN,
