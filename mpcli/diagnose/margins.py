@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from mpcli.diagnose.evidence import Evidence
+from mpcli.diagnose.modules import FP16_OVERFLOW
 from mpcli.records import LayerRecord
-
-FP16_OVERFLOW = 65520.0
 
 
 def margins(evidence: Evidence) -> dict[str, float | None]:

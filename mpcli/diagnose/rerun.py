@@ -46,7 +46,7 @@ class Rerun:
         broken: steps whose loss is not finite, or which were skipped and a lower dynamic loss scale
             cannot mend.
         seconds: median of a step that was not looked at.
-        peak_memory: bytes of the last step, as `Arm` says.
+        peak_memory: bytes of the first step, as `Arm` says.
         lost: share of the elements that a gradient should move and an update left as they were,
             over the last quarter of the steps.
         flushed: share of the elements of parameters' gradients that are zero and not in an fp32
@@ -111,12 +111,16 @@ def _rerun(stage: Stage, start: State, end: int, tell: Callable[[str], None]) ->
     rows: list[StepRecord] = []
     updates: list[LayerRecord] = []
     seconds: list[float] = []
+    memory: _PeakMemory | None = None
     told = time.monotonic()
     for step in range(start.attempted + 1, end + 1):
         is_sampled = step > end - quarter(number)
         if is_sampled:
             engine.sample()
-        with _PeakMemory(stage) if step == end else nullcontext() as memory:
+        # The first step is not sampled, unless it is the only one.
+        is_first = step == start.attempted + 1
+        with _PeakMemory(stage) if is_first else nullcontext() as watched:
+            memory = watched or memory
             began = time.perf_counter()
             loss, outcome = stage.run(step)
             rows.append(_row(stage, step, loss, outcome, began))

@@ -42,8 +42,10 @@ def convert(
                 if module is model or any(True for _ in module.parameters(recurse=False)):
                     module.forward = partial(_with_half_inputs, module.forward, meaning.weights)
     last = model.get_submodule(last_layer(model))
-    nested = {module for island in islands for module in island.modules() if module is not island}
-    for island in set(islands) - nested:
+    # A list of modules is never run itself: what is in it is.
+    run = [island for island in islands if type(island).forward is not nn.Module.forward]
+    nested = {module for island in run for module in island.modules() if module is not island}
+    for island in set(run) - nested:
         neighbours = meaning.weights if meaning.half_weights else None
         keeps = last in island.modules()
         # A partial of the bound method: a deep copy of the model then runs itself.

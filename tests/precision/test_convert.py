@@ -293,3 +293,23 @@ def test_fp32_from_islands_and_constants_meets_half_weights(mode: Mode) -> None:
     assert output.dtype == numerics(mode).compute
     output.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", HALF_MODES)
+def test_what_is_in_a_list_of_modules_is_an_island_too(mode: Mode) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)])
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, values: Tensor) -> Tensor:
+            for block in self.blocks:
+                values = block(values)
+            result: Tensor = self.head(values)
+            return result
+
+    model, meaning = converted(Model(), mode, "blocks.*"), numerics(mode)
+    with Products() as forward, autocast(meaning, CPU):
+        model(torch.ones(2, 4))
+    assert forward.types == [torch.float32, torch.float32, meaning.compute]

@@ -1,7 +1,6 @@
 """What is not finite, or became zero, in a loop that is not ours and cannot be run again.
 
-The recorder looked for the origin of NaN and infinity on the spot (`flight.json`), and sampled
-steps have each module beside itself in fp32 (`shadow`).
+The recorder looked for the origin of NaN and infinity on the spot (`flight.json`).
 """
 
 from __future__ import annotations
@@ -13,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mpcli.diagnose import remedies
+from mpcli.diagnose.checks.nonfinite import severity_of
 from mpcli.diagnose.evidence import Evidence, Sample
 from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.diagnose.modules import FP16_OVERFLOW
+from mpcli.diagnose.remedies import FP16_MAX
 from mpcli.precision.observe import LOSS
 from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin
 
 Numbers = dict[str, float | str | bool | None]
 
-FP16_MAX = 65504.0
 SPIKE = 2.0**8
 """How much larger than in any sampled step values may become in an ordinary one: infinity that
 would take more than that is not the doing of a number format, or of the loss scale."""
@@ -38,7 +39,7 @@ def foreign_nonfinite(evidence: Evidence) -> Iterable[Finding]:
         if flight.origin is None:
             continue
         found: Finding | None
-        if flight.origin.phase == "input":
+        if flight.origin.phase == "input" or _is_cast_of_batch(flight, flight.origin):
             found = _batch(evidence, flight, flight.origin)
         elif flight.origin.operation == "weights":
             found = _weights(evidence, flight, flight.origin)
@@ -72,12 +73,18 @@ def unsampled_underflow(evidence: Evidence) -> Iterable[Finding]:
         )
 
 
+def _is_cast_of_batch(flight: FlightRecord, origin: NonFiniteOrigin) -> bool:
+    """Whether autocast made infinity of what the batch itself held."""
+    is_cast = origin.operation == "_to_copy" and origin.value == "inf"
+    return is_cast and max((flight.largest or {}).values(), default=0.0) >= FP16_OVERFLOW
+
+
 def _batch(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding:
     cast = origin.value == "inf" and evidence.compute == "fp16"
     also = ", or values above 65504 that the loop made fp16" if cast else ""
     return Finding(
         id="bad-batch",
-        severity="error",
+        severity=severity_of(evidence),
         cause=f"The batch of step {flight.step} holds {origin.value}{also}",
         phase="input",
         step=flight.step,

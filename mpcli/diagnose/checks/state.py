@@ -13,7 +13,7 @@ from mpcli.diagnose.course import FEWEST, course_of
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.facts import TensorFacts
 from mpcli.diagnose.finding import Finding, Suggestion
-from mpcli.diagnose.margins import FP16_OVERFLOW
+from mpcli.diagnose.modules import FP16_OVERFLOW
 from mpcli.diagnose.verdict import layer_of, listed
 
 STATISTICS = ("running_mean", "running_var")

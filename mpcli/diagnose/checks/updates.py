@@ -36,7 +36,7 @@ LARGE = 0.5
 """Of the weights, that updates move them by: half of what was learnt is gone in a step."""
 SOUND = 0.1
 """Of the weights: a large but common first update, see `STEEP`."""
-STILL = 0.05
+STILL = 0.01
 """Of the weights, that all updates together may have moved them by if each went the same way."""
 HALF = ("fp16", "bf16")
 
