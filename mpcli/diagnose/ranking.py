@@ -31,12 +31,13 @@ EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "norm-in-half": _NONFINITE,
     "weights-exceed-fp16": _NONFINITE | {"bad-checkpoint"},
     "batchnorm-stats": _NONFINITE - {"batchnorm-stats"},
-    "forward-nonfinite": _NONFINITE - {"forward-nonfinite"},
     "forward-overflow": _NONFINITE - {"forward-overflow"},
     "backward-nonfinite": _NONFINITE
     - {"backward-nonfinite", "forward-overflow", "forward-nonfinite"},
     "scale-too-high": frozenset({"skip-storm", "backward-nonfinite", "scale-collapse"}),
-    "scale-collapse": frozenset({"skip-storm", "underflow"}),
+    # Of a scale that falls and falls, the operation behind it is what the finding tells.
+    "scale-collapse": frozenset({"skip-storm", "underflow", "forward-nonfinite"}),
+    "forward-nonfinite": _NONFINITE - {"forward-nonfinite", "scale-collapse"},
     "underflow": frozenset({"vanishing-gradients", "lost-updates"}),
     "skip-storm": frozenset({"scale-collapse"}),
     "bad-checkpoint": _NONFINITE,

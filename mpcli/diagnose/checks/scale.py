@@ -149,7 +149,7 @@ def scale_collapse(evidence: Evidence) -> Iterator[Finding]:
         f"finite: {whose}; a higher scale would make it worse",
         layers=(found.origin.module,) if found else (),
         phase=found.origin.phase if found else "backward",
-        step=int(history.step[first]),
+        step=found.step if found else int(history.step[first]),
         confidence=found.confidence if found else 0.8,
         evidence={
             "lowest loss scale": float(history.scale.min()),
