@@ -233,6 +233,7 @@ class NonFiniteOrigin(Record):
     operation: str | None = Field(
         default=None, description="`weights`: the module's own were not finite before the step"
     )
+    elements: int | None = Field(default=None, description="of the tensor that held it first")
 
 
 class FlightRecord(Record):

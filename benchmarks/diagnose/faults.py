@@ -222,18 +222,16 @@ def norm_in_half(family: Family, random: Random) -> Made:
 
 
 def batchnorm_stats(family: Family, random: Random) -> Made:
-    if family == "convnet":  # 1 - 0.999, the other meaning of `momentum`
-        norms = tuple(f"blocks.{number}.norm" for number in range(3))
-        return {
-            "faulty": ("task.momentum=0.001",),
-            "control": (FP32,),
-            "layers": norms,
-            "repair": (r"momentum|statistic|running", ()),
-        }
-    if family == "residual":
-        norms = ("last_norm", *(f"blocks.{n}.norm{m}" for n in range(3) for m in ("", 1)))
-        return {"loop": "damaged_batch", "layers": norms, "repair": (r".", ())}
-    return "no BatchNorm"
+    if family not in ("convnet", "residual"):
+        return "no BatchNorm"
+    names = ("norm",) if family == "convnet" else ("norm", "norm1")
+    norms = (f"blocks.{number}.{name}" for number in range(3) for name in names)
+    return {  # 1 - 0.999, the other meaning of `momentum`
+        "faulty": ("task.momentum=0.001",),
+        "control": (FP32,),
+        "layers": ("last_norm", *norms),
+        "repair": (r"momentum|statistic|running", ()),
+    }
 
 
 def half_reduction(family: Family, random: Random) -> Made:

@@ -6,18 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.diagnose.runs import OPTIM
 from benchmarks.diagnose.score import HEALTHY_LOOPS, false_alarms, loop_alarms
 from benchmarks.diagnose.task import Family
 
-MODES = {
+MODES: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "fp16": (),
     "bf16": (),
     "fp16-master": (),
     "bf16-master": (),
-    # Storing everything in half is healthy where plain SGD has a large enough rate.
-    "fp16-pure": ("optim={kind: sgd, lr: 0.1, momentum: 0.9, schedule: {kind: linear}}",),
-    "bf16-pure": ("optim={kind: sgd, lr: 0.1, momentum: 0.9, schedule: {kind: linear}}",),
+    # What storing everything in half takes to be healthy (docs/precision.md).
+    "fp16-pure": ("optim.eps=1e-4",),
+    "bf16-pure": ("precision.stochastic_rounding=true",),
 }
 LOOPS = ("wrong_device", "clip_first", "step_in_window", "moment_before_check", "plain_fp32")
 """Of `loops.py`, corrected."""
@@ -38,7 +39,8 @@ class Healthy:
     def alarms(self) -> dict[str, Any]:
         if self.how in HEALTHY_LOOPS:
             return loop_alarms(self.how, self.family, self.seed)
-        overrides = (f"precision.mode={self.how}", *MODES[self.how])
+        settings = [s for s in MODES[self.how] if "eps" not in s or "adam" in OPTIM[self.family]]
+        overrides = (f"precision.mode={self.how}", *settings)
         return false_alarms(self.family, overrides, self.seed)
 
 

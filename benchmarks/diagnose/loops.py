@@ -223,24 +223,6 @@ def moment_before_check(case: Case) -> None:
                 scale /= 256
 
 
-def damaged_batch(case: Case) -> None:
-    """One batch holds NaN. Its step is skipped, but BatchNorm's statistics have seen it."""
-    optimizer, scaler = sgd(case.model), torch.amp.GradScaler("cpu")
-    case.record(optimizer, scaler)
-    for number, (images, labels) in enumerate(case.batches):
-        if number == STEPS // 2:
-            images[0, 0, 3, 3] = math.nan
-        if case.corrected and not images.isfinite().all():
-            continue
-        with case.step(images):
-            optimizer.zero_grad()
-            with half():
-                loss = F.cross_entropy(case.model(images).float(), labels)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-
 def damaged_batch_in_bf16(case: Case) -> None:
     """One batch holds NaN, and nothing skips its step."""
     optimizer = sgd(case.model)
@@ -273,7 +255,7 @@ LOOPS: dict[str, Loop] = {
     loop.__name__: loop
     for loop in (
         wrong_device, outside_of_autocast, clip_first, plain_step, step_in_window, never_zeroed,
-        fused_first_skip, moment_before_check, damaged_batch, damaged_batch_in_bf16, plain_fp32,
+        fused_first_skip, moment_before_check, damaged_batch_in_bf16, plain_fp32,
     )
 }  # fmt: skip
 

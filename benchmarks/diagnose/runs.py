@@ -98,6 +98,16 @@ def train(family: Family, overrides: Sequence[str], seed: int, folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(family=family, optim=OPTIM[family], seed=seed), "utf-8")
+    return train_recipe(path, overrides, folder)
+
+
+def train_recipe(path: Path, overrides: Sequence[str], folder: Path) -> Trained:
+    """Train any recipe of the task with `--set` values; the run directory is `folder`/run.
+
+    Raises:
+        UserError: the recipe cannot be run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     loaded = load_recipe(path, list(overrides), plugin())
     run = RunDirectory.create(loaded, make_plan(loaded.recipe, machine()), {}, folder / "run")
     result = launch(run, _Silent(), loaded.plugin)

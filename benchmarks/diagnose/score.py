@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.diagnose.faults import FP32, Cell
 from benchmarks.diagnose.loops import LOOPS, run_loop
-from benchmarks.diagnose.runs import Trained, diagnosis, train
+from benchmarks.diagnose.runs import Trained, diagnosis, train, train_recipe
 from benchmarks.diagnose.task import Family, Options
 from mpcli.recipe.errors import UserError
 
@@ -125,25 +125,27 @@ def _patched(cell: Cell, finding: dict[str, Any], healthy: Score, seed: int, fol
     tried: list[Score] = []
     for number, suggestion in enumerate(filter(None, suggested[:SUGGESTIONS]), start=1):
         at = folder / f"patched-{number}"
-        settings = settings_of(cell, suggestion)
-        if settings is None:
+        changed, settings = suggestion["set"], repair_of(cell, suggestion)
+        if (cell.loop and changed) or (not changed and settings is None):
             tried.append({"what": suggestion["what"], "why": "nothing that could be tried"})
             continue
         try:
-            trained = _trained(cell, settings, seed, at, corrected=not suggestion["set"])
+            if changed:
+                recipe = folder / "faulty" / "run" / "recipe.yaml"
+                trained = train_recipe(recipe, changed, at)
+            else:
+                trained = _trained(cell, settings or (), seed, at, corrected=True)
         except UserError as error:
             tried.append({"what": suggestion["what"], "why": str(error)})
             continue
         tried.append({"what": suggestion["what"], "loss": trained.loss})
-        if _is_healthy(cell, trained, healthy, seed, settings, at):
+        if _is_healthy(cell, trained, healthy, seed, settings or (), at):
             return {"patch": number, "tried": tried}
     return {"patch": 0, "tried": tried}
 
 
-def settings_of(cell: Cell, suggestion: dict[str, Any]) -> tuple[str, ...] | None:
-    """What a suggestion makes of the recipe; None: it says nothing that could be tried."""
-    if suggestion["set"]:
-        return None if cell.loop else (*cell.faulty, *suggestion["set"])
+def repair_of(cell: Cell, suggestion: dict[str, Any]) -> tuple[str, ...] | None:
+    """What stands for a suggested change of code; None: it says nothing that could be tried."""
     if not cell.repair:
         return None
     words, settings = cell.repair

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.diagnose.faults import FAMILIES, FAULTS, Cell, left_out
 
+ROOT = Path(__file__).parents[2]
 Scores = Mapping[str, dict[str, Any]]
 
 
@@ -23,11 +24,11 @@ def write_table(
         *_not_scored(every, scores),
     ))  # fmt: skip
     before = page.read_text("utf-8")
-    page.write_text(_docs().between(before, "benchmark", f"{text}\n", "make bench-diagnose"))
+    page.write_text(docs().between(before, "benchmark", f"{text}\n", "make bench-diagnose"))
 
 
-def _docs() -> Any:
-    path = Path(__file__).parents[2] / "docs" / "generate.py"
+def docs() -> Any:
+    path = ROOT / "docs" / "generate.py"
     spec = importlib.util.spec_from_file_location("generate", path)
     assert spec
     assert spec.loader
@@ -55,7 +56,7 @@ def _summary(scores: Scores, healthy: Scores, seed: int) -> list[str]:
     return [
         f"Seed {seed}. {len(_scored(scores))} cells are scored. Healthy runs with a finding of "
         f"level warning or above: {alarmed} of {len(healthy)}.",
-        _docs().table(head, rows).rstrip(),
+        docs().table(head, rows).rstrip(),
     ]
 
 
@@ -81,7 +82,7 @@ def _matrix(every: Mapping[str, Cell | str], scores: Scores) -> str:
         "A cell that is all right is `ok`. Otherwise: the cause that was named first, or which of "
         "layer, phase and patch (that no suggestion mended it) is wrong."
     )
-    return f"{about}\n\n{_docs().table(('', *FAMILIES), rows).rstrip()}"
+    return f"{about}\n\n{docs().table(('', *FAMILIES), rows).rstrip()}"
 
 
 def _cell(cell: Cell | str, score: dict[str, Any] | None) -> str:

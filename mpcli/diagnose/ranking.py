@@ -20,6 +20,7 @@ _GROWTH: frozenset[FindingId] = _NONFINITE | {
 
 EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "bad-batch": _GROWTH,
+    "bad-checkpoint": _NONFINITE,
     "missing-unscale": _GROWTH | {"learning-rate", "lost-updates"},
     "clip-before-unscale": _GROWTH | {"learning-rate", "vanishing-gradients"},
     "accumulation": _GROWTH | {"learning-rate", "optimizer-state-corrupted"},
@@ -40,7 +41,6 @@ EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "forward-nonfinite": _NONFINITE - {"forward-nonfinite", "scale-collapse"},
     "underflow": frozenset({"vanishing-gradients", "lost-updates"}),
     "skip-storm": frozenset({"scale-collapse"}),
-    "bad-checkpoint": _NONFINITE,
     "optimizer-state-corrupted": frozenset({"lost-updates", "bad-checkpoint"}),
     "lost-updates": frozenset({"vanishing-gradients", "learning-rate"}),
 }

@@ -269,12 +269,26 @@ def autocast(evidence: Evidence) -> Suggestion:
 
 
 def half_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion | None:
-    """Of a loop: these layers in half too, if nothing speaks against it."""
+    """These layers in half too, if nothing speaks against it."""
     if not evidence.is_foreign:
-        return None
+        return _less_sensitive(evidence, layers)
     what = "if they need no fp32, let autocast have them: without `.float()` or `enabled=False`"
     code = f"with torch.autocast({device(evidence)!r}):\n    x = {layers[0]}(x)"
     return _of_loop(what, code)
+
+
+def _less_sensitive(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion | None:
+    """Of a run of ours, whose plan says which pattern each layer is sensitive by."""
+    why = {row.name: row.why for row in (evidence.plan.modules if evidence.plan else ())}
+    patterns = evidence.recipe.precision.sensitive_layers if evidence.recipe else ()
+    given = [p for p in patterns if any(f"({p})" in why.get(layer, "") for layer in layers)]
+    if not given:
+        return None
+    left = [pattern for pattern in patterns if pattern not in given]
+    return Suggestion(
+        what=f"if they need no fp32, take {', '.join(given)} out of `sensitive_layers`",
+        set=(f"precision.sensitive_layers={written(left)}",),
+    )
 
 
 def clip_unscaled(evidence: Evidence, limit: float, *, is_norm: bool) -> Suggestion:

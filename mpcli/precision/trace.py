@@ -122,6 +122,7 @@ class _Flow(TorchDispatchMode):
             phase=phase,
             value=defect(tensor) or "inf",
             operation=operation,
+            elements=tensor.numel(),
         )
         is_mask = operation in CONSTANTS and origin.value == "inf" and not tensor.isposinf().any()
         self._count += 1

@@ -155,7 +155,8 @@ class WatchedStep:
         self._judge()
         if not (self._is_finite or self._is_read):  # an optimizer that calls the loop's closure
             self._no_origin = "the weights had changed when it was noticed"
-        applied = events.stepped_optimizer and not (events.fused_skip and not self._is_finite)
+        leaves_out = events.fused_skip or (self._state is not None and self._state.left_weights())
+        applied = events.stepped_optimizer and (self._is_finite or not leaves_out)
         if events.stepped_optimizer and not applied:
             events.log.add(LoopEvent(event="skipped_step", gradients=events.gradients))
             for name in self._state.changed()[:MAX_NAMED] if self._state else ():

@@ -1,4 +1,4 @@
-"""The recipe of the README that fails in fp16, on the real CIFAR-10: diagnosed, repaired, trained."""
+"""The README's recipe that fails in fp16, on the real CIFAR-10: diagnosed, repaired, trained."""
 
 from __future__ import annotations
 

@@ -73,6 +73,19 @@ def unsampled_underflow(evidence: Evidence) -> Iterable[Finding]:
         )
 
 
+def _scales_by_hand(evidence: Evidence, flight: FlightRecord) -> bool:
+    """Whether a loop without a scaler left the step out itself: then it looks for its own scale.
+
+    It found one if a later step was applied; and that it did not may be what it did to the state.
+    """
+    if flight.applied or (evidence.foreign and evidence.foreign.scaler):
+        return False
+    history = evidence.history
+    goes_on = bool((history.applied & (history.step > flight.step)).any())
+    events = (event for row in evidence.events if row.step == flight.step for event in row.events)
+    return goes_on or any(event.event == "state_changed" for event in events)
+
+
 def _is_cast_of_batch(flight: FlightRecord, origin: NonFiniteOrigin) -> bool:
     """Whether autocast made infinity of what the batch itself held."""
     is_cast = origin.operation == "_to_copy" and origin.value == "inf"
@@ -191,6 +204,8 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
     expected = _largest_gradient(evidence.samples) * flight.scale
     may_overflow = not expected or expected * SPIKE >= FP16_MAX
     if may_overflow and evidence.compute in ("fp16", "-") and not _at_scale_1(evidence, flight):
+        return None
+    if origin.value == "inf" and evidence.compute == "fp16" and _scales_by_hand(evidence, flight):
         return None
     first, *others = _guards(evidence, origin, formats)
     return Finding(

@@ -64,14 +64,15 @@ def autocast_inactive(evidence: Evidence) -> Iterable[Finding]:
 
 
 def fp32_island(evidence: Evidence) -> Iterable[Finding]:
-    """Modules whose products are fp32 while those of others are half."""
+    """Modules whose products are fp32 while those of others are half.
+
+    Those that `sensitive_layers` asks for are told where they hold most of the weights.
+    """
     types = evidence.facts.run.types if evidence.facts.run else {}
     multiplying = {
         name: seen for name, seen in types.items() if name != LOSS and seen.operands != "-"
     }
     islands = [name for name, seen in multiplying.items() if seen.operands == "fp32"]
-    planned = evidence.plan.fp32_modules if evidence.plan else ()
-    islands = [name for name in islands if not _inside(name, planned)]
     if not islands or all(seen.operands == "fp32" for seen in multiplying.values()):
         return
     sizes = _sizes(evidence)
@@ -79,11 +80,15 @@ def fp32_island(evidence: Evidence) -> Iterable[Finding]:
     share = sum(sizes.get(name, 0) for name in islands) / total if total else 0.0
     if share > MOST and not _wants_half(evidence):
         return  # then the half ones are the exception
+    planned = evidence.plan.fp32_modules if evidence.plan else ()
+    is_planned = all(_inside(name, planned) for name in islands)
+    if is_planned and share <= MOST:
+        return
     cast_in, cast_out = _casts(evidence, islands, types)
     islands.sort(key=lambda name: -sizes.get(name, 0))
     yield Finding(
         id="fp32-island",
-        severity="warning" if share > MOST else "info",
+        severity="warning" if share > MOST and not is_planned else "info",
         cause=f"{_listed(islands)} multiply in fp32 while other modules do in half: they hold "
         f"{share:.0%} of the weights that multiply",
         layers=tuple(islands),

@@ -78,7 +78,10 @@ def fixed_bytes(recipe: Recipe, parameters: int) -> dict[str, int]:
 
 
 def _changes(recipe: Recipe, plan: Plan, parts: dict[str, int], others: int) -> list[Suggestion]:
-    """Those that save most first; what they save is of the peak."""
+    """Those that save most first; what they save is of the peak.
+
+    Where no peak is known, fewer activations come first: only they can have been any number.
+    """
     saving: list[tuple[float, Suggestion]] = []
     if plan.micro_batch_size > 1:
         saving.append((others / 2, remedies.smaller_micro_batch(plan.micro_batch_size // 2)))
@@ -90,7 +93,7 @@ def _changes(recipe: Recipe, plan: Plan, parts: dict[str, int], others: int) -> 
     if not (meaning.half_weights and not meaning.masters):
         half = sum(fixed_bytes(_pure(recipe), plan.parameters).values())
         saving.append((sum(parts.values()) - half, remedies.bf16_pure()))
-    ordered = sorted(saving, key=lambda change: -change[0])
+    ordered = sorted(saving, key=lambda change: -change[0]) if others else saving
     return [_with_saving(change, saved) for saved, change in ordered]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ of a few thousand values with a normal distribution and of as many others there 
 and of log-normal ones (sigma 1) below 2^5."""
 HUGE = 2.0**63
 """Of sums of squares of such numbers fp32 makes infinity, which is at 2^128."""
+CAST = "_to_copy"
 LOGITS = frozenset({"bmm", "baddbmm", "mm", "mul", "div"})
 """Operations that make the logits of attention out of queries and keys."""
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -106,7 +108,9 @@ def mending(evidence: Evidence, found: Born) -> tuple[Suggestion, ...]:
         return (remedies.guarded(found.origin.module, _operation(found)),)
     wide = remedies.bf16(evidence)
     module = found.origin.module
-    if module in ("", LOSS):
+    if module == LOSS:
+        return remedies.fp32_layers(evidence, (LOSS,)), wide, remedies.fp32(evidence)
+    if not module:
         return wide, remedies.fp32(evidence)
     layer = remedies.fp32_layers(evidence, _sensitive(evidence, found))
     largest = exact_max(evidence, module)
@@ -148,7 +152,19 @@ def _is_growth(evidence: Evidence, found: Born) -> bool:
     return bool(found.in_fp32) and (is_plain or is_huge)
 
 
+def _returned_too_large(evidence: Evidence, origin: NonFiniteOrigin) -> str | None:
+    """The module that returned, in fp32, what another one could not cast to fp16."""
+    if evidence.replay is None or origin.operation != CAST or origin.phase != "forward":
+        return None
+    rows = evidence.replay.modules
+    large = [row.module for row in rows if FP16_OVERFLOW <= (row.output_max or 0.0) < math.inf]
+    return large[0] if large else None
+
+
 def _by_format(evidence: Evidence, found: Born) -> Finding:
+    if module := _returned_too_large(evidence, found.origin):
+        origin = found.origin.model_copy(update={"module": module, "operation": None})
+        found = dataclasses.replace(found, origin=origin)
     origin = found.origin
     first, *others = mending(evidence, found)
     half = half_of(evidence) or evidence.compute
@@ -158,9 +174,10 @@ def _by_format(evidence: Evidence, found: Born) -> Finding:
     beside = f", where fp32 has at most {largest:,.4g}" if largest else ""
     over = f"more than {half} can hold (65,504)" if half == "fp16" else f"{origin.value} in {half}"
     kind = _kind(evidence, found)
+    summed = "the sum" if origin.operation in REDUCTIONS else "a sum, in"
     causes = {
         "forward-overflow": f"the output of {given} is {over}{beside}",
-        "half-reduction": f"the sum {given} is {over}{beside}",
+        "half-reduction": f"{summed} {given} is {over}{beside}",
         "norm-in-half": f"{place_of(origin.module)} computes a norm or softmax in {half}, and "
         f"`{_operation(found)}` in it is {over}{beside}",
         "attention-logits": "the product of queries and keys in "
@@ -194,7 +211,8 @@ def _kind(evidence: Evidence, found: Born) -> FindingId:
         return "attention-logits"
     if is_norm(evidence, origin.module) and origin.operation not in PRODUCTS:
         return "norm-in-half"
-    return "half-reduction" if origin.operation in REDUCTIONS else "forward-overflow"
+    is_of_sum = origin.operation in REDUCTIONS or origin.elements == 1
+    return "half-reduction" if is_of_sum else "forward-overflow"
 
 
 def _has_large_logits(evidence: Evidence, origin: NonFiniteOrigin) -> bool:
@@ -250,7 +268,7 @@ def _out_of_range(evidence: Evidence, found: Born) -> _Strange | None:
         if row.usual_max and row.max > OUT_OF_RANGE * row.usual_max:
             beside = f"where another batch has {row.usual_max:.3g} at most"
             return _Strange(f"`{row.name}`", row.max, row.usual_max, beside)
-    if found.origin.operation != "_to_copy" or evidence.compute != "fp16":
+    if found.origin.operation != CAST or evidence.compute != "fp16":
         return None
     flights = evidence.facts.run.flights if evidence.facts.run else ()
     known = {row.name: row.max for row in (evidence.replay.inputs if evidence.replay else ())}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mpcli.diagnose import remedies
 from mpcli.diagnose.born import Born, born, largest_gradient
 from mpcli.diagnose.checks.nonfinite import mending, severity_of
+from mpcli.diagnose.checks.silent import lossy
 from mpcli.diagnose.evidence import Evidence, History
 from mpcli.diagnose.finding import Finding, Suggestion
 from mpcli.diagnose.remedies import FP16_MAX
@@ -51,6 +52,8 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
         return  # of another forward the gradients are others
     if evidence.replay and evidence.replay.origin:
         return
+    if any(lossy(evidence)):  # a layer's own arithmetic, which a scale does not mend
+        return
     lost = sorted(_lost_beside_fp32(evidence), key=lambda one: (-one.flushed, -one.error))
     if not lost and evidence.replay is None:
         lost = list(_last_bits(evidence))
@@ -75,7 +78,7 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         id="underflow",
         severity="error" if proven and worst.error >= MOST else "warning",
-        cause=f"{said[worst.proof]} in fp16 at a loss scale of {scale:,.10g}; {room}",
+        cause=f"{said[worst.proof]} in fp16 at a loss scale of {number(scale)}; {room}",
         layers=tuple(dict.fromkeys(one.module for one in lost)),
         phase="backward",
         # The scale holds from the beginning, or since it fell.
@@ -115,7 +118,7 @@ def scale_too_high(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         id="scale-too-high",
         severity=severity_of(evidence),
-        cause=f"the loss scale of {scale:,.10g} makes gradients overflow in backward{place}, and "
+        cause=f"the loss scale of {number(scale)} makes gradients overflow in backward{place}, and "
         f"does not fall: {int(stuck.sum())} of {len(history)} steps are skipped",
         layers=layers,
         phase="backward",
@@ -145,7 +148,7 @@ def scale_collapse(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         id="scale-collapse",
         severity=severity_of(evidence),
-        cause=f"the loss scale fell to {history.scale.min():,.10g} and gradients are still not "
+        cause=f"the loss scale fell to {number(history.scale.min())} and gradients are still not "
         f"finite: {whose}; a higher scale would make it worse",
         layers=(found.origin.module,) if found else (),
         phase=found.origin.phase if found else "backward",
@@ -340,8 +343,13 @@ def _why_storm(evidence: Evidence, growths: int, skips: int) -> str:
     if growths >= skips / 2:
         return f"the scale grew {growths} times, and overflowed as often"
     if (history.scale.min() == history.scale.max()) and history.scale.max() > 1:
-        return f"the scale stays at {history.scale.max():,.10g}"
+        return f"the scale stays at {number(history.scale.max())}"
     return "their gradients are not finite"
+
+
+def number(scale: float) -> str:
+    """A loss scale in words: mostly a power of two."""
+    return f"{scale:,.0f}" if scale >= 1 else f"{scale:.3g}"
 
 
 def _first_of(suggestions: Iterable[Suggestion | None]) -> dict[str, Any]:

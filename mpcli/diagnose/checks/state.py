@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpcli.checkpoint.layout import STEP
 from mpcli.diagnose import remedies
+from mpcli.diagnose.born import began
 from mpcli.diagnose.checks.memory import out_of_memory
 from mpcli.diagnose.course import FEWEST, course_of
 from mpcli.diagnose.evidence import Evidence
@@ -15,6 +16,7 @@ from mpcli.diagnose.facts import TensorFacts
 from mpcli.diagnose.finding import Finding, Suggestion
 from mpcli.diagnose.modules import FP16_OVERFLOW
 from mpcli.diagnose.verdict import layer_of, listed
+from mpcli.precision.trace import WEIGHTS
 
 STATISTICS = ("running_mean", "running_var")
 EPS = 1e-5
@@ -151,6 +153,8 @@ def weights_exceed_fp16(evidence: Evidence) -> Iterator[Finding]:
     """Weights that fp16 cannot hold, as of models that were trained in bf16."""
     tensors = [tensor for tensor in _weights(evidence) if _computes_in_fp16(evidence, tensor.name)]
     above = [tensor for tensor in tensors if tensor.max >= FP16_OVERFLOW]
+    if not above:
+        yield from _sampled_above(evidence)
     gone = [tensor for tensor in tensors if (tensor.formats["fp16"].below or 0) > GONE]
     found = sorted(above, key=lambda tensor: -tensor.max) or gone
     if not found:
@@ -180,6 +184,33 @@ def weights_exceed_fp16(evidence: Evidence) -> Iterator[Finding]:
         suggestion=remedies.bf16(evidence),
         alternatives=(remedies.fp32_layers(evidence, names),),
     )
+
+
+def _sampled_above(evidence: Evidence) -> Iterator[Finding]:
+    """The same of weights that no checkpoint has, but a sampled step."""
+    for sample in evidence.samples:
+        rows = [
+            row
+            for row in sample.of("weight")
+            if FP16_OVERFLOW <= row.max < math.inf and _computes_in_fp16(evidence, row.name)
+        ]
+        if rows and evidence.compute == "fp16":
+            rows.sort(key=lambda row: -row.max)
+            names = tuple(dict.fromkeys(row.module for row in rows))
+            yield Finding(
+                id="weights-exceed-fp16",
+                severity="error",
+                cause=f"`{rows[0].name}` has weights up to {rows[0].max:.4g} in step "
+                f"{sample.step}, and fp16 ends at 65504: cast to fp16 they are infinite",
+                layers=names,
+                phase="forward",
+                step=None if sample is evidence.samples[0] else sample.step,
+                confidence=0.95,
+                evidence={"largest_weight": rows[0].max, "tensors": len(rows)},
+                suggestion=remedies.bf16(evidence),
+                alternatives=(remedies.fp32_layers(evidence, names),),
+            )
+            return
 
 
 def _computes_in_fp16(evidence: Evidence, name: str) -> bool:
@@ -214,6 +245,14 @@ def bad_checkpoint(evidence: Evidence) -> Iterator[Finding]:
                 None,
                 {"damaged": len(damaged), "newest_good": good},
             )
+    if first := _bad_from_the_start(evidence):
+        yield _bad(
+            f"the weights that the run began with hold NaN or infinity, first in `{first[0]}`",
+            first,
+            int(evidence.history.step[0]) if len(evidence.history) else None,
+            {"newest_good": None},
+        )
+        return
     broken = [tensor for tensor in _weights(evidence) if tensor.nan or tensor.inf]
     if broken:
         names = _layers(broken)
@@ -230,6 +269,24 @@ def bad_checkpoint(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def _bad_from_the_start(evidence: Evidence) -> tuple[str, ...]:
+    """Modules whose weights were not finite before the first step, as a replay or a sample saw."""
+    replay = evidence.replay
+    origin = replay.origin if replay else None
+    if (
+        replay
+        and origin
+        and origin.operation == WEIGHTS
+        and began(evidence.history, replay.step) == 1
+    ):
+        return (origin.module,)
+    sample = evidence.samples[0] if evidence.samples else None
+    if sample is None or sample.step != 1:
+        return ()
+    rows = [row for row in sample.of("weight") if row.nan or row.inf]
+    return tuple(dict.fromkeys(row.module for row in rows))
+
+
 def _bad(
     cause: str,
     layers: tuple[str, ...],
@@ -237,7 +294,7 @@ def _bad(
     numbers: dict[str, float | str | bool | None],
 ) -> Finding:
     good = numbers["newest_good"]
-    what = f"go on from `{good}`, the newest good one" if good else "train again: none is good"
+    what = f"go on from `{good}`, the newest good one" if good else "begin with other weights"
     return Finding(
         id="bad-checkpoint",
         severity="error",

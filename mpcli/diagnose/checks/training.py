@@ -26,6 +26,8 @@ largest norm was at most 5 times the first one; one batch is no cause for two de
 VANISHED = 1e-4
 """RMS of the first layer's gradient over that of the last one's; at least 0.02 in the same runs.
 Eight sigmoids give 1e-6 (each has a slope of at most 1/4; Glorot & Bengio 2010)."""
+ORDINARY = 2.0
+"""Times the median norm that a batch may have: half of the norms are below it."""
 CONVENTIONAL_LIMIT = 1.0
 """Of a gradient's norm, where no good step shows one (Pascanu et al. 2013)."""
 FLUSHED = 0.5
@@ -56,15 +58,16 @@ def exploding_gradients(evidence: Evidence) -> Iterator[Finding]:
     risen = _rise(history)
     if risen is None or not course.broke:
         return
-    index, usual = risen
-    step, norm = int(history.step[index]), float(history.grad_norm[index])
+    index, usual, step = risen
+    norm = float(history.grad_norm[index])
     evidence_of_it: dict[str, float | str | bool | None] = {
         "grad_norm": norm, "usual_grad_norm": usual, "first_skipped_step": _first_bad(history),
     }  # fmt: skip
     yield _exploding(
         evidence,
-        f"the gradient's norm rose from {usual:.3g} to {norm:.3g} at step {step}, and the loss "
-        f"after it from {course.start:.3g} to {course.highest:.3g}",
+        f"the gradient's norm rose from {usual:.3g} to {norm:.3g} at step "
+        f"{history.step[index]}, and the loss after it from {course.start:.3g} to "
+        f"{course.highest:.3g}",
         step,
         modules(_largest_gradients(evidence, step)),
         usual,
@@ -101,14 +104,17 @@ def _exploding(
     )
 
 
-def _rise(history: History) -> tuple[int, float] | None:
-    """Index of the first step whose norm is `RISE` times the median before, and that median."""
+def _rise(history: History) -> tuple[int, float, int] | None:
+    """Index of the first step whose norm is `RISE` times the median before, that median, and the
+    step after the last one before it whose norm was ordinary: some between may have been skipped.
+    """
     good = [i for i in range(len(history)) if 0 < history.grad_norm[i] < math.inf]
     norms = history.grad_norm[good]
     for place in range(1, len(good)):
         usual = float(np.median(norms[max(0, place - 100) : place]))
         if norms[place] >= RISE * usual and norms[place] > norms[0]:
-            return good[place], usual
+            ordinary = np.flatnonzero(norms[:place] <= ORDINARY * usual)
+            return good[place], usual, int(history.step[good[int(ordinary[-1])]]) + 1
     return None
 
 
