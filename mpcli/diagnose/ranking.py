@@ -41,7 +41,7 @@ EXPLAINS: dict[FindingId, frozenset[FindingId]] = {
     "forward-nonfinite": _NONFINITE - {"forward-nonfinite", "scale-collapse"},
     "underflow": frozenset({"vanishing-gradients", "lost-updates"}),
     "skip-storm": frozenset({"scale-collapse"}),
-    "optimizer-state-corrupted": frozenset({"lost-updates", "bad-checkpoint"}),
+    "optimizer-state-corrupted": _NONFINITE | {"lost-updates", "learning-rate"},
     "lost-updates": frozenset({"vanishing-gradients", "learning-rate"}),
 }
 """What each finding is enough to explain, when it comes first or at the same step."""

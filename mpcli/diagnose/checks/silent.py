@@ -8,12 +8,16 @@ from mpcli.diagnose import remedies
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Finding, FindingId, Suggestion
 from mpcli.diagnose.modules import NORM, exact_max, half_of, half_operations, is_norm, type_of
-from mpcli.precision.operations import REDUCTIONS
-from mpcli.records import ReplayedAttention
+from mpcli.precision.operations import NORMS, REDUCTIONS, SOFTMAXES
+from mpcli.records import Parting, Replay, ReplayedAttention
 
 SATURATED = 0.5
 """Share of an attention's queries that pass no gradient: fp32 rounds 1 - 2^-25 to 1, which needs
 logits 17 apart. Attention as it is initialised has none."""
+OFF = 0.5
+"""Relative difference of an output from fp32 that rounding does not make."""
+JUMP = 4.0
+"""Times the largest difference before."""
 MOST = 0.5
 """Relative error of an output of which little is left."""
 _FUSED = frozenset((
@@ -57,9 +61,11 @@ def attention(evidence: Evidence) -> Iterator[Finding]:
 def lossy(evidence: Evidence) -> Iterator[Finding]:
     """A norm, or a long sum, in half precision, where the run parts from fp32 without overflow."""
     replay = evidence.replay
-    if replay is None or replay.origin or not replay.parting or half_of(evidence) is None:
+    if replay is None or replay.origin or half_of(evidence) is None:
         return
-    parting = replay.parting
+    parting = _first_off(evidence, replay) or replay.parting
+    if parting is None:
+        return
     operations = half_operations(evidence, parting.module)
     if not is_norm(evidence, parting.module) and not operations & REDUCTIONS:
         return
@@ -84,6 +90,24 @@ def lossy(evidence: Evidence) -> Iterator[Finding]:
         suggestion=remedies.fp32_layers(evidence, (parting.module,)),
         alternatives=(remedies.fp32(evidence),),
     )
+
+
+def _first_off(evidence: Evidence, replay: Replay) -> Parting | None:
+    """A norm or sum in half that is the first module, in forward, to return what is far off.
+
+    `Replay.parting` leaves out modules that make small what was large, as rounding what they were
+    given might; a norm makes the rounding small with it.
+    """
+    worst = 0.0
+    for row in replay.modules:
+        error = row.output.error if row.output else 0.0
+        if error > OFF:
+            computes = set(row.half_operations) & (REDUCTIONS | NORMS | SOFTMAXES)
+            if computes and error > JUMP * worst:
+                return Parting(module=row.module, call=row.call, phase="forward", error=error)
+            return None
+        worst = max(worst, error)
+    return None
 
 
 def norms_in_half(evidence: Evidence) -> Iterator[Finding]:

@@ -214,7 +214,10 @@ def _sampled_above(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _computes_in_fp16(evidence: Evidence, name: str) -> bool:
-    """Whether the module of a weight may compute in fp16: it does if no plan says otherwise."""
+    """Whether a weight becomes fp16: where nothing was observed, unless a plan says otherwise."""
+    seen = evidence.facts.run.types.get(layer_of(name)) if evidence.facts.run else None
+    if seen and evidence.compute == "fp16":
+        return "fp16" in f"{seen.stored}+{seen.operands}".split("+")
     rows = evidence.plan.modules if evidence.plan else ()
     computed = {row.name: row.computed for row in rows}.get(layer_of(name), "fp16")
     return evidence.compute != "fp16" or computed != "fp32"

@@ -10,6 +10,7 @@ import numpy as np
 from mpcli.diagnose import remedies
 from mpcli.diagnose.checks.updates import UPDATES
 from mpcli.diagnose.course import (
+    SPIKE,
     course_of,
     matrices,
     modules,
@@ -59,6 +60,8 @@ def exploding_gradients(evidence: Evidence) -> Iterator[Finding]:
     if risen is None or not course.broke:
         return
     index, usual, step = risen
+    spike = np.flatnonzero(history.loss >= SPIKE * course.start)
+    step = min([step, *history.step[spike[:1]].tolist()])  # of a norm that was not finite
     norm = float(history.grad_norm[index])
     evidence_of_it: dict[str, float | str | bool | None] = {
         "grad_norm": norm, "usual_grad_norm": usual, "first_skipped_step": _first_bad(history),

@@ -21,6 +21,7 @@ from mpcli.diagnose.course import (
 )
 from mpcli.diagnose.evidence import Evidence, Sample
 from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.plan.dangers import FP16_SAFE_EPS, FP32_SAFE_EPS
 from mpcli.recipe.optim import Adam, AdamW
 from mpcli.records import LayerRecord
 
@@ -135,9 +136,10 @@ def _too_small(evidence: Evidence, adam: _AdamSettings, course: Course) -> Itera
     """
     state = _state(evidence)
     steps, worst = _above_bound(evidence)
-    zero = _only_second_zero(evidence)
+    is_unsafe = adam.eps < (FP16_SAFE_EPS if state == "fp16" else FP32_SAFE_EPS)
+    zero = _only_second_zero(evidence) if is_unsafe else []
     smallest = 2.0**-25 if state == "fp16" else 2.0**-149
-    suspect = state == "fp16" and adam.eps**2 < smallest and (course.broke or _breaks(evidence))
+    suspect = state == "fp16" and is_unsafe and (course.broke or _breaks(evidence))
     if not worst and not zero and not suspect and adam.eps != 0:
         return
     if not (worst or zero or suspect) and not (course.broke or _breaks(evidence)):
