@@ -22,11 +22,11 @@ def test_the_recipe_that_fails_is_repaired(tmp_path, shared_data: Path, mptrain_
     assert failed.code == Exit.NUMERICS
     assert failed.err.splitlines()[-1] == "find out why: mptrain diagnose broken"
 
-    said = mptrain_process("mptrain diagnose broken --verify --fix fixed.yaml --json", **data)
+    said = mptrain_process("mptrain diagnose broken --replay --verify --fix fixed.yaml --json", **data)
     assert said.code == 0
     (cause,) = said.json["findings"]
     assert (cause["id"], cause["phase"], cause["step"]) == ("scale-too-high", "backward", 1)
-    assert cause["layers"] == ["head"]
+    assert cause["layers"] == ["loss"]
     assert cause["suggestion"]["set"] == ["precision.loss_scale={kind: dynamic}"]
     assert cause["verified"] is True
     tried = cause["tried"][0]
@@ -46,7 +46,7 @@ def test_the_recipe_that_fails_is_repaired(tmp_path, shared_data: Path, mptrain_
     assert result["metrics"]["eval"]["accuracy"] > 0.15  # of ten classes; it had not learnt at all
 
     shown = "\n".join(blocks("console"))
-    printed = mptrain_process("mptrain diagnose broken --no-replay", **data).out
+    printed = mptrain_process("mptrain diagnose broken --replay", **data).out
     for line in printed.splitlines()[:1]:
         assert line in shown
     for setting in re.findall(r"--set .*", printed):
