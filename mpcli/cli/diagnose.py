@@ -246,7 +246,8 @@ def _verified(
         from mpcli.diagnose.verify import verify as verify_findings
 
     file = plugin_of_run(run, plugin)
-    return verify_findings(run, causes, steps=steps or STEPS, plugin=file, tell=_tell)
+    tried = verify_findings(run, causes, steps=steps or STEPS, plugin=file, tell=_tell)
+    return sorted(tried, key=lambda cause: cause.verified is False)  # what no fix mends comes last
 
 
 def _tell(text: str) -> None:

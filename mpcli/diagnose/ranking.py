@@ -65,7 +65,7 @@ def ranked(found: Iterable[Finding]) -> list[Finding]:
         follow = [f for f in left if f.id in explained and _when(f) >= _when(cause)]
         left = [f for f in left if f not in follow]
         causes.append(cause.model_copy(update={"consequences": tuple(follow)}))
-    return sorted(causes, key=lambda f: (_SEVERITY[f.severity], -f.confidence))
+    return sorted(causes, key=lambda f: (_SEVERITY[f.severity], _when(f), -f.confidence))
 
 
 def _precedence(finding: Finding) -> tuple[float, ...]:

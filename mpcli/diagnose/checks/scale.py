@@ -14,6 +14,7 @@ from mpcli.diagnose import remedies
 from mpcli.diagnose.born import Born, born, largest_gradient
 from mpcli.diagnose.checks.nonfinite import mending, severity_of
 from mpcli.diagnose.checks.silent import lossy
+from mpcli.diagnose.course import course_of
 from mpcli.diagnose.evidence import Evidence, History
 from mpcli.diagnose.finding import Finding, Suggestion
 from mpcli.diagnose.remedies import FP16_MAX
@@ -21,6 +22,8 @@ from mpcli.precision.loss_scale import at_floor
 from mpcli.recipe.precision import DynamicScale
 from mpcli.records import LayerRecord, ShadowComparison
 
+LEARNT = 0.01
+"""Share of the first loss at which everything is learnt: what is left of gradients is small."""
 FLUSHED = 0.1
 """Share of a layer's gradient that may become zero: what flushes is its smallest values, and 10%
 of those are nothing beside rounding (the share that weights may lose, too)."""
@@ -52,6 +55,9 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
         return  # of another forward the gradients are others
     if evidence.replay and evidence.replay.origin:
         return
+    course = course_of(evidence.history)
+    if course and course.end <= LEARNT * course.start:
+        return  # gradients end with the loss
     if any(lossy(evidence)):  # a layer's own arithmetic, which a scale does not mend
         return
     lost = sorted(_lost_beside_fp32(evidence), key=lambda one: (-one.flushed, -one.error))

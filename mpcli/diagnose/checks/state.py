@@ -25,7 +25,8 @@ UNLIKE = 4.0
 """Times the loss with the batch's own statistics. In sound runs of a conv net of 20 steps and more
 the running statistics gave at most half of the first loss, or at most twice the batch's."""
 GONE = 0.5
-"""Share of a layer's weights that become zero in fp16: the layer is another one then."""
+"""Of the L2 norm of a layer's weights, that fp16 makes zero: the layer is another one then. Biases
+that have hardly left 0 are nothing beside its weights."""
 
 
 def batchnorm_stats(evidence: Evidence) -> Iterator[Finding]:
@@ -85,8 +86,8 @@ def _unlike_batches(evidence: Evidence, tensors: list[TensorFacts]) -> Iterator[
         return
     if replay and replay.running_statistics_loss is not None:
         seen, own = replay.running_statistics_loss, replay.shadow_losses.get("fp32", math.nan)
-        if seen < course.start / 2 or not own * UNLIKE < seen:
-            return
+        if seen < course.start or not own * UNLIKE < seen:
+            return  # statistics of weights that still learn fast lag behind them
         what, confidence, step = f"for the batch of step {replay.step}", 0.9, replay.step
     elif evidence.evaluations:
         last = evidence.evaluations[-1]
@@ -155,11 +156,16 @@ def weights_exceed_fp16(evidence: Evidence) -> Iterator[Finding]:
     above = [tensor for tensor in tensors if tensor.max >= FP16_OVERFLOW]
     if not above:
         yield from _sampled_above(evidence)
-    gone = [tensor for tensor in tensors if (tensor.formats["fp16"].below or 0) > GONE]
+    gone = [
+        layer
+        for layer in (evidence.facts.weights.layers if evidence.facts.weights else ())
+        if (layer.formats["fp16"].error or 0) > GONE and (layer.formats["fp16"].below or 0) > GONE
+    ]
     found = sorted(above, key=lambda tensor: -tensor.max) or gone
     if not found:
         return
-    names, matters = _layers(found), evidence.compute == "fp16"
+    names = _layers(found) if above else tuple(layer.name for layer in gone)
+    matters = evidence.compute == "fp16"
     if above:
         cause = (
             f"`{found[0].name}` has weights up to {found[0].max:.4g}, and fp16 ends at 65504: cast "

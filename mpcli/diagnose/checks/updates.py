@@ -20,7 +20,7 @@ from mpcli.diagnose.course import (
     steep_gradients,
 )
 from mpcli.diagnose.evidence import Evidence, Sample
-from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.diagnose.finding import Finding, Severity, Suggestion
 from mpcli.plan.dangers import FP16_SAFE_EPS, FP32_SAFE_EPS
 from mpcli.recipe.optim import Adam, AdamW
 from mpcli.records import LayerRecord
@@ -40,6 +40,8 @@ SOUND = 0.1
 STILL = 0.01
 """Of the weights, that all updates together may have moved them by if each went the same way."""
 HALF = ("fp16", "bf16")
+COARSE = {"fp16": 2.0**-10, "bf16": 2.0**-7}
+"""From a number to the next one, over the number."""
 
 
 def lost_updates(evidence: Evidence) -> Iterator[Finding]:
@@ -151,7 +153,7 @@ def _too_small(evidence: Evidence, adam: _AdamSettings, course: Course) -> Itera
         numbers["largest_update_over_learning_rate"] = worst[0][0]
     yield Finding(
         id="adam-eps",
-        severity="error" if course.broke or _breaks(evidence) else "warning",
+        severity=_harm(evidence, course),
         cause=f"second moments of Adam become 0 in {state}, whose smallest number is "
         f"{2 * smallest:.2g}, so updates are divided by eps = {adam.eps:g} alone",
         layers=tuple(dict.fromkeys((*(row.module for _, row in worst), *zero))),
@@ -162,6 +164,13 @@ def _too_small(evidence: Evidence, adam: _AdamSettings, course: Course) -> Itera
         suggestion=remedies.adam_eps(evidence, 1e-4 if state == "fp16" else 1e-8),
         alternatives=(remedies.masters(evidence),) if state == "fp16" else (),
     )
+
+
+def _harm(evidence: Evidence, course: Course) -> Severity:
+    """Of an update that cannot be meant, by what the loss did."""
+    if course.broke or _breaks(evidence):
+        return "error"
+    return "warning" if course.hardly_falls else "info"
 
 
 def _breaks(evidence: Evidence) -> bool:
@@ -189,8 +198,12 @@ def _above_bound(evidence: Evidence) -> tuple[int | None, list[tuple[float, Laye
             (row.max / rate, row) for row in sample.of("update") if rate and row.max > BOUND * rate
         ]
         # What is stored in half moves by whole steps between its numbers, however small the update.
-        coarse = {row.name: row.max * 2.0**-8 for row in sample.of("weight")}
-        rows = [(ratio, row) for ratio, row in rows if row.max > coarse.get(row.name, 0.0)]
+        coarse = {row.name: row.max * COARSE.get(row.dtype, 0.0) for row in sample.of("weight")}
+        rows = [
+            (ratio, row)
+            for ratio, row in rows
+            if row.max > coarse.get(row.name, 0.0) + BOUND * rate
+        ]
         if rows:
             return sample.step, sorted(rows, key=lambda found: -found[0])
     return None, []
@@ -291,33 +304,46 @@ def learning_rate_too_low(evidence: Evidence) -> Iterator[Finding]:
     course, history = course_of(evidence.history), evidence.history
     if course is None or not course.hardly_falls or course.end > 1.5 * course.start:
         return
-    shares = [share for _, share in movements(evidence)]
-    if not shares or max(shares) * course.steps >= STILL:
+    moved = _moved_by_all(evidence)
+    if moved is None or moved >= STILL:
         return
     lr = history.lr
     if lr[-1] == lr.max() > lr[0]:  # the warm-up is not over
         return
     if _flushed(evidence) or _lost(evidence) or _no_proof_of_rate(evidence):
         return
-    factor = min(max(2 / course.steps, 1e-3), 0.03) / max(shares)
+    factor = min(max(2 / course.steps, 1e-3), 0.03) * course.steps / moved
     yield Finding(
         id="learning-rate",
         severity="warning",
         cause=f"the learning rate of {float(lr.max()):g} is too low, in any precision: "
-        f"{course.steps} updates moved the weights by at most {max(shares) * course.steps:.1%}, "
+        f"{course.steps} updates moved the weights by at most {moved:.2%}, "
         f"and the loss stays at {course.end:.3g}",
         layers=(),
         phase="update",
         step=int(history.step[0]),
         confidence=0.8,
         evidence={
-            "largest_update_over_weight": max(shares),
+            "moved_of_the_weights": moved,
             "loss_start": course.start,
             "loss_end": course.end,
         },
         suggestion=_looser_clip(evidence) or remedies.learning_rate(evidence, factor),
         alternatives=(remedies.learning_rate(evidence, factor / 10),),
     )
+
+
+def _moved_by_all(evidence: Evidence) -> float | None:
+    """All updates together over the weights, if each goes the same way; None if none was sampled.
+
+    What a sampled step moves is taken per learning rate, as most are sampled in a warm-up.
+    """
+    history = evidence.history
+    rates = dict(zip(history.step.tolist(), history.lr.tolist(), strict=True))
+    known = [share / rates[step] for step, share in movements(evidence) if rates.get(step)]
+    if not known:
+        return None
+    return float(max(known) * history.lr[history.applied].sum() / (1 - momentum(evidence)))
 
 
 def _flushed(evidence: Evidence) -> bool:
