@@ -304,6 +304,8 @@ def learning_rate_too_low(evidence: Evidence) -> Iterator[Finding]:
     course, history = course_of(evidence.history), evidence.history
     if course is None or not course.hardly_falls or course.end > 1.5 * course.start:
         return
+    if evidence.recipe and getattr(evidence.recipe.task, "init_from", None):
+        return  # what is learnt already wants small updates
     moved = _moved_by_all(evidence)
     if moved is None or moved >= STILL:
         return
