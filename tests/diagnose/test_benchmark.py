@@ -7,13 +7,14 @@ from typing import get_args
 import pytest
 
 from benchmarks.diagnose.faults import FAMILIES, FAULTS, Cell, cells, left_out
-from benchmarks.diagnose.score import bound, settings_of
+from benchmarks.diagnose.score import bound, repair_of
 from mpcli.diagnose.finding import FindingId
 
 
 def test_every_class_is_tried_in_every_family_or_it_is_said_why_not() -> None:
     every = cells(0)
-    assert set(FAULTS) == set(get_args(FindingId))
+    # With a loss scale, which the benchmark has, it is the operation of a scale that collapses.
+    assert set(get_args(FindingId)) - set(FAULTS) == {"forward-nonfinite"}
     assert len(every) == len(FAULTS) * len(FAMILIES)
     assert sum(isinstance(cell, Cell) for cell in every.values()) >= 64
     assert all(cell for cell in every.values())
@@ -34,19 +35,15 @@ def test_a_healthy_loss_is_within_three_standard_deviations() -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion", "expected"),
     [
-        ("underflow/mlp", {"set": ["a=1"]}, "with what is suggested"),
-        ("missing-unscale/mlp", {"set": ["optim.lr=1"]}, None),  # a loop has no recipe
         ("missing-unscale/mlp", {"what": "use scaler.step(optimizer)"}, "corrected"),
         ("missing-unscale/mlp", {"what": "use a smaller learning rate"}, None),
         ("underflow/mlp", {"what": "think again"}, None),
     ],
 )
-def test_what_a_suggestion_makes_of_a_training(
+def test_what_stands_for_a_change_of_code(
     name: str, suggestion: dict[str, object], expected: str | None
 ) -> None:
     cell = cells(0)[name]
     assert isinstance(cell, Cell)
     whole = {"what": "", "set": [], "code": None, "arguments": {}} | suggestion
-    found = settings_of(cell, whole)
-    wanted = {None: None, "corrected": (), "with what is suggested": (*cell.faulty, "a=1")}
-    assert found == wanted[expected]
+    assert repair_of(cell, whole) == {None: None, "corrected": ()}[expected]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mpcli.diagnose import remedies
+from mpcli.diagnose.born import born
 from mpcli.diagnose.checks.updates import UPDATES
 from mpcli.diagnose.course import (
     SPIKE,
@@ -42,7 +43,9 @@ def exploding_gradients(evidence: Evidence) -> Iterator[Finding]:
     history, course = evidence.history, course_of(evidence.history)
     if course is None:
         return
-    steep = steep_gradients(evidence)
+    made = born(evidence)
+    is_singular = made is not None and made.is_of_operation and made.origin.value == "nan"
+    steep = [] if is_singular else steep_gradients(evidence)  # near a pole they are
     if steep and course.end >= course.start:
         worst = steep[0]
         ratio = over_weight(evidence.samples[0], worst)
