@@ -219,7 +219,7 @@ def _write_fix(
             sys.stderr,
         )
     try:
-        with out.open("x", encoding="utf-8") as stream:
+        with out.open("x", encoding="utf-8", newline="") as stream:
             stream.write(text)
     except OSError as error:
         what = f"--fix {out}: cannot be written: {error.strerror}"

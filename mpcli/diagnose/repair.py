@@ -52,10 +52,14 @@ def repaired(
     """
     wanted = load_recipe(recipe, settings, plugin).recipe
     try:
-        text = _edited(source.read_text("utf-8-sig"), wanted, folder, plugin)
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            original = file.read()
+        text = _edited(original.replace("\r\n", "\n"), wanted, folder, plugin)
     except (UserError, OSError):
         text = None
-    return (text, True) if text else (resolved_yaml(wanted), False)
+    if text is None:
+        return resolved_yaml(wanted), False
+    return (text.replace("\n", "\r\n") if "\r\n" in original else text), True
 
 
 def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) -> str | None:
@@ -67,7 +71,8 @@ def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) 
             still = [path]
         if path in still:
             text = with_value(text, path, value)
-    return text if _read(text, folder, plugin) == wanted else None
+    # Not `==`: with a plug-in, every load makes another class of its options.
+    return None if any(differences(_read(text, folder, plugin), wanted)) else text
 
 
 def _read(text: str, folder: Path, plugin: PluginFile | None) -> Recipe:

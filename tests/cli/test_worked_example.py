@@ -22,7 +22,9 @@ def test_the_recipe_that_fails_is_repaired(tmp_path, shared_data: Path, mptrain_
     assert failed.code == Exit.NUMERICS
     assert failed.err.splitlines()[-1] == "find out why: mptrain diagnose broken"
 
-    said = mptrain_process("mptrain diagnose broken --replay --verify --fix fixed.yaml --json", **data)
+    said = mptrain_process(
+        "mptrain diagnose broken --replay --verify --fix fixed.yaml --json", **data
+    )
     assert said.code == 0
     (cause,) = said.json["findings"]
     assert (cause["id"], cause["phase"], cause["step"]) == ("scale-too-high", "backward", 1)
