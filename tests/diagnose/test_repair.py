@@ -86,6 +86,24 @@ def test_what_the_command_line_set_is_kept(tmp_path):
     assert "optim: {kind: sgd, lr: 0.01}" in text
 
 
+@pytest.mark.parametrize(
+    ("length", "given", "expected"),
+    [
+        ("{epochs: 2, global_batch_size: 8}", "steps=7", "{steps: 7, global_batch_size: 8}"),
+        ("{global_batch_size: 8, steps: 7}", "epochs=2", "{global_batch_size: 8, epochs: 2}"),
+        ("{epochs: 2, steps: null, global_batch_size: 8}", "steps=7",
+         "{steps: 7, global_batch_size: 8}"),
+    ],
+)  # fmt: skip
+def test_of_two_fields_that_exclude_each_other_one_takes_the_place(
+    tmp_path, length, given, expected
+):
+    text = RECIPE.replace("{steps: 4, global_batch_size: 8}", length)
+    after, own = repair(tmp_path, text, "optim.lr=0.01", given=(f"train.{given}",))
+    assert own
+    assert changed(text, after) == ["optim: {kind: sgd, lr: 0.01}", f"train: {expected}  # short"]
+
+
 def test_a_fragment_of_the_package_stays_a_fragment(tmp_path):
     text = RECIPE.replace("optim: {kind: sgd, lr: 0.1}", "use: {optim: adamw-cosine}")
     text, own = repair(tmp_path, text, "optim.lr=0.5")
