@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mpcli.cli.console import write
-from mpcli.cli.errors import write_json
+from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, PluginPath
 from mpcli.cli.plugin import named_plugin, plugin_of_run
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.render import visible
-from mpcli.signals import uninterrupted
+from mpcli.signals import check, held, uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.diagnose.finding import Finding
@@ -103,13 +103,14 @@ def diagnose(
 
     with uninterrupted():
         from mpcli.cli.evidence import show_evidence
-        from mpcli.cli.findings import show_findings, show_next
+        from mpcli.cli.findings import show_command, show_facts, show_findings
         from mpcli.cli.replayed import show_replay
         from mpcli.diagnose.checks import findings
         from mpcli.diagnose.margins import margins
-        from mpcli.diagnose.places import gather, is_run
+        from mpcli.diagnose.places import gather, is_run, run_around
         from mpcli.diagnose.ranking import ranked
-        from mpcli.diagnose.summary import seen, verdict
+        from mpcli.diagnose.repair import overrides
+        from mpcli.diagnose.summary import seen, verdict, without_trouble
         from mpcli.rundir import RunDirectory
 
     run = RunDirectory.read(place, "--replay ") if replay or is_run(place) else None
@@ -124,6 +125,8 @@ def diagnose(
         run.refuse_foreign("--verify ")
     if steps and not verify:
         raise user_error(f"--steps {steps}: of what?", "add `--verify`")
+    if run and fix and not run.foreign():
+        plugin_of_run(run, plugin)  # what the recipe needs: to fail before the work
     if plugin and not recipe and (run is None or run.foreign()):
         raise user_error(f"--plugin {plugin}: {place} has none", "leave it out")
     named = _named_recipe(recipe, plugin, run)
@@ -135,32 +138,49 @@ def diagnose(
         causes = _verified(run, causes, steps, plugin)
     sentence, around = verdict(found.facts, found.replay, causes), margins(found)
     code = _exit_code(fail_on, [cause.severity for cause in causes])
-    written = _write_fix(out, causes, run, named, plugin) if out else None
+    written = failed = None
+    try:
+        with held():  # neither half a recipe is left, nor the texts that were tried beside it
+            written = out and _write_fix(out, causes, run, named, plugin)
+    except UserError as error:  # what was found is told first
+        failed = error
     if as_json:
         shown = found.replay.model_dump() if found.replay else None
+        end: dict[str, object] = {"status": "done", "exit_code": code}
+        if failed:
+            code = failed.exit_code
+            show_problems(failed.problems)
+            end = {"status": "failed", "exit_code": code, "problems": as_records(failed.problems)}
         write_json({
             "verdict": sentence,
             "findings": [cause.model_dump() for cause in causes],
             "margins": around,
             "evidence": found.facts.model_dump() | {"replay": shown},
             "fix": written and str(written),
-            "status": "done", "exit_code": code,
-        })  # fmt: skip
+        } | end)  # fmt: skip
         raise typer.Exit(code)
     if evidence:
         show_evidence(found.facts)
         if found.replay:
             show_replay(found.replay)
-    show_findings(causes, around)
-    write(visible(f"{place}: {seen(found.facts, found.replay)}"))
-    with_plugin = ["--plugin", plugin] if plugin else []
+    show_findings(causes, around, without_trouble(found.facts, found.replay))
+    show_facts(place, seen(found.facts, found.replay))
+    if failed:
+        raise failed
     if written:
-        write(
-            f"wrote {written}; {shlex.join(['mptrain', 'run', str(written), *with_plugin])}",
-            sys.stderr,
-        )
-    elif run and not fix:
-        show_next(causes, ["mptrain", "diagnose", str(place), *with_plugin], verified=verify)
+        with_plugin = ["--plugin", plugin] if plugin else []
+        show_command(f"wrote {written}:", ["mptrain", "run", str(written), *with_plugin])
+    elif run and not run.foreign() and not fix and overrides(causes):
+        # Of a plug-in that nobody named, the run's own copy is the one that is surely there.
+        file = plugin or (str(run.path / "plugin.py") if run.plugin() else None)
+        what = "write the repaired recipe" if verify else "try the fix and write the recipe"
+        show_command(f"to {what}:", [
+            "mptrain", "diagnose", str(place), *(["--plugin", file] if file else []),
+            *([] if verify else ["--verify"]), "--fix", "fixed.yaml",
+        ])  # fmt: skip
+    elif whose := run_around(place):
+        command = shlex.join(["mptrain", "diagnose", str(whose)])
+        _tell(f"its run may say more: {command}")
     raise typer.Exit(code)
 
 
@@ -187,7 +207,26 @@ def _new_file(fix: str | None) -> Path | None:
         raise user_error(f"--fix {fix}: it exists already", "name a new file")
     if not path.parent.is_dir():
         raise user_error(f"--fix {fix}: no such folder", "make it first")
+    with held():  # Ctrl-C leaves no empty file
+        _write_new(path, "")  # to fail before the work, not after it
+        path.unlink()
+    check()
     return path
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet; nothing is left of one that cannot be written."""
+    try:
+        stream = path.open("x", encoding="utf-8", newline="")
+        try:
+            with stream:
+                stream.write(text)
+        except BaseException:
+            path.unlink()
+            raise
+    except OSError as error:
+        what = f"--fix {path}: cannot be written: {error.strerror}"
+        raise user_error(what, exit_code=Exit.STORAGE) from error
 
 
 def _write_fix(
@@ -218,12 +257,7 @@ def _write_fix(
             "every value is written out, without the comments",
             sys.stderr,
         )
-    try:
-        with out.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        what = f"--fix {out}: cannot be written: {error.strerror}"
-        raise user_error(what, exit_code=Exit.STORAGE) from error
+    _write_new(out, text)
     return out
 
 

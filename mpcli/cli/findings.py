@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from mpcli.cli.console import memory_text, write
 from mpcli.cli.evidence import number_text, share_text
@@ -24,12 +25,18 @@ _MARGINS = {
 }
 
 
-def show_findings(causes: Sequence[Finding], margins: Mapping[str, float | None]) -> None:
-    """Print every cause, and what follows from it; where there is no trouble, the margins."""
+def show_findings(
+    causes: Sequence[Finding], margins: Mapping[str, float | None], without_trouble: str
+) -> None:
+    """Print every cause, and what follows from it; where there is no trouble, the margins.
+
+    Args:
+        without_trouble: says that there is none.
+    """
     for cause in causes:
         _show(cause)
     if not any(cause.severity != "info" for cause in causes):
-        write("no problem found")
+        write(without_trouble)
         for name, label in _MARGINS.items():
             if (value := margins[name]) is not None:
                 is_share = name in ("flushed_share", "skip_rate")
@@ -37,16 +44,15 @@ def show_findings(causes: Sequence[Finding], margins: Mapping[str, float | None]
         write("")
 
 
-def show_next(causes: Sequence[Finding], command: Sequence[str], *, verified: bool) -> None:
-    """Say the command that tries and writes the fixes, where there are any for a recipe.
+def show_facts(place: Path, facts: str) -> None:
+    """Print what was seen, in the width of the terminal."""
+    write(_wrapped(visible(f"{place}: "), facts, "  "))
 
-    Args:
-        command: that was given, without options that only change how it is shown.
-    """
-    if any(cause.suggestion and cause.suggestion.set for cause in causes):
-        options = [*([] if verified else ["--verify"]), "--fix", "fixed.yaml"]
-        what = "write the repaired recipe" if verified else "try the fix and write the recipe"
-        write(visible(f"to {what}: {shlex.join([*command, *options])}"), sys.stderr)
+
+def show_command(what: str, command: Sequence[str]) -> None:
+    """Say what a command is for, and the command, to be copied, in a line of its own."""
+    write(visible(what), sys.stderr)
+    write(visible(shlex.join(command)), sys.stderr)
 
 
 def _show(cause: Finding) -> None:
@@ -110,12 +116,19 @@ def _cost(tried: Verification) -> str:
 
 def _say(label: str, text: str, *, whole: bool = False) -> None:
     """A labelled paragraph, in the width of the terminal; `whole`: to be copied, in one line."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     label = f"  {label:{_LABEL}}"
-    if whole:
-        write(visible(label + text))
-        return
+    write(visible(label + text) if whole else _wrapped(label, text, " " * len(label)))
+
+
+def _wrapped(label: str, text: str, indent: str) -> str:
+    """A paragraph in the width of the terminal; of other streams in one line."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     lines = textwrap.wrap(
-        visible(text), max(width - len(label), 20), break_long_words=False, break_on_hyphens=False
+        visible(text),
+        max(width, len(indent) + 20),
+        initial_indent=label,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    write(f"\n{' ' * len(label)}".join([label + (lines or [""])[0], *lines[1:]]))
+    return "\n".join(lines or [label.rstrip()])

@@ -31,8 +31,8 @@ def margins(evidence: Evidence) -> dict[str, float | None]:
 
 
 def _headroom(rows: list[LayerRecord]) -> float | None:
-    largest = max((row.max for row in rows if math.isfinite(row.max)), default=0.0)
-    return math.log2(FP16_OVERFLOW / largest) if largest else None
+    largest = max((row.max for row in rows if 0 < row.max < math.inf), default=None)
+    return math.log2(FP16_OVERFLOW) - math.log2(largest) if largest else None
 
 
 def _flushed(evidence: Evidence) -> float | None:

@@ -52,10 +52,14 @@ def gather(path: Path, recipe: Recipe | None = None) -> Evidence:
 
 def _recipe_around(path: Path) -> Recipe | None:
     """Of the run that a checkpoint lies in."""
+    run = run_around(path)
+    return recorded_recipe(RunDirectory.read(run).recipe_path) if run else None
+
+
+def run_around(path: Path) -> Path | None:
+    """The run of ours that a checkpoint lies in."""
     run = path.parent.parent
-    if STEP.fullmatch(path.name) and (run / "recipe.yaml").is_file():
-        return recorded_recipe(RunDirectory.read(run).recipe_path)
-    return None
+    return run if STEP.fullmatch(path.name) and (run / "recipe.yaml").is_file() else None
 
 
 def _facts(path: Path) -> Facts:

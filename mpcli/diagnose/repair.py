@@ -9,8 +9,9 @@ from typing import Any
 
 from mpcli.diagnose.finding import Finding
 from mpcli.recipe.base import Section
+from mpcli.recipe.compose import EITHER
 from mpcli.recipe.dump import resolved_yaml
-from mpcli.recipe.edit import with_value
+from mpcli.recipe.edit import with_other, with_value
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile
@@ -52,22 +53,40 @@ def repaired(
     """
     wanted = load_recipe(recipe, settings, plugin).recipe
     try:
-        text = _edited(source.read_text("utf-8-sig"), wanted, folder, plugin)
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            original = file.read()
+        text = _edited(original.replace("\r\n", "\n"), wanted, folder, plugin)
     except (UserError, OSError):
         text = None
-    return (text, True) if text else (resolved_yaml(wanted), False)
+    if text is None:
+        return resolved_yaml(wanted), False
+    return (text.replace("\n", "\r\n") if "\r\n" in original else text), True
 
 
 def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) -> str | None:
     """The text with as few changes as make it mean `wanted`; None where none do."""
-    for path, value in differences(_read(text, folder, plugin), wanted):
+    changes = dict(differences(_read(text, folder, plugin), wanted))
+    for path, value in changes.items():
         try:
             still = [name for name, _ in differences(_read(text, folder, plugin), wanted)]
         except UserError:  # between two changes that go together
             still = [path]
-        if path in still:
+        if path not in still:
+            continue
+        if (other := _excluded(path)) in changes:
+            gone, new = (path, other) if value is None else (other, path)
+            text = with_other(text, gone, new[-1], changes[new])
+        else:
             text = with_value(text, path, value)
-    return text if _read(text, folder, plugin) == wanted else None
+    # Not `==`: with a plug-in, every load makes another class of its options.
+    return None if any(differences(_read(text, folder, plugin), wanted)) else text
+
+
+def _excluded(path: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The path that cannot be set beside this one, such as `train.steps` beside `train.epochs`."""
+    *section, key = path
+    other = dict(EITHER.get(".".join(section), ())).get(key)
+    return (*section, other) if other else None
 
 
 def _read(text: str, folder: Path, plugin: PluginFile | None) -> Recipe:

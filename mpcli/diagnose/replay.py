@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,14 +110,15 @@ one thread of operations that are each looked at."""
 
 
 def is_quick(run: RunDirectory) -> bool:
-    """Whether a replay should take at most `QUICK_SECONDS`, by the time that the steps took."""
+    """Whether a replay should take at most `QUICK_SECONDS`, by the time that most steps took."""
     recipe = recorded_recipe(run.recipe_path)
     row, _ = chosen_step(run, recipe.precision.loss_scale, None)
     if row is None:
         return True
     before = [found.step for found in checkpoint.completed(run.checkpoints_path)]
     start = max((step for step in before if step < row.step), default=0)
-    per_step = recipe.train.global_batch_size / max(row.samples_per_second, 1e-9)
+    speed = statistics.median(row.samples_per_second for row in run.steps())  # the first is slow
+    per_step = recipe.train.global_batch_size / max(speed, 1e-9)
     return (row.step - start + SHADOWS) * per_step <= QUICK_SECONDS
 
 

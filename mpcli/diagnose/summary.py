@@ -12,8 +12,19 @@ from mpcli.records import Replay
 def verdict(evidence: Facts, replay: Replay | None = None, causes: Sequence[Finding] = ()) -> str:
     """The causes, of which information alone is none; then what was seen."""
     trouble = [cause for cause in causes if cause.severity != "info"]
-    said = [f"{cause.id}: {cause.cause.rstrip('.')}" for cause in trouble] or ["no problem found"]
+    said = [f"{cause.id}: {cause.cause.rstrip('.')}" for cause in trouble] or [
+        without_trouble(evidence, replay)
+    ]
     return "; ".join([*said, *filter(None, [seen(evidence, replay)])])
+
+
+def without_trouble(evidence: Facts, replay: Replay | None = None) -> str:
+    """What there is to say where nothing is wrong."""
+    run = evidence.run
+    if run is None or replay or evidence.weights or evidence.not_read:
+        return "no problem found"
+    recorded = run.steps or run.sampled or run.flights or run.events or run.unread
+    return "no problem found" if recorded else "nothing was recorded"
 
 
 def seen(evidence: Facts, replay: Replay | None = None) -> str:

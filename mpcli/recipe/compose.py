@@ -76,7 +76,7 @@ def position(place: Place) -> str:
     return place.file if place.file == OVERRIDE else f"{place.file}:{place.line}:{place.column}"
 
 
-_EITHER = {
+EITHER: dict[str, tuple[tuple[str, str], ...]] = {
     "train": (("epochs", "steps"), ("steps", "epochs")),
     "task": (("model", "init_from"), ("init_from", "model")),
 }
@@ -92,7 +92,7 @@ def _outdated(base: Mapping, over: Mapping, path: str) -> Iterator[tuple[str, st
             if key != "kind" and not replaced:
                 yield key, f"{_join(path, 'kind')} is now {now}"
         return
-    for key, other in _EITHER.get(path, ()):
+    for key, other in EITHER.get(path, ()):
         named = key in over.entries and other not in over.entries
         if named and other in base.entries and not _is_null(over.entries[key].node):
             yield other, f"{path}.{key} is now {_value(over, key) or 'set'}"

@@ -41,6 +41,25 @@ def with_value(text: str, path: _Path, value: Any) -> str:
     return _replaced(text, node, value)
 
 
+def with_other(text: str, path: _Path, key: str, value: Any) -> str:
+    """A recipe's text with another field of the same section in place of the one at a path.
+
+    Args:
+        text: valid YAML whose root is a mapping.
+        path: of the field that goes; the text need not have it.
+        key: of the other one.
+        value: of the other one, as `with_value` takes it.
+    """
+    other = (*path[:-1], key)
+    old = _found(text, path)
+    if old and _found(text, other):
+        text, old = without(text, path), None
+    if old is None:
+        return with_value(text, other, value)
+    begin, end = old[0].start_mark.index, _end(old[1])
+    return f"{text[:begin]}{written(key)}: {_flow(value)}{text[end:]}"
+
+
 def without(text: str, path: _Path) -> str:
     """A recipe's text without the field at a path, which is there, and its comment."""
     node: yaml.Node = _root(text)
@@ -66,6 +85,18 @@ def _root(text: str) -> yaml.MappingNode:
 
 def _entry(node: yaml.Node, key: str) -> tuple[yaml.Node, yaml.Node] | None:
     return next((pair for pair in node.value if pair[0].value == key), None)
+
+
+def _found(text: str, path: _Path) -> tuple[yaml.Node, yaml.Node] | None:
+    """The key and the value at a path."""
+    found: tuple[yaml.Node, yaml.Node] | None = None
+    node: yaml.Node = _root(text)
+    for key in path:
+        found = _entry(node, key) if isinstance(node, yaml.MappingNode) else None
+        if found is None:
+            return None
+        node = found[1]
+    return found
 
 
 def _known_entry(node: yaml.Node, key: str) -> tuple[yaml.Node, yaml.Node]:

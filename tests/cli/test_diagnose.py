@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from mpcli import Recorder
-from mpcli.cli import console
+from mpcli.cli import console, findings
 from mpcli.cli.app import main
 from mpcli.recipe.errors import Exit
 from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin, ShadowComparison, StepRecord
 from mpcli.rundir import RunDirectory
+from tests.diagnose.faulty_runs import faulty_run
 from tests.small import run_small
 
 
@@ -390,3 +394,106 @@ def test_where_a_step_of_ours_went_wrong_a_replay_tells(mptrain, tmp_path):
     lines = mptrain("diagnose", run.path, "--evidence").out.splitlines()
     table = lines[lines.index("Steps that went wrong") :]
     assert table[2].split()[0] == "1" and table[2].endswith("see --replay")
+
+
+OVERFLOWS = "precision={mode: fp16, loss_scale: {kind: static, scale: 1e30}}"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory) -> RunDirectory:
+    """A run whose recipe is to be repaired."""
+    return run_small(tmp_path_factory.mktemp("overflowing"), OVERFLOWS)[0]
+
+
+def test_the_command_that_is_told_works_without_the_plugin_that_was_not_named(
+    mptrain, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run, _ = faulty_run(tmp_path, "mlp", "loss", "none", OVERFLOWS)
+    told = mptrain("diagnose", run.path, "--no-replay").err.splitlines()
+    assert told[-2] == "to try the fix and write the recipe:"
+    program, *command = shlex.split(told[-1])
+    assert (program, command[-2:]) == ("mptrain", ["--fix", "fixed.yaml"])
+    outcome = mptrain(*command, "--no-replay", "--steps", "1")
+    assert (outcome.code, outcome.err.splitlines()[-2]) == (0, "wrote fixed.yaml:")
+    assert (tmp_path / "fixed.yaml").is_file()
+    outcome = mptrain("diagnose", run.path, "--fix", "again.yaml")
+    assert outcome.code == Exit.USAGE and str(run.path / "plugin.py") in outcome.err
+    assert not outcome.out  # before the work
+
+
+def full(path: Path, *_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_where_no_fix_can_be_written_nothing_is_done(mptrain, overflowing, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "open", full)
+    outcome = mptrain("diagnose", overflowing.path, "--fix", tmp_path / "x.yaml")
+    assert (outcome.code, outcome.out) == (Exit.STORAGE, "")
+    assert "No space left" in outcome.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_found_is_told_where_the_fix_is_not_written(
+    mptrain, overflowing, tmp_path, monkeypatch, as_json
+):
+    from mpcli.diagnose import repair
+
+    def late(*given):
+        monkeypatch.setattr(Path, "open", full)
+        return "text", True
+
+    monkeypatch.setattr(repair, "repaired", late)
+    options = ["--no-replay", "--fix", tmp_path / "x.yaml", *(["--json"] if as_json else [])]
+    outcome = mptrain("diagnose", overflowing.path, *options)
+    assert outcome.code == Exit.STORAGE
+    assert "No space left" in outcome.err
+    if as_json:
+        found = outcome.json
+        assert found["findings"][0]["id"] == "scale-too-high"
+        assert (found["status"], found["exit_code"], found["fix"]) == ("failed", Exit.STORAGE, None)
+        assert "No space left" in found["problems"][0]["message"]
+    else:
+        assert outcome.out.startswith("error: scale-too-high")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_fix_that_is_torn(mptrain, overflowing, tmp_path, monkeypatch):
+    from mpcli.diagnose import repair
+
+    monkeypatch.setattr(repair, "repaired", lambda *given: ("\ud800", True))
+    outcome = mptrain("diagnose", overflowing.path, "--no-replay", "--fix", tmp_path / "x.yaml")
+    assert outcome.code == Exit.BUG  # what cannot be encoded
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_narrow_terminal_the_facts_are_wrapped_and_the_command_is_not(
+    overflowing, monkeypatch, capsys
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(findings.shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.chdir(overflowing.path.parent)
+    assert main(["diagnose", overflowing.path.name, "--no-replay"]) == 0
+    lines = terminal.getvalue().splitlines()
+    facts = next(n for n, line in enumerate(lines) if line.startswith(overflowing.path.name))
+    assert len(lines[facts:]) > 1 and all(len(line) <= 30 for line in lines[facts:])
+    command = f"mptrain diagnose {overflowing.path.name} --verify --fix fixed.yaml"
+    assert capsys.readouterr().err.splitlines()[-1] == command
+
+
+def test_of_a_run_that_recorded_nothing_nothing_is_said(mptrain, run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(run.recipe_path.read_text())
+    outcome = mptrain("diagnose", tmp_path, "--no-replay")
+    assert outcome.code == 0
+    assert outcome.out.startswith("nothing was recorded\n")
+    found = mptrain("diagnose", tmp_path, "--no-replay", "--json").json
+    assert found["verdict"].startswith("nothing was recorded; ")
+    (tmp_path / "steps.jsonl").write_text("junk\n")
+    assert mptrain("diagnose", tmp_path, "--no-replay").out.startswith("no problem found\n")
+
+
+def test_of_a_checkpoint_the_run_is_named(mptrain, run):
+    outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4")
+    assert outcome.err == f"its run may say more: mptrain diagnose {run.path}\n"
+    assert mptrain("diagnose", run.path / "final").err == ""

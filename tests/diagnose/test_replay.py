@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mpcli.diagnose.replay import chosen_step, in_sums, replay
+from mpcli.diagnose.replay import chosen_step, in_sums, is_quick, replay
 from mpcli.diagnose.stage import Stage
 from mpcli.precision.sensitive import last_layer
 from mpcli.recipe.errors import UserError
@@ -420,3 +420,19 @@ def test_the_record_is_strict_json(tmp_path: Path, bad: dict[int, float]) -> Non
     text = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert text["origin"]["phase"] == "input"
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("speeds", "quick"), [((1.0, 80.0, 80.0), True), ((80.0, 1.0, 1.0), False), ((1.0,), False)]
+)
+def test_how_long_it_takes_is_judged_by_most_steps(
+    tmp_path: Path, speeds: tuple[float, ...], quick: bool
+) -> None:
+    run, _ = run_small(tmp_path, "train.steps=1")
+    (row,) = run.steps()
+    rows = [
+        row.model_copy(update={"step": step, "samples_per_second": speed, "applied": step > 1})
+        for step, speed in enumerate(speeds, 1)
+    ]  # the first was skipped, so that it is the one to run again
+    (run.path / "steps.jsonl").write_text("".join(f"{row.to_json()}\n" for row in rows))
+    assert is_quick(run) is quick

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcli.recipe.dump import written
-from mpcli.recipe.edit import with_value, without
+from mpcli.recipe.edit import with_other, with_value, without
 
 TEXT = """\
 # what it is for
@@ -99,6 +99,21 @@ def test_a_text_that_ends_without_a_line_break():
 )
 def test_a_field_is_removed(text, left):
     assert without(text, ("a",)) == left
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("t:\n  a: 1  # why\n  c: 3\n", "t:\n  b: 2  # why\n  c: 3\n"),
+        ("t:\n  a:\n    x: 1  # gone\n", "t:\n  b: 2  # gone\n"),
+        ("t: {c: 3, a: 1}", "t: {c: 3, b: 2}"),
+        ("t: {a: 1, b: null}", "t: {b: 2}"),
+        ("t: {c: 3}", "t: {c: 3, b: 2}"),
+        ("c: 3\n", "c: 3\nt: {b: 2}\n"),
+    ],
+)
+def test_a_field_takes_the_place_of_another(text, after):
+    assert with_other(text, ("t", "a"), "b", 2) == after
 
 
 KEYS = st.sampled_from("abcde")
