@@ -18,9 +18,8 @@ from mpcli.diagnose.places import gather
 from mpcli.diagnose.ranking import ranked
 from mpcli.engines.local import LocalEngine
 from mpcli.rundir import RunDirectory
-from tests.diagnose.checks.numeric_runs import causes
+from tests.diagnose.checks.numeric_runs import causes, odd_run
 from tests.diagnose.checks.numeric_runs import evidence_of as odd_evidence
-from tests.diagnose.checks.numeric_runs import odd_run
 from tests.diagnose.training_runs import evidence_of, trained, training_run
 from tests.small import run_small
 
