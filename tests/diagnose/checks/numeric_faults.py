@@ -167,7 +167,8 @@ def build_model(options: Options, info: Any) -> nn.Module:
         "fused-attention": lambda: FusedAttention(100.0), "softmax": Written,
         "torch-norm": lambda: nn.LayerNorm(16), "batch-norm": lambda: nn.BatchNorm1d(16),
         "nan-weights": lambda: filled(torch.nan), "large-weights": lambda: filled(7e4),
-        "large-scale": Scale, "wide": Wide, "large-norm": lambda: nn.Sequential(Large(), HandNorm(1)),
+        "large-scale": Scale, "wide": Wide,
+        "large-norm": lambda: nn.Sequential(Large(), HandNorm(1)),
     }[options.layer]()  # fmt: skip
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), odd, nn.Linear(16, 16), nn.Linear(16, 3))
 
