@@ -72,19 +72,21 @@ def matrices(sample: Sample, tensor: str) -> dict[str, LayerRecord]:
 def moved(sample: Sample) -> float | None:
     """RMS of the step's update over that of the weights, of all matrices together.
 
-    None where the step was skipped, or not sampled.
+    None where it was not sampled.
     """
     updates, weights = matrices(sample, "update"), matrices(sample, "weight")
     both = [(updates[name], weights[name]) for name in updates if name in weights]
     step = math.sqrt(sum(row.elements * row.rms**2 for row, _ in both))
     size = math.sqrt(sum(row.elements * row.rms**2 for _, row in both))
-    return step / size if step and size else None
+    return step / size if size else None
 
 
 def movements(evidence: Evidence) -> Iterator[tuple[int, float]]:
     """(step, `moved`) of the sampled steps that were applied."""
+    history = evidence.history
+    applied = set(history.step[history.applied].tolist())
     for sample in evidence.samples:
-        if (share := moved(sample)) is not None:
+        if sample.step in applied and (share := moved(sample)) is not None:
             yield sample.step, share
 
 

@@ -68,9 +68,11 @@ def ranked(found: Iterable[Finding]) -> list[Finding]:
     return sorted(causes, key=lambda f: (_SEVERITY[f.severity], _when(f), -f.confidence))
 
 
-def _precedence(finding: Finding) -> tuple[float, ...]:
+def _precedence(finding: Finding) -> tuple[float | str, ...]:
+    """The same for equal findings alone: the order of the checks is of no matter."""
     place = _ORDER.index(finding.id) if finding.id in _ORDER else len(_ORDER)
-    return _SEVERITY[finding.severity] == 2, _when(finding), place
+    is_info = _SEVERITY[finding.severity] == 2
+    return is_info, _when(finding), place, -finding.confidence, finding.id, finding.cause
 
 
 def _when(finding: Finding) -> float:

@@ -497,3 +497,40 @@ def test_of_a_checkpoint_the_run_is_named(mptrain, run):
     outcome = mptrain("diagnose", run.path / "checkpoints" / "step-4")
     assert outcome.err == f"its run may say more: mptrain diagnose {run.path}\n"
     assert mptrain("diagnose", run.path / "final").err == ""
+
+
+@pytest.mark.parametrize(("level", "code"), [("info", 5), ("warning", 0), ("error", 0)])
+def test_information_alone_is_below_the_level_of_a_warning(mptrain, tmp_path, level, code):
+    safetensors.torch.save_file({"a.w": torch.tensor([1.0, 1e5])}, tmp_path / "x.safetensors")
+    outcome = mptrain("diagnose", tmp_path / "x.safetensors", "--fail-on", level, "--json")
+    assert [one["severity"] for one in outcome.json["findings"]] == ["info"]
+    assert outcome.code == outcome.json["exit_code"] == code
+
+
+def test_a_fault_reaches_the_level_of_a_warning(mptrain, tmp_path):
+    safetensors.torch.save_file({"a.w": torch.tensor([math.nan])}, tmp_path / "x.safetensors")
+    outcome = mptrain("diagnose", tmp_path / "x.safetensors", "--fail-on", "warning")
+    assert outcome.code == Exit.NUMERICS
+
+
+def test_a_run_that_stops_says_how_to_find_out_why_and_its_flight_does(mptrain, tmp_path):
+    from tests.diagnose.checks.numeric_runs import PLUGIN, RECIPE
+
+    (tmp_path / "odd.yaml").write_text(RECIPE % "overflow")
+    out, plugin = tmp_path / "run", ("--plugin", PLUGIN)
+    stop = ("--set", "train.on_nonfinite=stop", "--set", "probe.every=0")
+    outcome = mptrain("run", tmp_path / "odd.yaml", *plugin, "--output", out, *stop)
+    assert outcome.code == Exit.NUMERICS
+    last = outcome.err.splitlines()[-1]
+    assert last == f"find out why: mptrain diagnose {out} --plugin {PLUGIN}"
+    assert "step-1" in [path.name for path in (out / "flights").iterdir()]
+    (found,) = mptrain("diagnose", out, *plugin, "--json").json["findings"]
+    assert (found["id"], found["layers"], found["step"]) == ("forward-overflow", ["2"], 1)
+
+
+def test_without_a_plugin_a_run_that_stops_names_its_folder_alone(mptrain, tmp_path, recipe):
+    scale = "precision.loss_scale={kind: static, scale: 16777216}"
+    stop = ("--set", "train.on_nonfinite=stop", "--set", scale)
+    outcome = mptrain("run", recipe, "--output", tmp_path / "run", *stop)
+    assert outcome.code == Exit.NUMERICS
+    assert outcome.err.splitlines()[-1] == f"find out why: mptrain diagnose {tmp_path / 'run'}"

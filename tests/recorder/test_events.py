@@ -454,3 +454,18 @@ def test_zeroing_between_micro_batches_leaves_no_shadow_of_the_gradients(
     gradients = [row for row in recording.close().layers() if row.tensor == "grad"]
     assert gradients
     assert {row.shadow for row in gradients} == {None}
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_step_that_an_optimizer_leaves_out_itself_is_seen(
+    spoilt: bool, recording: Recording
+) -> None:
+    from tests.diagnose.checks.test_foreign import scaled_by_hand
+
+    scaled_by_hand(recording.record, called=True, spoilt=spoilt)
+    events = recording.events(2)
+    assert "skipped_step" not in names(recording.events(1))
+    assert "skipped_step" in names(events)
+    changed = [event.name for event in events if event.event == "state_changed"]
+    assert bool(changed) == spoilt
+    assert all(name and name.endswith(".momentum_buffer") for name in changed)

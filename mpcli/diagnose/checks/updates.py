@@ -40,6 +40,8 @@ LARGE = 0.5
 """Of the weights, that updates move them by: half of what was learnt is gone in a step."""
 SOUND = 0.1
 """Of the weights: a large but common first update, see `STEEP`."""
+USUAL_RATE = 1e-3
+"""Where updates are too small for fp32 to add them, so that nothing can be told of them."""
 STILL = 0.01
 """Of the weights, that all updates together may have moved them by if each went the same way."""
 HALF = ("fp16", "bf16")
@@ -317,7 +319,8 @@ def learning_rate_too_low(evidence: Evidence) -> Iterator[Finding]:
         return
     if _flushed(evidence) or _lost(evidence) or _no_proof_of_rate(evidence):
         return
-    factor = min(max(2 / course.steps, 1e-3), 0.03) * course.steps / moved
+    wanted = min(max(2 / course.steps, 1e-3), 0.03) * course.steps  # of the weights
+    factor = wanted / moved if moved else USUAL_RATE / float(lr.max())
     yield Finding(
         id="learning-rate",
         severity="warning",

@@ -15,10 +15,12 @@ class Options(Plugin):
     layer: Literal[
         "none", "overflow", "residual", "root", "log", "norm", "small-norm", "sum", "attention",
         "sharp-attention", "sound-attention", "fused-attention", "softmax", "amplify", "shrink",
-        "torch-norm", "batch-norm",
+        "torch-norm", "batch-norm", "nan-weights", "large-weights", "large-scale", "wide",
+        "large-norm",
     ]  # fmt: skip
     batch: Literal["good", "nan", "huge", "label"] = "good"
     loss: float = 1.0  # a factor
+    squares: float | None = None  # a factor of a sum of squares, which is the loss instead
 
 
 def load_data(options: Options, data: Any) -> TensorDataset:
@@ -125,6 +127,37 @@ class Shrink(nn.Module):
         return x.detach() + (x - x.detach()) * 2.0**-36
 
 
+class Scale(nn.Module):
+    """A large parameter that no product multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((16,), 7e4))
+
+    def forward(self, x):
+        return (x.float() * self.weight / 7e4).to(x.dtype)
+
+
+class Wide(nn.Module):
+    """Returns, in fp32, what fp16 cannot hold."""
+
+    def forward(self, x):
+        return x.float() * 2.0**20
+
+
+class Large(nn.Module):
+    def forward(self, x):
+        return x * 3e3
+
+
+def filled(value: float) -> nn.Linear:
+    """With one weight of that value."""
+    line = nn.Linear(16, 16)
+    with torch.no_grad():
+        line.weight[0, 0] = value
+    return line
+
+
 def build_model(options: Options, info: Any) -> nn.Module:
     odd = {
         "none": nn.Identity, "overflow": Overflow, "residual": Residual, "root": Root, "log": Log,
@@ -133,12 +166,18 @@ def build_model(options: Options, info: Any) -> nn.Module:
         "sound-attention": lambda: Attention(1.0), "amplify": Amplify, "shrink": Shrink,
         "fused-attention": lambda: FusedAttention(100.0), "softmax": Written,
         "torch-norm": lambda: nn.LayerNorm(16), "batch-norm": lambda: nn.BatchNorm1d(16),
+        "nan-weights": lambda: filled(torch.nan), "large-weights": lambda: filled(7e4),
+        "large-scale": Scale, "wide": Wide,
+        "large-norm": lambda: nn.Sequential(Large(), HandNorm(1)),
     }[options.layer]()  # fmt: skip
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), odd, nn.Linear(16, 16), nn.Linear(16, 3))
 
 
 def loss(options: Options, model: nn.Module, batch):
-    logits = model(batch["inputs"]).float()
+    logits = model(batch["inputs"])
+    if options.squares is not None:
+        return (options.squares * (logits - 1).square().sum()).float(), batch.weight
+    logits = logits.float()
     targets = batch["targets"]
     if isinstance(targets, FakeTensor):
         targets = torch.zeros_like(targets)

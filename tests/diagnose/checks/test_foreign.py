@@ -154,3 +154,58 @@ def test_small_gradients_in_fp32_are_no_underflow(said):
     with torch.no_grad():
         model[5].weight.mul_(1e-9)
     assert "underflow" not in {finding.id for finding in said(fp32, model, every=1)}
+
+
+class Leaves(torch.optim.SGD):
+    """Leaves a step out whose gradients are not finite; after its momentum, if it is `spoilt`."""
+
+    def __init__(self, model: nn.Module, spoilt: bool) -> None:
+        super().__init__(model.parameters(), lr=0.01, momentum=0.9)
+        self.spoilt = spoilt
+
+    def step(self, closure=None):
+        weights = [parameter for group in self.param_groups for parameter in group["params"]]
+        if all(weight.grad.isfinite().all() for weight in weights):
+            return super().step()
+        before = [weight.detach().clone() for weight in weights]
+        if self.spoilt:
+            super().step()
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+        return None
+
+
+def scaled_by_hand(record, *, called: bool, spoilt: bool = False):
+    """A scale that is too high in the second step, and then falls."""
+    model, scale = conv_net(), 1024.0
+    optimizer = Leaves(model, spoilt)
+    step = record(model, optimizer)
+    for number, batch in enumerate(batches(6)):
+        if number == 1:
+            scale = 2.0**30
+        with step(batch):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = loss_of(model, batch)
+            (loss * scale).backward()
+            for parameter in model.parameters():
+                parameter.grad.div_(scale)
+            is_finite = all(p.grad.isfinite().all() for p in model.parameters())
+            if is_finite or called:
+                optimizer.step()
+            if not is_finite:
+                scale = 1024.0
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_loop_that_scales_and_skips_by_hand_is_no_fault(called, said):
+    found = said(lambda record: scaled_by_hand(record, called=called), every=1)
+    assert [one.id for one in found if one.severity != "info"] == []
+
+
+def test_momentum_that_a_step_left_out_has_spoilt_is_the_cause(said):
+    found = said(lambda record: scaled_by_hand(record, called=True, spoilt=True), every=1)
+    assert (found[0].id, found[0].severity, found[0].step) == (
+        "optimizer-state-corrupted", "error", 2,
+    )  # fmt: skip

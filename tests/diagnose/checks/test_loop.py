@@ -11,6 +11,7 @@ from mpcli.diagnose.checks.loop import LOOP
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.facts import Facts
 from mpcli.diagnose.finding import Finding
+from tests.diagnose.checks.numeric_runs import evidence_of, odd_run
 from tests.recorder.loops import LOOPS, adam, batches, bf16, conv_net, fp32, loss_of
 
 
@@ -292,6 +293,18 @@ def test_islands_that_are_most_of_the_work_are_a_fault(said):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), Island(3, 64), Island(64, 3))
     found = only(said(bf16, model), "fp32-island")
     assert found.layers == ("2", "3")
+
+
+@pytest.mark.parametrize(("layers", "told"), [('"0", "3"', True), ('"4"', False)])
+def test_sensitive_layers_that_hold_most_of_the_weights_are_told(tmp_path, layers, told):
+    sensitive = f"precision.sensitive_layers=[ReLU, {layers}]"
+    evidence = evidence_of(*odd_run(tmp_path, "none", "train.steps=2", sensitive), again=False)
+    found = [finding for check in LOOP for finding in check(evidence)]
+    assert [(one.id, one.severity, set(one.layers)) for one in found] == (
+        [("fp32-island", "info", {"0", "3"})] if told else []
+    )
+    if told:
+        assert found[0].suggestion.set == ("precision.sensitive_layers=[ReLU]",)
 
 
 FUSED = {

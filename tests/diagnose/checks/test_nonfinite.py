@@ -57,6 +57,22 @@ def test_the_cause_is_named_with_its_layer_phase_and_fix(
         assert not cause.alternatives and cause.evidence["also in fp32"] is True
 
 
+def test_an_overflow_in_a_scalar_of_the_loss_is_of_its_sum(tmp_path: Path) -> None:
+    run, plugin = odd_run(tmp_path, "none", "train.steps=6", "task.squares=1e4", PURE)
+    evidence = evidence_of(run, plugin)
+    assert evidence.replay and evidence.replay.origin and evidence.replay.origin.elements == 1
+    (cause,) = causes(evidence)
+    assert (cause.id, cause.layers, cause.phase) == ("half-reduction", ("loss",), "forward")
+
+
+def test_a_cast_that_overflows_is_the_fault_of_who_returned_such_numbers(tmp_path: Path) -> None:
+    evidence = evidence_of(*odd_run(tmp_path, "wide", "train.steps=6"))
+    assert evidence.replay and evidence.replay.origin
+    assert (evidence.replay.origin.module, evidence.replay.origin.operation) == ("3", "_to_copy")
+    (cause,) = causes(evidence)
+    assert (cause.id, cause.layers, cause.phase) == ("forward-overflow", ("2",), "forward")
+
+
 @pytest.mark.parametrize(
     ("batch", "words"),
     [("nan", "itself holds nan"), ("huge", "`inputs` of the batch of step 2 has values up to")],

@@ -69,6 +69,16 @@ def test_where_the_range_of_fp16_does_not_do_no_scale_is_suggested(tmp_path: Pat
     assert cause.suggestion and cause.suggestion.set[0] == "precision.mode=bf16"
 
 
+@pytest.mark.parametrize(("end", "told"), [(0.005, []), (0.05, ["underflow"])])
+def test_gradients_that_end_with_the_loss_are_no_underflow(
+    tmp_path: Path, end: float, told: list[str]
+) -> None:
+    run, plugin = odd_run(tmp_path, "none", "task.loss=1e-7", "precision.loss_scale={kind: none}")
+    evidence = evidence_of(run, plugin)
+    falling = replace(evidence.history, loss=np.geomspace(1.0, end**1.2, len(evidence.history)))
+    assert [found.id for found in said(replace(evidence, history=falling))] == told
+
+
 @pytest.mark.parametrize("mode", ["bf16", "fp32"])
 def test_there_is_no_underflow_in_a_format_with_the_range_of_fp32(
     tmp_path: Path, mode: str

@@ -10,7 +10,7 @@ from mpcli.diagnose.checks.silent import SILENT
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.facts import Facts
 from mpcli.diagnose.finding import Finding
-from tests.diagnose.checks.numeric_runs import evidence_of, odd_run
+from tests.diagnose.checks.numeric_runs import causes, evidence_of, odd_run
 
 
 def said(folder: Path, layer: str, *overrides: str) -> list[Finding]:
@@ -24,6 +24,16 @@ def test_a_norm_that_loses_its_result_is_an_error(tmp_path: Path) -> None:
     assert (found.id, found.layers, found.phase) == ("norm-in-half", ("2",), "forward")
     assert found.severity == "error"
     assert found.suggestion and found.suggestion.set == ('precision.sensitive_layers=["2"]',)
+
+
+def test_a_norm_that_returns_zeros_is_no_underflow(tmp_path: Path) -> None:
+    """Its squares are infinite in fp16, and its outputs are not."""
+    run, plugin = odd_run(tmp_path, "large-norm", "train.steps=5")
+    evidence = evidence_of(run, plugin)
+    assert evidence.replay is not None and evidence.replay.origin is None
+    (found,) = causes(evidence)
+    assert (found.id, found.severity, found.layers) == ("norm-in-half", "error", ("2.1",))
+    assert found.consequences == ()
 
 
 def test_a_norm_that_does_no_harm_is_information(tmp_path: Path) -> None:

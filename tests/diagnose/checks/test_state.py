@@ -18,7 +18,10 @@ from mpcli.diagnose.places import gather
 from mpcli.diagnose.ranking import ranked
 from mpcli.engines.local import LocalEngine
 from mpcli.rundir import RunDirectory
+from tests.diagnose.checks.numeric_runs import causes, odd_run
+from tests.diagnose.checks.numeric_runs import evidence_of as odd_evidence
 from tests.diagnose.training_runs import evidence_of, trained, training_run
+from tests.small import run_small
 
 
 def found(evidence: Evidence) -> list[Finding]:
@@ -104,6 +107,53 @@ def test_weights_that_fp16_cannot_hold(
         if causes:
             assert causes[0].id == "weights-exceed-fp16"
             assert causes[0].layers == ("layer",)
+
+
+@pytest.mark.parametrize("seen_by", ["replay", "sample"])
+def test_weights_that_are_nan_at_the_beginning_are_no_overflow(
+    tmp_path: Path, seen_by: str
+) -> None:
+    evidence = odd_evidence(*odd_run(tmp_path, "nan-weights"), again=seen_by == "replay")
+    alone = replace(evidence, facts=evidence.facts.model_copy(update={"weights": None}))
+    if seen_by == "replay":
+        alone = replace(alone, samples=())
+    cause = causes(alone)[0]
+    assert (cause.id, cause.phase, cause.layers) == ("bad-checkpoint", "input", ("2",))
+    assert (cause.severity, cause.step) == ("error", 1)
+    assert "the weights that the run began with" in cause.cause
+    assert causes(alone) == [cause]  # what follows is no cause beside it
+    assert "scale-collapse" in [one.id for one in cause.consequences]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_weights_of_a_sampled_step_that_fp16_cannot_hold(tmp_path: Path, again: bool) -> None:
+    evidence = odd_evidence(*odd_run(tmp_path, "large-weights", "train.steps=6"), again=again)
+    evidence = replace(evidence, facts=evidence.facts.model_copy(update={"weights": None}))
+    (cause,) = causes(evidence)
+    assert (cause.id, cause.layers, cause.severity) == ("weights-exceed-fp16", ("2",), "error")
+    assert cause.evidence["largest_weight"] == pytest.approx(7e4)
+    assert cause.consequences
+    assert all(one.id != "weights-exceed-fp16" for one in cause.consequences)
+    assert "forward-overflow" in [one.id for one in cause.consequences]
+
+
+def test_a_large_parameter_that_nothing_multiplies_in_fp16_is_no_fault(tmp_path: Path) -> None:
+    evidence = odd_evidence(*odd_run(tmp_path, "large-scale", "train.steps=2"), again=False)
+    assert evidence.facts.run and evidence.facts.run.types["2"].operands == "-"
+    assert max(row.max for row in evidence.samples[0].of("weight")) >= 7e4
+    assert found(evidence) == []
+    assert found(replace(evidence, facts=evidence.facts.model_copy(update={"weights": None}))) == []
+
+
+def test_biases_that_have_hardly_left_zero_are_no_fault(tmp_path: Path) -> None:
+    run, _ = run_small(tmp_path, "precision.mode=fp16", "train.steps=1", "optim.lr=1e-7")
+    evidence = gather(run.path)
+    assert evidence.facts.weights is not None
+    gone = [t for t in evidence.facts.weights.tensors if t.formats["fp16"].below == 1]
+    assert gone and all(tensor.name.endswith("bias") for tensor in gone)
+    assert found(evidence) == []
+    few = {"layer.weight": torch.ones(2), "layer.bias": torch.full((8,), 1e-9)}
+    assert found(replace(of_tensors(tmp_path, few), recipe=evidence.recipe)) == []
 
 
 def test_an_untouched_embedding_is_no_fault(tmp_path: Path) -> None:

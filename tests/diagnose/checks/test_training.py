@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mpcli import Recorder
+from mpcli.diagnose.checks.scale import skip_storm
 from mpcli.diagnose.checks.training import TRAINING
+from mpcli.diagnose.course import course_of
 from mpcli.diagnose.evidence import NO_HISTORY, Evidence, History
 from mpcli.diagnose.finding import Finding
 from mpcli.diagnose.places import gather
@@ -171,6 +173,52 @@ def test_norms_that_rise_by_decades_before_the_loss_does(tmp_path: Path) -> None
     assert cause.suggestion.set[0].startswith("train.clip=")
     falling = replace(calm, grad_norm=norm)  # a spike that does no harm
     assert found(replace(evidence, history=falling)) == []
+
+
+@pytest.mark.parametrize(("spike", "begins"), [(22, 13), (10, 10)])
+def test_skips_that_begin_after_the_growth_are_its_consequence(
+    tmp_path: Path, spike: int, begins: int
+) -> None:
+    """The first norm that is not ordinary, or loss that spikes, is where it begins."""
+    steps = np.arange(1, 41)
+    norm, loss = np.ones(40), np.full(40, 1.4)
+    norm[steps >= 13] = 5.0 if spike == 22 else 1.0
+    norm[steps >= 21] = 1e4
+    loss[steps >= spike] = 1e3
+    applied = ~((steps >= 15) & (steps % 3 == 0))
+    norm[~applied] = np.inf
+    calm = trained(tmp_path, "mlp", "probe.every=0", "train.steps=40", "precision.mode=fp16")
+    history = replace(calm.history, grad_norm=norm, loss=loss, applied=applied)
+    evidence = replace(calm, history=history)
+    checks = (skip_storm, *TRAINING)
+    (cause,) = ranked(one for check in checks for one in check(evidence))
+    assert (cause.id, cause.step) == ("exploding-gradients", begins)
+    assert [(one.id, one.step) for one in cause.consequences] == [("skip-storm", 15)]
+
+
+ONE_CYCLE = "optim={kind: sgd, lr: %s, momentum: 0.9, schedule: {kind: one-cycle, warmup: 0.25}}"
+
+
+@pytest.mark.parametrize(("rate", "told"), [("3e-3", False), ("1e-6", True)])
+def test_a_rate_is_judged_by_all_updates_and_not_by_those_of_a_warm_up(
+    tmp_path: Path, rate: str, told: bool
+) -> None:
+    evidence = trained(tmp_path, "mlp", ONE_CYCLE % rate, "probe.every=1000")
+    assert [sample.step for sample in evidence.samples] == [1]
+    course = course_of(evidence.history)
+    assert course and course.hardly_falls
+    assert ids(found(evidence)) == (["learning-rate"] if told else [])
+    assert evidence.recipe is not None
+    task = evidence.recipe.task.model_copy(update={"init_from": tmp_path})
+    tuned = evidence.recipe.model_copy(update={"task": task})
+    assert found(replace(evidence, recipe=tuned)) == []
+
+
+def test_an_adam_eps_that_fp16_needs_is_no_fault_where_it_learns(tmp_path: Path) -> None:
+    settings = ("precision.mode=fp16-pure", "optim={kind: adamw, lr: 0.01, eps: 1e-4}")
+    evidence = trained(tmp_path, "mlp", *settings)
+    assert evidence.history.loss[-5:].mean() < 0.5 * evidence.history.loss[0]
+    assert {one.severity for one in found(evidence)} <= {"info"}
 
 
 def test_a_foreign_loop_gets_code(tmp_path: Path) -> None:
