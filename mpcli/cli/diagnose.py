@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,11 +12,12 @@ import typer
 
 from mpcli.cli.console import write
 from mpcli.cli.errors import as_records, show_problems, write_json
+from mpcli.cli.fix import new_file, write_fix
 from mpcli.cli.options import AsJson, PluginPath
 from mpcli.cli.plugin import named_plugin, plugin_of_run
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.render import visible
-from mpcli.signals import check, held, uninterrupted
+from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
     from mpcli.diagnose.finding import Finding
@@ -99,7 +98,7 @@ def diagnose(
     if path == "":
         raise user_error("the path is empty", "leave it out for the newest run")
     place = newest_run() if path is None else Path(path)
-    out = _new_file(fix)
+    out = new_file(fix)
 
     with uninterrupted():
         from mpcli.cli.evidence import show_evidence
@@ -141,7 +140,7 @@ def diagnose(
     written = failed = None
     try:
         with held():  # neither half a recipe is left, nor the texts that were tried beside it
-            written = out and _write_fix(out, causes, run, named, plugin)
+            written = out and write_fix(out, causes, run, named, plugin)
     except UserError as error:  # what was found is told first
         failed = error
     if as_json:
@@ -195,70 +194,6 @@ def _named_recipe(
     from mpcli.recipe.load import load_recipe
 
     return load_recipe(path, plugin=named_plugin(plugin))
-
-
-def _new_file(fix: str | None) -> Path | None:
-    if fix is None:
-        return None
-    path = Path(fix)
-    if path.suffix not in (".yaml", ".yml"):
-        raise user_error(f"--fix {fix}: a recipe is a `.yaml` file", "such as `--fix fixed.yaml`")
-    if os.path.lexists(path):
-        raise user_error(f"--fix {fix}: it exists already", "name a new file")
-    if not path.parent.is_dir():
-        raise user_error(f"--fix {fix}: no such folder", "make it first")
-    with held():  # Ctrl-C leaves no empty file
-        _write_new(path, "")  # to fail before the work, not after it
-        path.unlink()
-    check()
-    return path
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet; nothing is left of one that cannot be written."""
-    try:
-        stream = path.open("x", encoding="utf-8", newline="")
-        try:
-            with stream:
-                stream.write(text)
-        except BaseException:
-            path.unlink()
-            raise
-    except OSError as error:
-        what = f"--fix {path}: cannot be written: {error.strerror}"
-        raise user_error(what, exit_code=Exit.STORAGE) from error
-
-
-def _write_fix(
-    out: Path,
-    causes: Sequence[Finding],
-    run: RunDirectory | None,
-    named: LoadedRecipe | None,
-    plugin: str | None,
-) -> Path | None:
-    """The repaired recipe; None where nothing is to be changed in one, which is told."""
-    from mpcli.diagnose.repair import overrides, repaired
-
-    settings = overrides(causes)
-    if not settings:
-        write("--fix: nothing was found that a change of the recipe mends", sys.stderr)
-        return None
-    if run and not run.foreign():
-        recipe, source, file = run.recipe_path, run.source_path, plugin_of_run(run, plugin)
-    elif named:
-        recipe = source = Path(named.file)
-        file = named.plugin
-    else:
-        raise user_error("--fix: there is no recipe to repair", "name one with `--recipe`")
-    text, own = repaired(recipe, source, settings, out.parent, file)
-    if not own:
-        write(
-            "--fix: the recipe's own text uses fragments that do not lie beside the new file, so "
-            "every value is written out, without the comments",
-            sys.stderr,
-        )
-    _write_new(out, text)
-    return out
 
 
 LEVELS = ("info", "warning", "error")
