@@ -97,6 +97,8 @@ def memory_text(num_bytes: int | None) -> str:
     """Bytes for people, in binary units."""
     if num_bytes is None:
         return "unknown"
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.0f} KiB"
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 

@@ -175,7 +175,7 @@ def diagnose(
         what = "write the repaired recipe" if verify else "try the fix and write the recipe"
         show_command(f"to {what}:", [
             "mptrain", "diagnose", str(place), *(["--plugin", file] if file else []),
-            *([] if verify else ["--verify"]), "--fix", "fixed.yaml",
+            "--verify", "--fix", "fixed.yaml",
         ])  # fmt: skip
     elif whose := run_around(place):
         command = shlex.join(["mptrain", "diagnose", str(whose)])

@@ -68,7 +68,9 @@ def _show(cause: Finding) -> None:
     for tried in cause.tried:
         if not tried.fixed:
             _say("no help", f"{tried.suggestion.what}: {tried.why}")
-    if cause.suggestion:
+    if cause.verified is False:
+        _say("fix", "none of the suggestions helped")
+    elif cause.suggestion:
         _show_fix(cause.suggestion, cause.verified)
     for tried in cause.tried:
         if tried.fixed:

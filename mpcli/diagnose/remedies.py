@@ -6,6 +6,7 @@ import math
 
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Arguments, Suggestion
+from mpcli.precision.observe import LOSS
 from mpcli.recipe.dump import written
 from mpcli.recipe.optim import Adam, AdamW
 from mpcli.recipe.precision import DynamicScale
@@ -44,8 +45,17 @@ def bf16(evidence: Evidence) -> Suggestion:
         )
     mode = evidence.recipe.precision.mode if evidence.recipe else "fp16"
     new = mode.replace("fp16", "bf16") if mode.startswith("fp16") else "bf16"
-    settings = (f"precision.mode={new}", "precision.loss_scale={kind: none}")
-    return Suggestion(what=f"train in {new}, which has the range of fp32", set=settings)
+    return Suggestion(
+        what=f"train in {new}, which has the range of fp32", set=_of_mode(evidence, new)
+    )
+
+
+def _of_mode(evidence: Evidence, mode: str) -> tuple[str, ...]:
+    """A mode that needs no loss scale, without what only the one before may have."""
+    settings = (f"precision.mode={mode}", "precision.loss_scale={kind: none}")
+    if evidence.recipe and evidence.recipe.precision.stochastic_rounding and mode != "bf16-pure":
+        return (*settings, "precision.stochastic_rounding=false")
+    return settings
 
 
 def fp32(evidence: Evidence) -> Suggestion:
@@ -57,8 +67,7 @@ def fp32(evidence: Evidence) -> Suggestion:
             f"with torch.autocast({device(evidence)!r}, enabled=False):\n    loss = ...",
             {"fp16": False, "bf16": False} if evidence.is_trainer else None,
         )
-    settings = ("precision.mode=fp32", "precision.loss_scale={kind: none}")
-    return Suggestion(what="train in fp32", set=settings)
+    return Suggestion(what="train in fp32", set=_of_mode(evidence, "fp32"))
 
 
 def wider(evidence: Evidence) -> Suggestion | None:
@@ -69,6 +78,20 @@ def wider(evidence: Evidence) -> Suggestion | None:
     if evidence.compute == "fp16" or (evidence.compute == "-" and evidence.scales_loss):
         return bf16(evidence)
     return fp32(evidence) if evidence.compute == "bf16" else None
+
+
+def wide(evidence: Evidence) -> list[Suggestion]:
+    """`wider`, and fp32 where that is another one."""
+    found = [wider(evidence), fp32(evidence)]
+    return [one for number, one in enumerate(found) if one and one not in found[:number]]
+
+
+def fp32_module(evidence: Evidence, module: str) -> list[Suggestion]:
+    """One module in fp32; of what runs outside of any module, all of it that can be."""
+    if not module:
+        return wide(evidence)
+    layer = fp32_layers(evidence, (module,))
+    return [layer, *wide(evidence)] if module == LOSS else [layer]
 
 
 def fp32_layers(evidence: Evidence, layers: tuple[str, ...]) -> Suggestion:
@@ -120,7 +143,7 @@ def dynamic_scale(evidence: Evidence) -> Suggestion | None:
     changed = {name: value for name, value in named.items() if value != getattr(now, name)}
     if now == default:
         return None
-    fields = ", ".join(f"{name}: {value:g}" for name, value in changed.items())
+    fields = ", ".join(f"{name}: {written(value)}" for name, value in changed.items())
     settings = (f"precision.loss_scale={{kind: dynamic{', ' * bool(fields)}{fields}}}",)
     return Suggestion(what="let the loss scale find its level", set=settings)
 
@@ -140,9 +163,9 @@ def static_scale(evidence: Evidence, largest: float) -> Suggestion:
             f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:.0f}, "
             "growth_interval=10**9)"
         )
-        return _of_loop(f"use a loss scale of {scale:g}", code)
-    settings = (f"precision.loss_scale={{kind: static, scale: {scale:g}}}",)
-    return Suggestion(what=f"use a loss scale of {scale:g}", set=settings)
+        return _of_loop(f"use a loss scale of {scale:.0f}", code)
+    settings = (f"precision.loss_scale={{kind: static, scale: {scale:.0f}}}",)
+    return Suggestion(what=f"use a loss scale of {scale:.0f}", set=settings)
 
 
 def clip_norm(evidence: Evidence, limit: float) -> Suggestion:
@@ -341,7 +364,7 @@ def lower_first_scale(evidence: Evidence) -> Suggestion:
     scale = float(good[0]) / 2 if len(good) else 1.0
     return _of_loop(
         f"begin with a loss scale of {scale:g}, so that the first step is not skipped",
-        f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:g})",
+        f"scaler = torch.amp.GradScaler({device(evidence)!r}, init_scale={scale:.0f})",
     )
 
 

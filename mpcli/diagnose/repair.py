@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mpcli.diagnose.finding import Finding
 from mpcli.recipe.base import Section
 from mpcli.recipe.compose import EITHER
-from mpcli.recipe.dump import resolved_yaml
+from mpcli.recipe.dump import resolved_yaml, written
 from mpcli.recipe.edit import with_other, with_value
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
@@ -21,15 +23,22 @@ from mpcli.recipe.recipe import Recipe
 def overrides(causes: Sequence[Finding]) -> tuple[str, ...]:
     """`path=value` of every cause that has some; of two that set the same, the first cause's.
 
-    A suggestion that was tried and did not help is none, nor is that of an `info`.
+    Lists of sensitive layers are united. A suggestion that was tried and did not help is none, nor
+    is that of an `info`.
     """
     chosen: dict[str, str] = {}
     for cause in causes:
         if cause.suggestion and cause.verified is not False and cause.severity != "info":
-            paths = [setting.partition("=")[0] for setting in cause.suggestion.set]
-            if not any(_overlap(path, other) for path in paths for other in chosen):
-                chosen |= dict(zip(paths, cause.suggestion.set, strict=True))
-    return tuple(chosen.values())
+            settings = dict(setting.split("=", 1) for setting in cause.suggestion.set)
+            if list(settings) == [_LAYERS] and _LAYERS in chosen:
+                lists = [yaml.safe_load(value) for value in (chosen[_LAYERS], settings[_LAYERS])]
+                chosen[_LAYERS] = written(list(dict.fromkeys([*lists[0], *lists[1]])))
+            elif not any(_overlap(path, other) for path in settings for other in chosen):
+                chosen |= settings
+    return tuple(f"{path}={value}" for path, value in chosen.items())
+
+
+_LAYERS = "precision.sensitive_layers"
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -190,6 +190,13 @@ def cause(finding: str, *settings: str, **more: object) -> Finding:
         ([cause("underflow", "a.b=1"), cause("learning-rate", "a.b=2")], ("a.b=1",)),
         ([cause("underflow", "a.b=1"), cause("learning-rate", "c=2", "a.b.c=2")], ("a.b=1",)),
         ([cause("underflow", "a.b=1"), cause("learning-rate", "a.bc=2")], ("a.b=1", "a.bc=2")),
+        (
+            [
+                cause("norm-in-half", "precision.sensitive_layers=[a]"),
+                cause("half-reduction", 'precision.sensitive_layers=["b.*", a]'),
+            ],
+            ('precision.sensitive_layers=[a, "b.*"]',),
+        ),
         ([cause("underflow", "a.b=1", verified=False)], ()),
         ([cause("underflow", "a.b=1", severity="info")], ()),
         ([cause("underflow", suggestion=None)], ()),

@@ -106,17 +106,15 @@ def mending(evidence: Evidence, found: Born) -> tuple[Suggestion, ...]:
         if _is_growth(evidence, found):
             return (remedies.learning_rate(evidence, 0.1),)
         return (remedies.guarded(found.origin.module, _operation(found)),)
-    wide = remedies.bf16(evidence)
     module = found.origin.module
-    if module == LOSS:
-        return remedies.fp32_layers(evidence, (LOSS,)), wide, remedies.fp32(evidence)
-    if not module:
-        return wide, remedies.fp32(evidence)
+    if module in ("", LOSS):
+        return tuple(remedies.fp32_module(evidence, module))
     layer = remedies.fp32_layers(evidence, _sensitive(evidence, found))
     largest = exact_max(evidence, module)
     # An island returns to the type of its neighbours: what is too large for fp16 is so again.
     is_too_large = found.origin.phase == "forward" and largest >= FP16_OVERFLOW
-    return (wide, layer) if is_too_large else (layer, wide)
+    wide = remedies.wide(evidence)[:1]
+    return (*wide, layer) if is_too_large else (layer, *wide)
 
 
 def _by_operation(evidence: Evidence, found: Born) -> Finding:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from mpcli.diagnose import remedies
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Finding, FindingId, Suggestion
-from mpcli.diagnose.modules import NORM, exact_max, half_of, half_operations, is_norm, type_of
+from mpcli.diagnose.modules import (
+    NORM,
+    exact_max,
+    half_of,
+    half_operations,
+    is_norm,
+    place_of,
+    type_of,
+)
 from mpcli.precision.operations import NORMS, REDUCTIONS, SOFTMAXES
 from mpcli.records import Parting, Replay, ReplayedAttention
 
@@ -70,12 +78,13 @@ def lossy(evidence: Evidence) -> Iterator[Finding]:
     if not is_norm(evidence, parting.module) and not operations & REDUCTIONS:
         return
     kind: FindingId = "norm-in-half" if is_norm(evidence, parting.module) else "half-reduction"
+    first, *others = remedies.fp32_module(evidence, parting.module)
     told = ", ".join(sorted(operations)) or type_of(evidence, parting.module)
     what = "its sums" if kind == "half-reduction" else "a norm or softmax"
     yield Finding(
         id=kind,
         severity="error" if parting.error >= MOST else "warning",
-        cause=f"`{parting.module}` computes {what} in {half_of(evidence)} "
+        cause=f"{place_of(parting.module)} computes {what} in {half_of(evidence)} "
         f"({told}), and is {parting.error:.0%} off from fp32, while what "
         "it was given is not",
         layers=(parting.module,),
@@ -87,8 +96,8 @@ def lossy(evidence: Evidence) -> Iterator[Finding]:
             "operations": told,
             "largest output in fp32": exact_max(evidence, parting.module),
         },
-        suggestion=remedies.fp32_layers(evidence, (parting.module,)),
-        alternatives=(remedies.fp32(evidence),),
+        suggestion=first,
+        alternatives=tuple(others or [remedies.fp32(evidence)]),
     )
 
 

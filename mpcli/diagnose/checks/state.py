@@ -249,7 +249,7 @@ def bad_checkpoint(evidence: Evidence) -> Iterator[Finding]:
             good = Path(facts.weights_from).name if facts.weights_from else None
             yield _bad(
                 f"{', '.join(f'`{left.file}`' for left in damaged[:3])} cannot be used: "
-                f"{damaged[0].why.splitlines()[0].rstrip('.')}",
+                f"{damaged[0].why.splitlines()[0].rpartition('cannot be used: ')[2].rstrip('.')}",
                 (),
                 None,
                 {"damaged": len(damaged), "newest_good": good},
