@@ -59,7 +59,7 @@ class Born:
     @property
     def has_pole(self) -> bool:
         """Whether the operation makes infinity of ordinary numbers."""
-        return SINGULAR.search((self.origin.operation or "").lower()) is not None
+        return has_pole(self.origin)
 
     @property
     def is_of_scale(self) -> bool:
@@ -119,27 +119,32 @@ def largest_gradient(evidence: Evidence) -> float:
 def _seen_on_the_spot(evidence: Evidence, flight: FlightRecord) -> Born | None:
     """None for what a dynamic scale is there for: gradients that overflowed once, at that scale."""
     assert flight.origin is not None
-    at_scale_1 = flight.scale <= 1 or _goes_on_to_scale_1(evidence.history, flight.step)
+    is_at_scale_1 = at_scale_1(evidence.history, flight)
     found = Born(
         origin=flight.origin,
         step=flight.step,
         scale=flight.scale,
         in_fp32=None if evidence.compute == "fp16" else True,
-        at_scale_1=True if at_scale_1 else None,
+        at_scale_1=True if is_at_scale_1 else None,
         confidence=0.8,
     )
     is_of_backward = flight.origin.phase == "backward"
     may_be_scale = is_of_backward and flight.origin.value == "inf" and math.isfinite(flight.loss)
-    return None if may_be_scale and not at_scale_1 else found
+    return None if may_be_scale and not is_at_scale_1 else found
 
 
-def _goes_on_to_scale_1(history: History, step: int) -> bool:
-    """Whether no step from this one on is applied before the scale is down to 1."""
-    later = history.step >= step
+def has_pole(origin: NonFiniteOrigin) -> bool:
+    """Whether an operation makes infinity of ordinary numbers."""
+    return SINGULAR.search((origin.operation or "").lower()) is not None
+
+
+def at_scale_1(history: History, flight: FlightRecord) -> bool:
+    """Whether a step has no loss scale, or no step from it on is applied until the scale is 1."""
+    if flight.scale <= 1:
+        return True
+    later = history.step >= flight.step
     applied, low = history.applied & later, (history.scale <= 1) & later
-    if not low.any():
-        return False
-    return not applied[: int(low.argmax())].any()
+    return bool(low.any()) and not applied[: int(low.argmax())].any()
 
 
 def _sampled(evidence: Evidence) -> Born | None:

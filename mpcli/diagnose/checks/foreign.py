@@ -6,16 +6,16 @@ The recorder looked for the origin of NaN and infinity on the spot (`flight.json
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from mpcli.diagnose import remedies
+from mpcli.diagnose.born import at_scale_1, has_pole, largest_gradient
 from mpcli.diagnose.checks.nonfinite import severity_of
-from mpcli.diagnose.evidence import Evidence, Sample
+from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Finding, Suggestion
-from mpcli.diagnose.modules import FP16_OVERFLOW
+from mpcli.diagnose.modules import FP16_OVERFLOW, place_of
 from mpcli.diagnose.remedies import FP16_MAX
 from mpcli.precision.observe import LOSS
 from mpcli.records import FlightRecord, LayerRecord, NonFiniteOrigin
@@ -157,8 +157,8 @@ def _forward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) 
     largest, overflowed = _outputs(evidence, origin.module)
     is_near = overflowed or largest * SPIKE >= FP16_MAX
     is_cast = origin.operation == "_to_copy"  # to bf16, fp32 and fp64 keep their range
-    of_format = is_near or (origin.value == "inf" and not _has_pole(origin))
-    place = _named(origin.module)
+    of_format = is_near or (origin.value == "inf" and not has_pole(origin))
+    place = place_of(origin.module)
     numbers: Numbers = {
         "value": origin.value,
         "operation": origin.operation,
@@ -201,9 +201,13 @@ def _forward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) 
 def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin) -> Finding | None:
     """None where the loss scale may have made it: its overflow is not the module's."""
     formats = _formats(evidence, origin.module)
-    expected = _largest_gradient(evidence.samples) * flight.scale
+    expected = largest_gradient(evidence) * flight.scale
     may_overflow = not expected or expected * SPIKE >= FP16_MAX
-    if may_overflow and evidence.compute in ("fp16", "-") and not _at_scale_1(evidence, flight):
+    if (
+        may_overflow
+        and evidence.compute in ("fp16", "-")
+        and not at_scale_1(evidence.history, flight)
+    ):
         return None
     if origin.value == "inf" and evidence.compute == "fp16" and _scales_by_hand(evidence, flight):
         return None
@@ -211,8 +215,8 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
     return Finding(
         id="backward-nonfinite",
         severity="error",
-        cause=f"The backward of {_named(origin.module)} makes {origin.value} out of finite numbers "
-        f"in step {flight.step}{_within(formats)}",
+        cause=f"The backward of {place_of(origin.module)} makes {origin.value} out of finite "
+        f"numbers in step {flight.step}{_within(formats)}",
         layers=(origin.module,),
         phase="backward",
         step=flight.step,
@@ -230,15 +234,6 @@ def _backward(evidence: Evidence, flight: FlightRecord, origin: NonFiniteOrigin)
     )
 
 
-def _at_scale_1(evidence: Evidence, flight: FlightRecord) -> bool:
-    """Whether steps go on to be skipped until the loss scale is down to 1."""
-    history = evidence.history
-    later = history.step >= flight.step
-    skipped, scale = history.skipped[later], history.scale[later]
-    in_a_row = len(skipped) if skipped.all() else int((~skipped).argmax())
-    return flight.scale <= 1 or bool((scale[:in_a_row] <= 1).any())
-
-
 def _layer_in_fp32(evidence: Evidence, module: str) -> Suggestion:
     if module in ("", LOSS):
         what = (
@@ -253,8 +248,8 @@ def _guards(
 ) -> tuple[Suggestion, ...]:
     """In half, its few bits may have made a zero of what is none in fp32."""
     guard = Suggestion(
-        what=f"keep {_named(origin.module)} away from where its operations are singular: division "
-        "by 0, the logarithm or the root of 0, the norm of zeros",
+        what=f"keep {place_of(origin.module)} away from where its operations are singular: "
+        "division by 0, the logarithm or the root of 0, the norm of zeros",
         code="x / (y + eps); x.clamp_min(eps).log(); (x.square().sum() + eps).sqrt()",
     )
     if not formats & {"fp16", "bf16"}:
@@ -262,17 +257,8 @@ def _guards(
     return _layer_in_fp32(evidence, origin.module), remedies.fp32(evidence), guard
 
 
-def _has_pole(origin: NonFiniteOrigin) -> bool:
-    """Whether it was an operation that is infinite at ordinary numbers, such as 0."""
-    return re.search(r"sqrt|log|div|reciprocal|pow", origin.operation or "") is not None
-
-
 def _within(formats: set[str]) -> str:
     return f", in {'+'.join(sorted(formats))}" if formats else ""
-
-
-def _named(module: str) -> str:
-    return {"": "the model itself", LOSS: "the loss"}.get(module, module)
 
 
 def _formats(evidence: Evidence, module: str) -> set[str]:
@@ -310,14 +296,6 @@ def _outputs(evidence: Evidence, module: str) -> tuple[float, bool]:
     finite = [row.max for row in rows if math.isfinite(row.max)]
     overflowed = any(row.shadow is not None and row.shadow.overflowed > 0 for row in rows)
     return max(finite, default=0.0), overflowed
-
-
-def _largest_gradient(samples: Iterable[Sample]) -> float:
-    """Without the scale, of sampled steps where it is finite; 0 without any."""
-    rows = [row for sample in samples for row in sample.rows]
-    found = [row.max / row.scale for row in rows if row.tensor in ("grad", "grad_output")
-             and math.isfinite(row.max) and not row.inf and not row.nan]  # fmt: skip
-    return max(found, default=0.0)
 
 
 def _steps_without_gradient(evidence: Evidence) -> np.ndarray:

@@ -97,7 +97,7 @@ def test_nan_of_finite_numbers_in_fp32_is_no_overflow(said):
 
     found = only(said(lambda record: unscaled(record, Divided(36, 3))), "forward-nonfinite")
     assert (found.layers, found.phase) == (("",), "forward")
-    assert found.suggestion.what.startswith("keep the model itself away")
+    assert found.suggestion.what.startswith("keep the model's own forward away")
 
 
 def test_a_batch_that_is_not_finite_is_the_batch_s(said):
