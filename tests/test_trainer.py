@@ -270,7 +270,7 @@ def test_overflow_at_the_scales_floor_ends_the_run(
     (problem,) = result.problems
     assert problem["message"].startswith("step 4: the loss scale is at its floor (4)")
     assert cause in problem["message"]
-    assert "steps.jsonl" in problem["hint"]
+    assert "mptrain diagnose" in problem["hint"]
     assert problem["finding"] == "scale-collapse"
 
 

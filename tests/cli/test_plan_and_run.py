@@ -93,7 +93,7 @@ def test_a_run_that_diverges_says_why_and_exits_5(mptrain, recipe):
     assert (told["status"], told["exit_code"]) == ("diverged", 5)
     (problem,) = told["problems"]
     assert "steps in a row" in problem["message"]
-    assert "steps.jsonl" in problem["hint"]
+    assert "mptrain diagnose" in problem["hint"]
 
 
 def test_an_output_in_use_exits_2_and_an_unwritable_one_7(mptrain, recipe):
