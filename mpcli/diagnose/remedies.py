@@ -143,9 +143,14 @@ def dynamic_scale(evidence: Evidence) -> Suggestion | None:
     changed = {name: value for name, value in named.items() if value != getattr(now, name)}
     if now == default:
         return None
-    fields = ", ".join(f"{name}: {written(value)}" for name, value in changed.items())
+    fields = ", ".join(f"{name}: {_exact(value)}" for name, value in changed.items())
     settings = (f"precision.loss_scale={{kind: dynamic{', ' * bool(fields)}{fields}}}",)
     return Suggestion(what="let the loss scale find its level", set=settings)
+
+
+def _exact(value: float) -> str:
+    """A number of a recipe, every digit of it."""
+    return str(int(value)) if float(value).is_integer() else written(value)
 
 
 def static_scale(evidence: Evidence, largest: float) -> Suggestion:

@@ -56,7 +56,7 @@ def test_gradients_that_a_scale_loses_are_found_and_raised(tmp_path: Path) -> No
     assert cause.evidence["share that becomes zero"] == 1
     assert cause.suggestion and cause.suggestion.set == ("precision.loss_scale={kind: dynamic}",)
     # 2^(floor(log2(65504 / max)) - 1), at most 2^24
-    assert "scale: 1.67772e+07" in cause.alternatives[0].set[0]
+    assert "scale: 16777216" in cause.alternatives[0].set[0]
     (cause,) = causes(replace(evidence, replay=None))
     assert cause.id == "underflow" and cause.confidence < 0.7
 
