@@ -56,7 +56,7 @@ def examine(cell: Cell, healthy: Score, seed: int, *, diagnose: bool = True) -> 
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _examined(cell, healthy, seed, Path(folder), diagnose)
-    except Exception:
+    except Exception:  # it counts as a cell in which nothing is right, and the rest goes on
         return {"state": "failed", "why": traceback.format_exc(limit=-3)}
 
 

@@ -118,7 +118,7 @@ def momentum(evidence: Evidence) -> float:
 
 def foreign_setting(evidence: Evidence, name: str) -> float:
     """A number of `foreign.json`'s settings; NaN where there is none."""
-    foreign = evidence.facts.run.foreign if evidence.facts.run else None
+    foreign = evidence.foreign
     value = foreign.settings.get(name) if foreign else None
     return float(value) if isinstance(value, int | float) else math.nan
 

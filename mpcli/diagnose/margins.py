@@ -14,8 +14,8 @@ def margins(evidence: Evidence) -> dict[str, float | None]:
 
     Headroom is log2(65520 / max) over all sampled steps: of outputs, of gradients times the loss
     scale, and of the weights as they are now. `flushed_share` is of the gradients of parameters in
-    the step that was run again, weighted by module; null where there was none. All are null where
-    nothing is known.
+    the step that was run again, the mean over modules; null where there was none. All are null
+    where nothing is known.
     """
     rows = [row for sample in evidence.samples for row in sample.rows]
     backward = [row for row in rows if row.tensor in ("grad_output", "grad")]

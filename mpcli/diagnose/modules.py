@@ -16,7 +16,7 @@ NORM = re.compile(r"(Norm(\d[dD])?|[sS]oft[mM]ax(2d)?)$")
 
 def type_of(evidence: Evidence, module: str) -> str:
     """Class of a module; empty where it is not known."""
-    foreign = evidence.facts.run.foreign if evidence.facts.run else None
+    foreign = evidence.foreign
     known = {
         **{row.name: row.type for row in (evidence.plan.modules if evidence.plan else ())},
         **{row.name: row.type for row in (foreign.modules if foreign else ())},

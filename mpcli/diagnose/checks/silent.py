@@ -169,7 +169,7 @@ def _classes(evidence: Evidence, names: list[str]) -> tuple[str, ...]:
 
 
 def _foreign_norms(evidence: Evidence) -> Iterator[str]:
-    foreign = evidence.facts.run.foreign if evidence.facts.run else None
+    foreign = evidence.foreign
     for module in foreign.modules if foreign else ():
         if NORM.search(module.type) and module.type not in _FUSED:
             yield module.name

@@ -104,7 +104,7 @@ def _adam(evidence: Evidence) -> _AdamSettings | None:
     if evidence.recipe:
         optim = evidence.recipe.optim
         return _AdamSettings(optim.eps, optim.betas) if isinstance(optim, Adam | AdamW) else None
-    foreign = evidence.facts.run.foreign if evidence.facts.run else None
+    foreign = evidence.foreign
     if foreign is None or "adam" not in foreign.optimizer.lower():
         return None
     eps = foreign_setting(evidence, "optimizer.eps")
