@@ -35,6 +35,8 @@ class OutcomeLog:
     Args:
         learning_rate: rate by number of applied steps, as the device used it.
         memory: (allocated, peak) bytes now.
+        lockstep: give rows back at the same steps in every rank, which then decide the same: by the
+            number of steps and `copy_soon`, and not by a clock or by when a copy ends.
         steps: attempted in the attempts before this one, `applied` of them.
     """
 
@@ -48,6 +50,7 @@ class OutcomeLog:
         *,
         steps: int = 0,
         applied: int = 0,
+        lockstep: bool = False,
     ) -> None:
         self.attempt = attempt
         self.samples_per_step = samples_per_step
@@ -55,24 +58,37 @@ class OutcomeLog:
         self.memory = memory
         self.steps = steps  # whose rows were given back
         self.applied = applied
+        self.lockstep = lockstep
+        # In lockstep on a GPU rows are given back one block later.
+        share = 2 if lockstep else 1
+        self._block, self._max_seconds = max(1, BLOCK // share), MAX_SECONDS / share
         self._device = device
+        self._soon = False
         self._copying: deque[_Block] = deque()
         self._start_block()
 
-    def push(self, loss: Tensor, outcome: Outcome) -> None:
+    def push(self, outcome: Outcome) -> None:
         """Note one attempted step."""
-        self._values += (loss, outcome.grad_norm, outcome.scale, outcome.found_inf)
+        self._values += (outcome.loss, outcome.grad_norm, outcome.scale, outcome.found_inf)
         self._length += 1
 
     def collect(self, *, wait: bool = False) -> list[StepRecord]:
         """The rows that are ready; with `wait`, every row there is."""
-        due = self._length == BLOCK or time.monotonic() - self._started > MAX_SECONDS
-        if self._length and (due or wait):
+        due = self._soon if self.lockstep else self.is_late()
+        if self._length and (due or wait or self._length >= self._block):
             self._copy_block()
         records: list[StepRecord] = []
         while self._copying and self._is_ready(self._copying[0], wait):
             records += self._read(self._copying.popleft())
         return records
+
+    def is_late(self) -> bool:
+        """Whether the steps since the last copy took so long that they should be copied."""
+        return time.monotonic() - self._started > self._max_seconds
+
+    def copy_soon(self) -> None:
+        """Copy at the next `collect`."""
+        self._soon = True
 
     def restart_clock(self) -> None:
         """Leave the time since the last row out of `samples_per_second` (an evaluation, say)."""
@@ -87,6 +103,7 @@ class OutcomeLog:
     def _start_block(self) -> None:
         self._values: list[Tensor] = []
         self._length = 0
+        self._soon = False
         self._started = time.monotonic()
 
     def _copy_block(self) -> None:
@@ -102,9 +119,12 @@ class OutcomeLog:
         self._copying.append(_Block(rows, self.memory(), seconds, ready))
         self._start_block()
 
-    @staticmethod
-    def _is_ready(block: _Block, wait: bool) -> bool:
-        if block.ready is None or block.ready.query():
+    def _is_ready(self, block: _Block, wait: bool) -> bool:
+        if block.ready is None:
+            return True
+        if self.lockstep:  # the copy before the newest one has long ended
+            wait = wait or len(self._copying) > 1
+        elif block.ready.query():
             return True
         if wait:
             block.ready.synchronize()

@@ -17,6 +17,7 @@ from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
 from mpcli.engines.base import Engine
 from mpcli.precision.loss_scale import at_floor
+from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.errors import Exit, Problem, UserError, one_of, user_error
 from mpcli.recipe.precision import DynamicScale, LossScale
 from mpcli.recipe.recipe import Recipe
@@ -167,7 +168,12 @@ class Progress:
 
 
 def restore_newest(
-    folder: Path, engine: Engine, *, up_to: float = math.inf, attempted: int | None = None
+    folder: Path,
+    engine: Engine,
+    ranks: Ranks = ALONE,
+    *,
+    up_to: float = math.inf,
+    attempted: int | None = None,
 ) -> tuple[TrainingState | None, list[Problem]]:
     """Bring an engine to the newest checkpoint that is whole and fits it.
 
@@ -195,7 +201,13 @@ def restore_newest(
             raise _unusable(candidate, error.problems[0].what) from error
         state = read
 
-    _, problems = checkpoint.newest_valid(folder, use, up_to)
+    problems: list[Problem] = []
+    chosen = None
+    if ranks.is_main:
+        chosen, problems = checkpoint.newest_valid(folder, use, up_to)
+    chosen = ranks.from_main(chosen)
+    if chosen and not ranks.is_main:  # rank 0 has verified it
+        use(chosen)
     return state, problems
 
 

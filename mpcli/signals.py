@@ -14,6 +14,7 @@ _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _asked: int | None = None  # the first signal to end
 _save_asked = False  # by SIGUSR1
 _holds = 0  # blocks that signals wait for
+_shared = False  # whether they are obeyed by several processes together
 _leave: Callable[[bool], NoReturn] | None = None
 
 
@@ -123,13 +124,29 @@ def uninterrupted() -> Iterator[None]:
             check()
 
 
+@contextmanager
+def shared() -> Iterator[None]:
+    """`check` ends nothing in this block: several processes agree on what `asked` says."""
+    global _shared
+    before, _shared = _shared, True
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def asked() -> int | None:
+    """The first signal to end that came, if any did."""
+    return _asked
+
+
 def check() -> None:
     """End here if a signal is waiting.
 
     Raises:
         Stopped: at a place where the caller's state is whole.
     """
-    if _asked is not None:
+    if _asked is not None and not _shared:
         raise Stopped(_asked)
 
 

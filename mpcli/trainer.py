@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -15,9 +16,10 @@ import torch
 
 from mpcli import checkpoint
 from mpcli.data.batch import Batch
+from mpcli.data.seeds import rank_seed
 from mpcli.data.workers import BatchQueue
+from mpcli.engines import build_engine
 from mpcli.engines.base import Engine
-from mpcli.engines.local import LocalEngine
 from mpcli.evidence import Evidence
 from mpcli.final import write_final
 from mpcli.flight import forget_flights
@@ -26,12 +28,13 @@ from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
 from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
+from mpcli.ranks import ALONE, Ask, Ranks
 from mpcli.recipe.base import parse_duration
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
-from mpcli.signals import Stopped, check, released, save_asked
+from mpcli.signals import Stopped, asked, check, released, save_asked, shared
 from mpcli.tasks import apply_activation_checkpointing, task_of
 from mpcli.tensorboard import TensorBoard
 
@@ -56,8 +59,12 @@ def train(
     progress: Progress,
     *,
     resume: bool,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train as planned; rows, evaluations, checkpoints and the final model go to the run directory.
+
+    Several ranks run this together; the run directory of all but rank 0 writes nothing that is the
+    whole run's. What one of them does in a step, all do.
 
     Args:
         progress: of the whole run, from its beginning.
@@ -69,7 +76,7 @@ def train(
         Stopped: by a signal, after a checkpoint if there was anything to save.
     """
     with settings(recipe, plan), contextlib.ExitStack() as stack:
-        device = torch.device(plan.device)
+        device = ranks.device(plan.device)
         task, options = task_of(recipe.task), recipe.task
         display.message(f"loading {plan.data_source}")
         with released():
@@ -79,11 +86,16 @@ def train(
             model = task.build_model(options, data.info).to(device)
             if recipe.engine.activation_checkpointing:
                 apply_activation_checkpointing(model)
-            engine: Engine = LocalEngine(recipe, model, device, plan.steps, plan.fp32_modules)
-            resumed = resume and _go_on(recipe, plan, run, engine, progress)
+            engine = build_engine(recipe, model, device, plan.steps, plan.fp32_modules, ranks)
+            if ranks.rank:  # other random numbers than rank 0's
+                torch.manual_seed(rank_seed(recipe.train.seed, ranks.rank, 0))
+            resumed = resume and _go_on(recipe, plan, run, engine, progress, ranks)
             if resumed:
                 display.message(f"going on from step {progress.attempted:,}")
-            saver = _saver(recipe, plan, run, engine, progress)
+            saver = _saver(recipe, plan, run, engine, progress, ranks)
+        if not ranks.alone:
+            ranks.barrier()  # from here on nobody leaves alone
+            stack.enter_context(shared())
         log = OutcomeLog(
             device,
             run.attempt,
@@ -94,6 +106,7 @@ def train(
             engine.memory,
             steps=progress.attempted,
             applied=progress.applied,
+            lockstep=not ranks.alone,
         )
         evidence = Evidence(
             recipe,
@@ -104,7 +117,7 @@ def train(
             lambda: task.build_model(options, data.info).to(device),
         )
         board = None
-        if recipe.output.tensorboard:
+        if recipe.output.tensorboard and ranks.is_main:
             board = TensorBoard(run.tensorboard_path, progress.attempted)
             stack.callback(_close_board, board, run)
 
@@ -133,8 +146,8 @@ def train(
             record(wait=True)
             started = time.monotonic()
             with engine.evaluating() as weights:
-                batches = _until_stopped(data.eval_batches(plan.micro_batch_size), device)
-                metrics = task.evaluate(options, weights, batches)
+                batches = _until_stopped(data.eval_batches(plan.micro_batch_size), device, ranks)
+                metrics = ranks.from_main(task.evaluate(options, weights, batches))
             progress.add_evaluation(step, metrics, recipe.output.keep_best)
             row = EvalRecord(
                 step=step,
@@ -167,9 +180,18 @@ def train(
         def finish_step(step: int) -> None:
             """What falls due after a step. Signals are obeyed here, where the state is whole."""
             saver.finished()
+            ask = _asked()
+            if ranks.is_main:  # whose clock counts
+                ask |= Ask.EVALUATE_BY_TIME if evaluation_time() else 0
+                ask |= Ask.SAVE_BY_TIME if checkpoint_time() else 0
+                ask |= Ask.COLLECT if log.is_late() else 0
+            ask = ranks.agree(ask | (Ask.SAVE if save_asked() else 0))
+            if ask & Ask.COLLECT:
+                log.copy_soon()
             try:
-                check()
-                if progress.evaluated < step and (step >= plan.steps or evaluation_due(step)):
+                _stop(ask)
+                due = step >= plan.steps or evaluation_due(step) or ask & Ask.EVALUATE_BY_TIME
+                if progress.evaluated < step and due:
                     evaluate(step)
             except Stopped:
                 save(step, scheduled=False)
@@ -177,8 +199,8 @@ def train(
                 raise
             if step < plan.steps:
                 is_best = progress.best is not None and progress.best[0] == step
-                scheduled, asked = checkpoint_due(step) or is_best, save_asked()
-                if scheduled or asked:
+                scheduled = checkpoint_due(step) or is_best or bool(ask & Ask.SAVE_BY_TIME)
+                if scheduled or ask & Ask.SAVE:
                     save(step, scheduled=scheduled)
                     check()
 
@@ -188,7 +210,7 @@ def train(
             # Those that signals asked for are passed over: without the signals they would not be.
             up_to = math.inf if progress.scheduled is None else progress.scheduled
             state, problems = restore_newest(
-                run.checkpoints_path, engine, up_to=up_to, attempted=found.step
+                run.checkpoints_path, engine, ranks, up_to=up_to, attempted=found.step
             )
             for problem in problems:
                 progress.warn(problem)
@@ -223,9 +245,9 @@ def train(
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)
-        evaluation_due, checkpoint_due = (
-            _due(every, plan) for every in (recipe.eval.every, recipe.output.checkpoint_every)
-        )
+        intervals = recipe.eval.every, recipe.output.checkpoint_every
+        evaluation_due, checkpoint_due = (_due(every, plan) for every in intervals)
+        evaluation_time, checkpoint_time = (_timer(every) for every in intervals)
         compared = False
         if resumed:
             finish_step(progress.attempted)  # its evaluation may have been stopped
@@ -234,26 +256,25 @@ def train(
         step = progress.attempted
         while step < plan.steps:
             step += 1
-            asked = time.monotonic()
+            run.at_step(step)
+            began = time.monotonic()
             try:
                 batch = queue.batch(step - 1)
             except Stopped:
                 finish_step(step - 1)  # saves, and leaves
                 raise
-            progress.input_seconds += time.monotonic() - asked
-            micro_batches = batch.split(plan.micro_batch_size)
+            progress.input_seconds += time.monotonic() - began
+            share = batch.share(ranks.rank, ranks.world_size)
+            micro_batches = share.split(plan.micro_batch_size)
             evidence.before_step(step, loss_function, micro_batches, batch.weight)
-            losses = [
-                engine.accumulate(
-                    loss_function, micro_batch, batch.weight, last=index == plan.accumulation
-                )
-                for index, micro_batch in enumerate(micro_batches, 1)
-            ]
+            for index, micro_batch in enumerate(micro_batches, 1):
+                last = index == len(micro_batches)
+                engine.accumulate(loss_function, micro_batch, batch.weight, last=last)
             if engine.observed and not compared:
                 _compare_types(plan, engine, run, progress)
                 compared = True
             outcome = engine.step()
-            log.push(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outcome)
+            log.push(outcome)
             evidence.after_step(step, outcome)
             try:
                 record()
@@ -270,22 +291,29 @@ def train(
         best_is_last = progress.best and progress.best[0] == step
         if recipe.output.checkpoint_every is not None or best_is_last:
             save(step)  # more steps may follow one day
-        with storage_errors(run.path), run.replacing_final() as folder:
-            weights, metrics = engine.state_dict(), progress.evaluation
-            for problem in write_final(folder, recipe, data, model, weights, metrics):
-                progress.warn(problem)
+        learnt = engine.state_dict()
+        if ranks.is_main:
+            with storage_errors(run.path), run.replacing_final() as folder:
+                metrics = progress.evaluation
+                for problem in write_final(folder, recipe, data, model, learnt, metrics):
+                    progress.warn(problem)
         saver.finished(wait=True)
 
 
 def _go_on(
-    recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
+    recipe: Recipe,
+    plan: Plan,
+    run: RunDirectory,
+    engine: Engine,
+    progress: Progress,
+    ranks: Ranks,
 ) -> bool:
     """Take engine, progress and rows back to the newest checkpoint, or rows to the beginning.
 
     Returns:
         whether there was a checkpoint.
     """
-    state, problems = restore_newest(run.checkpoints_path, engine)
+    state, problems = restore_newest(run.checkpoints_path, engine, ranks)
     for problem in problems:
         progress.warn(problem)
     if state is None:
@@ -324,28 +352,54 @@ def _close_board(board: TensorBoard, run: RunDirectory) -> None:
         board.close()
 
 
-def _until_stopped(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _until_stopped(batches: Iterator[Batch], device: torch.device, ranks: Ranks) -> Iterator[Batch]:
     """The batches on a device; a signal ends them between two."""
     for batch in batches:
-        check()
+        _stop(ranks.agree(_asked()))
         yield batch.to(device)
 
 
+_STOPS = {signal.SIGTERM: Ask.TERMINATE, signal.SIGINT: Ask.INTERRUPT}
+
+
+def _asked() -> Ask:
+    """Whether this rank was told by a signal to stop."""
+    number = asked()
+    return Ask.NOTHING if number is None else _STOPS[signal.Signals(number)]
+
+
+def _stop(ask: Ask) -> None:
+    """End here if a rank was told to by a signal.
+
+    Raises:
+        Stopped: in every rank.
+    """
+    for number, flag in _STOPS.items():
+        if ask & flag:
+            raise Stopped(number)
+
+
 def _saver(
-    recipe: Recipe, plan: Plan, run: RunDirectory, engine: Engine, progress: Progress
+    recipe: Recipe,
+    plan: Plan,
+    run: RunDirectory,
+    engine: Engine,
+    progress: Progress,
+    ranks: Ranks,
 ) -> checkpoint.Saver:
     """What saves the checkpoints that the recipe asks for, for which there is room."""
     output = recipe.output
     tensors, _ = engine.checkpoint()
-    checkpoint.check_room(
-        run.checkpoints_path,
-        tensors,
-        saves=_saves_left(recipe, plan, progress.attempted),
-        keep=output.keep_last + (output.keep_best is not None),
-        final_bytes=4 * plan.parameters,
-    )
+    if ranks.is_main:
+        checkpoint.check_room(
+            run.checkpoints_path,
+            tensors,
+            saves=_saves_left(recipe, plan, progress.attempted),
+            keep=output.keep_last + (output.keep_best is not None),
+            final_bytes=4 * plan.parameters,
+        )
     return checkpoint.Saver(
-        run.checkpoints_path, output.keep_last, tensors, background=output.async_checkpoint
+        run.checkpoints_path, output.keep_last, tensors, ranks, background=output.async_checkpoint
     )
 
 
@@ -371,24 +425,32 @@ def _compare_types(plan: Plan, engine: Engine, run: RunDirectory, progress: Prog
 
 
 def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
-    """Whether an interval such as `2 epochs` ends with a step."""
+    """Whether an interval such as `2 epochs` ends with a step; one of minutes never does."""
     if every is None:
         return lambda step: False
     number, unit = parse_duration(every)
     if unit == "minute":
-        last = time.monotonic()
-
-        def minutes_passed(step: int) -> bool:
-            nonlocal last
-            now = time.monotonic()
-            if now - last < 60 * number:
-                return False
-            last = now
-            return True
-
-        return minutes_passed
+        return lambda step: False
     steps = number * (plan.steps_per_epoch if unit == "epoch" else 1)
     return lambda step: step % steps == 0
+
+
+def _timer(every: str | None) -> Callable[[], bool]:
+    """Whether an interval such as `2 minutes` has passed since it last had."""
+    number, unit = parse_duration(every) if every else (0, None)
+    if unit != "minute":
+        return lambda: False
+    last = time.monotonic()
+
+    def passed() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 60 * number:
+            return False
+        last = now
+        return True
+
+    return passed
 
 
 def _write_remaining(

@@ -32,7 +32,7 @@ def steps(log: OutcomeLog, number: int) -> list[StepRecord]:
     """Rows given back while so many steps are taken."""
     rows = []
     for _ in range(number):
-        log.push(torch.ones(()), Outcome(torch.ones(()), torch.ones(()), torch.zeros(())))
+        log.push(Outcome(torch.ones(()), torch.ones(()), torch.ones(()), torch.zeros(())))
         rows += log.collect()
     return rows
 

@@ -11,13 +11,14 @@ The hashes find damage. Somebody who rewrites the manifest too can give a run wr
 cannot make it execute anything, read outside the folder, or wait for a small file.
 """
 
-from mpcli.checkpoint.layout import Checkpoint, completed
+from mpcli.checkpoint.layout import Checkpoint, Part, completed
 from mpcli.checkpoint.reader import load, newest_valid, verify
 from mpcli.checkpoint.saver import Saver, check_room
 from mpcli.checkpoint.writer import save
 
 __all__ = [
     "Checkpoint",
+    "Part",
     "Saver",
     "check_room",
     "completed",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
+from torch import Tensor
 
 from mpcli.records import Record, strict_json
 
@@ -26,6 +27,21 @@ TYPES = frozenset((  # of safetensors, that torch has too
 ))  # fmt: skip
 
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})(\.tmp|\.old)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a tensor that is divided among ranks.
+
+    Attributes:
+        tensor: what this rank holds; it may be empty.
+        offsets: where it begins in the whole, per dimension.
+        shape: of the whole.
+    """
+
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

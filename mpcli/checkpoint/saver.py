@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpcli.checkpoint.layout import Checkpoint, completed
+from mpcli.checkpoint.layout import Checkpoint, Part, completed
 from mpcli.checkpoint.writer import make_folder, save
+from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.rundir import storage_errors
 
@@ -74,7 +75,13 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, keep_last: int, tensors: Mapping[str, Tensor], *, background: bool
+        self,
+        folder: Path,
+        keep_last: int,
+        tensors: Mapping[str, Tensor | Part],
+        ranks: Ranks = ALONE,
+        *,
+        background: bool,
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last

@@ -44,6 +44,17 @@ class Batch:
         }
         return Batch(tensors, self.weights)
 
+    def share(self, rank: int, world_size: int) -> Batch:
+        """What one of several ranks trains on: neighbouring samples, as many as others or one more.
+
+        All shares, one after the other, are the batch.
+        """
+        if world_size == 1:
+            return self
+        place = share_of(len(self), rank, world_size)
+        tensors = {name: tensor[place] for name, tensor in self.tensors.items()}
+        return Batch(tensors, None if self.weights is None else self.weights[place])
+
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most `size` samples, in order."""
         if size >= len(self):
@@ -59,6 +70,20 @@ class Batch:
             Batch(part, self.weights[start : start + size])
             for part, start in zip(parts, starts, strict=True)
         ]
+
+
+def share_of(num_samples: int, rank: int, world_size: int) -> slice:
+    """Which samples of a global batch a rank trains on: the first ranks have one more."""
+    each, more = divmod(num_samples, world_size)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+
+def micro_batch_sizes(num_samples: int, rank: int, world_size: int, size: int) -> list[int]:
+    """Samples in each micro-batch of a rank's share of a global batch."""
+    place = share_of(num_samples, rank, world_size)
+    starts = range(place.start, place.stop, size)
+    return [min(size, place.stop - start) for start in starts]
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,3 +13,8 @@ def derive_seed(seed: int, stream: str, index: int) -> int:
     """
     digest = blake2b(b"%d %s %d" % (seed, stream.encode(), index), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def rank_seed(seed: int, rank: int, step: int) -> int:
+    """Of the random numbers that forward passes draw in a rank other than 0, from a step on."""
+    return derive_seed(seed, f"rank {rank}", step)

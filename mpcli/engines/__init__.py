@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import assert_never
 
-from mpcli.engines import local
+import torch
+from torch import nn
+
+from mpcli.engines import ddp, fsdp2, local
+from mpcli.engines.base import Engine
 from mpcli.precision.numerics import Numerics
-from mpcli.recipe.engine import Engine, Local
+from mpcli.ranks import Ranks
+from mpcli.recipe import engine as sections
+from mpcli.recipe.recipe import Recipe
 
 
-def mode_problems(engine: Engine, meaning: Numerics) -> list[str]:
+def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
     """Why an engine cannot honour a precision mode; empty where it can."""
     match engine:
-        case Local():
+        case sections.Local():
             return local.mode_problems(meaning)
+        case sections.Ddp():
+            return ddp.mode_problems(meaning)
+        case sections.Fsdp2():
+            return fsdp2.mode_problems(meaning)
         case _:
             assert_never(engine)
+
+
+def build_engine(
+    recipe: Recipe,
+    model: nn.Module,
+    device: torch.device,
+    steps: int,
+    fp32_modules: Collection[str],
+    ranks: Ranks,
+) -> Engine:
+    """The engine that a recipe names, which takes the model over; all ranks call it.
+
+    Args:
+        model: fp32, on the device, the same in every rank.
+        steps: of the run.
+        fp32_modules: see `convert`.
+    """
+    match recipe.engine:
+        case sections.Local():
+            return local.LocalEngine(recipe, model, device, steps, fp32_modules)
+        case sections.Ddp():
+            return ddp.DdpEngine(recipe, model, device, steps, fp32_modules, ranks)
+        case sections.Fsdp2():
+            return fsdp2.Fsdp2Engine(recipe, model, device, steps, fp32_modules, ranks)
+        case _:
+            assert_never(recipe.engine)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from mpcli.checkpoint import Part
 from mpcli.data.batch import Batch
 from mpcli.precision.statistics import Key, Pending
 from mpcli.records import ModuleTypes
@@ -21,13 +22,17 @@ LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 class Outcome:
     """One attempted step, as fp32 scalar tensors on the device: nobody waits for them.
 
+    All are the same in every rank.
+
     Attributes:
+        loss: of the global batch: the mean over all that it sums.
         grad_norm: global L2 norm of the unscaled gradients, before clipping.
         scale: loss scale that the step used.
         found_inf: 1 where a gradient was NaN or infinite and the step changed nothing, else 0.
         layers: the tensors of the step, if it was sampled.
     """
 
+    loss: Tensor
     grad_norm: Tensor
     scale: Tensor
     found_inf: Tensor
@@ -35,7 +40,9 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Where and how a step runs. Nothing here reads a device value on the host.
+    """Where and how a step runs. Nothing in a step reads a device value on the host.
+
+    With several ranks all of them call the same methods in the same order.
 
     Attributes:
         observed: per module, the types that the first micro-batch was computed in; None before,
@@ -63,6 +70,7 @@ class Engine(Protocol):
         """Forward and backward of one micro-batch.
 
         Args:
+            batch: of this rank's share of the global batch.
             total_weight: of the whole global batch; the loss is the micro-batch's sum over it.
             last: whether this is the step's last micro-batch.
 
@@ -79,10 +87,11 @@ class Engine(Protocol):
         Its weights are those to evaluate: their average with `train.ema`.
         """
 
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def checkpoint(self) -> tuple[Mapping[str, Tensor | Part], dict[str, Any]]:
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON.
 
-        The tensors are those that the next step writes to, not copies; any memory format.
+        The tensors are those that the next step writes to, not copies; any memory format. Each rank
+        has the parts that it holds; what every rank holds is whole, and rank 0's is as good as any.
         """
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -93,7 +102,10 @@ class Engine(Protocol):
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's weights and buffers: averages or masters in fp32 where there are any."""
+        """The model's weights and buffers: averages or masters in fp32 where there are any.
+
+        Whole in rank 0; the others may have nothing.
+        """
 
     def memory(self) -> tuple[int, int]:
         """Bytes allocated now and at the peak: of the GPU, or of this process on a CPU."""

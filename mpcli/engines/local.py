@@ -8,12 +8,14 @@ import os
 import resource
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpcli.data.batch import Batch
+from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
 from mpcli.optim import HalfStorageStep, build_optimizer, learning_rate_table
 from mpcli.precision.clipping import clip_
@@ -24,6 +26,7 @@ from mpcli.precision.probe import ActivationHooks, parameter_key
 from mpcli.precision.scaler import LossScaler
 from mpcli.precision.sensitive import last_layer
 from mpcli.precision.statistics import Key, Samples
+from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
@@ -57,10 +60,13 @@ class LocalEngine:
         device: torch.device,
         steps: int,
         fp32_modules: Collection[str] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         meaning = numerics(recipe.precision.mode)
         self.device = device
+        self.ranks = ranks
         self.model = model
+        self.forward_model = model  # what computes the loss: the model, or what is wrapped round it
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters: list[Tensor] = [model.get_parameter(name) for name in self.names]
         exact = [p.data for p in self.parameters]
@@ -101,6 +107,7 @@ class LocalEngine:
         # BatchNorm's statistics change in forward, before anyone knows that the step overflows.
         self.buffers = list(model.buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.seed = recipe.train.seed
         self.ema = recipe.train.ema
         self.average = [torch.zeros_like(m, dtype=torch.float32) for m in self.masters if self.ema]
         self.compile = recipe.engine.compile
@@ -109,6 +116,7 @@ class LocalEngine:
         self.samples = Samples(device, through_fp16=meaning.compute == torch.float16)
         self._sampling = False
         self._hooks: ActivationHooks | None = None  # of the next micro-batch
+        self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def sample(self, shadow: Mapping[Key, Tensor] | None = None) -> None:
         """Look at the tensors of the coming step: activations are of its first micro-batch."""
@@ -124,10 +132,11 @@ class LocalEngine:
         hooks, self._hooks = self._hooks, None
         # What is compiled runs no hooks.
         eager = torch.compiler.set_stance("force_eager") if hooks and self.compile else _NOTHING
-        with observer or _NOTHING, hooks or _NOTHING, eager, self.autocast:
-            loss_sum, _ = loss_function(self.model, batch)
-        # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
-        loss_sum.backward(self.scaler.scale / total_weight)
+        with self._synchronising(last):
+            with observer or _NOTHING, hooks or _NOTHING, eager, self.autocast:
+                loss_sum, _ = loss_function(self.forward_model, batch)
+            # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
+            loss_sum.backward(self.scaler.scale / total_weight)
         if observer:
             self._observe = False
             self.observed = observed_types(self.model, observer)
@@ -135,7 +144,12 @@ class LocalEngine:
                 self._compile()
         if self.copied:
             self._add_to_masters()
-        return loss_sum.detach() / total_weight
+        self._losses.append(loss_sum.detach() / total_weight)
+        return self._losses[-1]
+
+    def _synchronising(self, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward: gradients are added over the ranks in the last ones."""
+        return _NOTHING
 
     def _compile(self) -> None:
         self.model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks
@@ -161,6 +175,9 @@ class LocalEngine:
         present = [gradient for gradient in gradients if gradient is not None]
         found_inf = self.scaler.unscale_(present)
         grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
+        losses, self._losses = self._losses, []
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        loss, grad_norm, found_inf = self._over_ranks(loss, grad_norm, found_inf)
         if self.clip is not None:
             self._clip(self.clip, gradients, grad_norm)
 
@@ -176,9 +193,15 @@ class LocalEngine:
         if sampling:
             self._sample_updates(before, gradients)
             layers = self.samples.finish(found_inf)
-        outcome = Outcome(grad_norm, self.scaler.scale, found_inf, layers)
+        outcome = Outcome(loss, grad_norm, self.scaler.scale, found_inf, layers)
         self.scaler.update(found_inf)
         return outcome
+
+    def _over_ranks(
+        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same three numbers, of all ranks together."""
+        return loss, grad_norm, found_inf
 
     def _sample_weights_and_gradients(self) -> None:
         for name, master in zip(self.names, self.masters, strict=True):
@@ -263,8 +286,10 @@ class LocalEngine:
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""
-        random = {f"rng.{name}": state for name, state in self.random_state().items()}
-        return self._state() | random, {"attempted": self.scaler.attempted}
+        random: dict[str, Tensor] = {}
+        for rank, states in enumerate(self.ranks.gathered(self.random_state())):
+            random |= {_random_key(name, rank): state for name, state in states.items()}
+        return {**self._state(), **random}, {"attempted": self.scaler.attempted}
 
     def random_state(self) -> dict[str, Tensor]:
         """Of the generators that a forward draws from, by device."""
@@ -330,12 +355,16 @@ class LocalEngine:
         """What follows from a state that was copied, and its random numbers."""
         for before, buffer in zip(self.buffers_before, self.buffers, strict=True):
             before.copy_(buffer)
-        try:
-            torch.set_rng_state(tensors["rng.cpu"])
-            if self.device.type == "cuda" and "rng.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise _foreign("it lacks a state of random numbers") from error
+        cpu, cuda = (_random_key(name, self.ranks.rank) for name in ("cpu", "cuda"))
+        if self.ranks.rank and cpu not in tensors:  # saved by fewer ranks than there are now
+            torch.manual_seed(rank_seed(self.seed, self.ranks.rank, attempted))
+        else:
+            try:
+                torch.set_rng_state(tensors[cpu])
+                if self.device.type == "cuda" and cuda in tensors:
+                    torch.cuda.set_rng_state(tensors[cuda], self.device)
+            except (KeyError, RuntimeError, TypeError) as error:
+                raise _foreign("it lacks a state of random numbers") from error
         if self.compile and self._observe and attempted:  # step 1 alone is not compiled
             self._observe = False
             self._compile()
@@ -410,6 +439,11 @@ def _foreign(what: str) -> UserError:
         "a checkpoint fits only the recipe that it was saved with",
         exit_code=Exit.CHECKPOINT,
     )
+
+
+def _random_key(name: str, rank: int) -> str:
+    """Of a rank's random state in a checkpoint; rank 0's has the name that a single process has."""
+    return f"rng.{name}.{rank}" if rank else f"rng.{name}"
 
 
 def _about(tensor: Tensor) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-from mpcli.data.batch import Batch
+from mpcli.data.batch import Batch, micro_batch_sizes
 from mpcli.engines import mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
 from mpcli.plan.precision import PrecisionPlan, plan_precision
+from mpcli.plan.processes import ALONE, Group, processes
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit, Problem, UserError
@@ -26,17 +27,20 @@ MAX_STEPS = 10_000_000
 """The learning rates of a run stand in one table on the device: 40 MB at this length."""
 
 
-def make_plan(recipe: Recipe, machine: Machine, *, training: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, machine: Machine, *, group: Group = ALONE, training: bool = True
+) -> Plan:
     """Derive everything that a run does from its recipe and machine.
 
     Args:
+        group: the processes that something else started already, or how many machines take part.
         training: whether it is to be trained: to evaluate, no training data are needed.
 
     Raises:
         UserError: with every problem found; each carries the path of the recipe value.
     """
     try:
-        return _planned(recipe, machine, training=training)
+        return _planned(recipe, machine, group, training=training)
     except UserError:
         raise
     except Exception as error:
@@ -45,7 +49,7 @@ def make_plan(recipe: Recipe, machine: Machine, *, training: bool = True) -> Pla
         raise
 
 
-def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
+def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) -> Plan:
     problems = list(_machine_problems(recipe, machine))
     device = _device(recipe, machine)
     task = task_of(recipe.task)
@@ -61,9 +65,16 @@ def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
         problems += _length_problems(recipe, data, steps)
 
     precision: PrecisionPlan | None = None
-    micro_batch = min(recipe.train.micro_batch_size or batch, batch)
+    world_size, more_problems = processes(recipe, machine, device, group)
+    problems += more_problems
+    share = math.ceil(batch / world_size)
+    micro_batch = min(recipe.train.micro_batch_size or share, share)
     try:
-        smallest = batch % micro_batch or micro_batch
+        smallest = min(
+            part
+            for rank in (0, world_size - 1)
+            for part in micro_batch_sizes(batch, rank, world_size, micro_batch)
+        )
         precision = plan_precision(recipe, data, device, machine, smallest)
     except UserError as error:
         problems += error.problems
@@ -73,7 +84,7 @@ def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
 
     return Plan(
         device=device.type,
-        world_size=1,
+        world_size=world_size,
         num_train=data.num_train,
         num_eval=data.num_eval,
         data_source=data.source,
@@ -81,7 +92,7 @@ def _planned(recipe: Recipe, machine: Machine, *, training: bool) -> Plan:
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         micro_batch_size=micro_batch,
-        accumulation=math.ceil(batch / micro_batch),
+        accumulation=math.ceil(share / micro_batch),
         parameters=precision.parameters,
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,

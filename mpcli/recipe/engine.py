@@ -9,23 +9,28 @@ from pydantic import Field, field_validator
 from mpcli.recipe.base import Count, Section, mistake
 
 
-class Local(Section):
-    """One process, one device."""
+class _Engine(Section):
+    """What every engine has."""
 
-    kind: Literal["local"]
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="`auto`: a GPU if there is one"
     )
-    processes: Count | Literal["auto"] = Field(default="auto", description="1 or `auto`")
     compile: bool = Field(default=False, description="compile the model with torch.compile")
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )
     data_workers: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0,
-        description="processes that prepare batches ahead of their steps; 0: each is made when it "
-        "is due. The batches are the same",
+        description="processes that prepare batches ahead of their steps, for each process that "
+        "trains; 0: each batch is made when it is due. The batches are the same",
     )
+
+
+class Local(_Engine):
+    """One process, one device."""
+
+    kind: Literal["local"]
+    processes: Count | Literal["auto"] = Field(default="auto", description="1 or `auto`")
 
     @field_validator("processes")
     @classmethod
@@ -33,9 +38,72 @@ class Local(Section):
         if processes not in (1, "auto"):
             raise mistake(
                 f"engine `local` is one process, found `{processes}`",
-                "write `processes: 1`; more need engine `ddp`; this version has only `local`",
+                "write `processes: 1`; more need `kind: ddp` or `kind: fsdp2`",
             )
         return processes
 
 
-Engine = Annotated[Local, Field(discriminator="kind")]
+class _Distributed(_Engine):
+    """What the engines of several processes have."""
+
+    processes: Count | Literal["auto"] = Field(
+        default="auto",
+        description="on each machine; `auto`: one for each GPU that is visible, or 1 on a CPU",
+    )
+    timeout_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = Field(
+        default=600.0,
+        description="that a process waits for the others before the run ends (exit 6)",
+    )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=3,
+        description="times in a row that the processes are started again after one was killed, "
+        "without a newer checkpoint in between",
+    )
+
+
+class Ddp(_Distributed):
+    """A copy of the model in each process; gradients are added up (DistributedDataParallel)."""
+
+    kind: Literal["ddp"]
+    gradient_compression: Literal["none", "fp16", "bf16"] = Field(
+        default="none", description="type that gradients are rounded to before they are added up"
+    )
+    bucket_megabytes: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=25, description="MiB of gradients that are added up together"
+    )
+    gradient_as_bucket_view: bool = Field(
+        default=True, description="gradients lie where they are added up: less memory"
+    )
+    static_graph: bool = Field(
+        default=False, description="every step uses the same parameters: DDP may order them better"
+    )
+    find_unused_parameters: bool = Field(
+        default=False, description="the loss may not depend on every parameter: slower"
+    )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="BatchNorm over the samples of all processes (SyncBatchNorm; on GPUs only)",
+    )
+
+
+class Fsdp2(_Distributed):
+    """Weights, gradients and optimizer state divided among the processes (`fully_shard`)."""
+
+    kind: Literal["fsdp2"]
+    compile: Literal[False] = Field(default=False, description="not with this engine")
+    reduce_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="type that gradients are added up in"
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="free a block's weights between forward and backward: less memory, and they "
+        "are gathered twice",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="weights, gradients and optimizer state live in host memory, where the "
+        "optimizer steps",
+    )
+
+
+Engine = Annotated[Local | Ddp | Fsdp2, Field(discriminator="kind")]

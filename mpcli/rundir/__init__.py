@@ -374,6 +374,9 @@ class RunDirectory:
         with self.recording():
             self._write(f"attempts/{self.attempt}/observed.json", text + "\n")
 
+    def at_step(self, step: int) -> None:
+        """Note, where several ranks train, the attempted step that this one begins."""
+
     def append_steps(self, rows: Iterable[StepRecord]) -> None:
         """Write rows to `steps.jsonl`; they have left this process when this returns."""
         self._append("steps.jsonl", rows)

@@ -1,0 +1,183 @@
+"""The processes that train one run together, and what they agree on.
+
+Every decision that changes what a run computes has to be the same in all of them at the same step:
+one that leaves the loop alone lets the others wait for ever. What follows from the rows of the
+steps is the same anyway; what does not (signals, clocks) goes through `Ranks.agree`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
+
+T = TypeVar("T")
+
+
+class Ask(enum.IntFlag):
+    """What one rank may want that all have to do."""
+
+    NOTHING = 0
+    TERMINATE = 1
+    INTERRUPT = 2
+    SAVE = 4
+    EVALUATE_BY_TIME = 8
+    SAVE_BY_TIME = 16
+    COLLECT = 32
+
+
+_BITS = [flag.value for flag in Ask]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a process stands in its group, as its launcher says.
+
+    Attributes:
+        local_rank: among the processes of its machine: the number of its GPU.
+        attempt_key: differs between two groups that meet in the same store.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    port: int
+    attempt_key: str
+
+
+class Ranks:
+    """This process among those that train a run together.
+
+    Made without arguments it is alone, and nothing waits for anybody.
+
+    Attributes:
+        rank: its number, from 0; rank 0 writes the run's records.
+        world_size: how many there are.
+        local_rank: its number on its machine.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        control: ProcessGroup | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self._control = control  # gloo: what it carries is on the host
+        self._asked: tuple[dist.Work, Tensor] | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.world_size == 1
+
+    def device(self, kind: str) -> torch.device:
+        """This rank's device of a kind: `cpu` or `cuda`."""
+        if self.alone or kind != "cuda":
+            return torch.device(kind)
+        return torch.device(kind, self.local_rank)
+
+    def agree(self, ask: Ask) -> Ask:
+        """What any rank asked for, the same in all of them. All have to call it equally often.
+
+        Alone, that is `ask`. Otherwise it is what was asked in the call before this one, so that
+        nobody waits for a message.
+        """
+        if self.alone:
+            return ask
+        mine = torch.tensor([bool(ask & bit) for bit in _BITS], dtype=torch.int32)
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, self._control, async_op=True)
+        before, self._asked = self._asked, (work, mine)
+        if before is None:
+            return Ask.NOTHING
+        before[0].wait()
+        return Ask(sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked))
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, in every rank. All have to call it."""
+        if self.alone:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        found: T = box[0]
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, by rank, in every rank. All have to call it."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make tensors on the run's device those of rank 0."""
+        if self.alone:
+            return
+        for tensor in tensors.values():
+            dist.broadcast(tensor, src=0)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor on the run's device over the ranks, in place; nobody waits on the host."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if not self.alone:
+            dist.barrier(self._control)
+
+
+ALONE = Ranks()
+
+
+def join(position: Position, device: torch.device, timeout: float) -> Ranks:
+    """Meet the other processes of the group; `leave` parts from them.
+
+    A store prefix per attempt keeps a restarted group from the addresses of the one before it:
+    torch's own agent reuses its store, and restarts then hang (seen in torch 2.14 and 2.15).
+
+    Args:
+        timeout: seconds that a collective operation may take.
+
+    Raises:
+        RuntimeError: they did not come.
+    """
+    limit = datetime.timedelta(seconds=timeout)
+    rank, world_size = position.rank, position.world_size
+    store = TCPStore(position.host, position.port, world_size, is_master=False, timeout=limit)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(position.attempt_key, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=limit)
+    assert isinstance(control, ProcessGroup)
+    return Ranks(rank, world_size, position.local_rank, control)
+
+
+def leave() -> None:
+    """Part from the others; what is on its way to them is lost."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
