@@ -115,6 +115,7 @@ def train(
             data,
             device,
             lambda: task.build_model(options, data.info).to(device),
+            ranks,
         )
         board = None
         if recipe.output.tensorboard and ranks.is_main:
