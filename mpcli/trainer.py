@@ -198,6 +198,8 @@ def train(
                 save(step, scheduled=False)
                 saver.finished(wait=True)
                 raise
+            if ranks.alone and save_asked():  # while it evaluated
+                ask |= Ask.SAVE
             if step < plan.steps:
                 is_best = progress.best is not None and progress.best[0] == step
                 scheduled = checkpoint_due(step) or is_best or bool(ask & Ask.SAVE_BY_TIME)
