@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Ask:
-    """What one rank may want that all have to do, as bits: plain numbers, for every step has them."""
+    """What one rank may want that all have to do: bits of a plain number, which costs nothing."""
 
     NOTHING = 0
     TERMINATE = 1
