@@ -40,7 +40,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, shared_data: Path) 
                 f"`cifar10-fp32`, {STEPS} steps, {name}",
                 f"mean loss of the last {WINDOW} steps {end:.4f}, accuracy {accuracy[name]:.2%}; "
                 f"beside one process with micro-batches of 64, its losses are at most "
-                f"{max(apart[:FIRST]):.1e} apart in the first {FIRST} steps, {max(apart):.1e} in all",
+                f"{max(apart[:FIRST]):.1e} apart in {FIRST} steps, {max(apart):.1e} in all",
             )
         )
         assert end == pytest.approx(sum(same_cut[-WINDOW:]) / WINDOW, rel=0.05)
