@@ -398,6 +398,7 @@ def _saver(
         checkpoint.check_room(
             run.checkpoints_path,
             tensors,
+            ranks,
             saves=_saves_left(recipe, plan, progress.attempted),
             keep=output.keep_last + (output.keep_best is not None),
             final_bytes=4 * plan.parameters,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
@@ -301,21 +302,22 @@ class LocalEngine:
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Become what `checkpoint` was taken of, on this device or another."""
         own = self._state()
-        given = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
-        if different := sorted(own.keys() ^ given.keys()):
+        given = {name for name in tensors if not name.startswith("rng.")}
+        if different := sorted(own.keys() ^ given):
             name = different[0]
             raise _foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
         for name, value in own.items():
-            if (value.shape, value.dtype) != (given[name].shape, given[name].dtype):
-                raise _foreign(f"`{name}` is {_about(given[name])}, and {_about(value)} here")
-        attempted, applied = state.get("attempted"), int(given["applied"])
+            there = outline(tensors, name)
+            if (value.shape, value.dtype) != (there.shape, there.dtype):
+                raise _foreign(f"`{name}` is {_about(there)}, and {_about(value)} here")
+        attempted, applied = state.get("attempted"), int(tensors["applied"])
         if type(attempted) is not int or not 0 <= applied <= attempted:
             raise _foreign(f"{applied} of {attempted} steps are applied")
 
-        scaler = {name: given.pop(f"scaler.{name}") for name in self.scaler.tensors()}
-        self.scaler.restore(scaler, attempted)
-        for name, value in given.items():
-            own[name].copy_(value)  # into its memory format
+        scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
+        self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
+        for name in own.keys() - {*scaler.values()}:
+            own[name].copy_(tensors[name])  # into its memory format
         self._go_on(tensors, attempted)
 
     def adopt(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
@@ -335,8 +337,8 @@ class LocalEngine:
         for name, value in self._state().items():
             part, _, bare = name.partition(".")
             is_weight = part in ("model", "master")
-            exact = tensors.get(f"master.{bare}", tensors.get(f"model.{bare}"))
-            given = exact if is_weight else tensors.get(name)
+            exact = f"master.{bare}" if f"master.{bare}" in tensors else f"model.{bare}"
+            given = tensors.get(exact if is_weight else name)
             if part != "scaler" and given is not None and given.shape == value.shape:
                 value.copy_(given)
             elif is_weight or part == "buffer":
@@ -423,14 +425,18 @@ def checkpoint_weights(tensors: Mapping[str, Tensor], decay: float | None) -> di
         tensors: of a checkpoint.
         decay: `train.ema`.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    keys: dict[str, dict[str, str]] = {}
+    for key in tensors:
         part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
+        keys.setdefault(part, {})[name] = key
     applied = int(tensors["applied"])
-    averages = parts.get("average", {}) if decay and applied else {}
-    means = {name: value / (1.0 - (decay or 0.0) ** applied) for name, value in averages.items()}
-    return parts["model"] | parts.get("buffer", {}) | parts.get("master", {}) | means
+    averages = keys.get("average", {}) if decay and applied else {}
+    exact = keys["model"] | keys.get("buffer", {}) | keys.get("master", {}) | averages
+    weight = 1.0 - (decay or 0.0) ** applied  # of an average
+    return {
+        name: tensors[key] / weight if name in averages else tensors[key]
+        for name, key in exact.items()
+    }
 
 
 def _foreign(what: str) -> UserError:
