@@ -376,7 +376,7 @@ def _stop(ask: Ask) -> None:
     """
     for number, flag in _STOPS.items():
         if ask & flag:
-            raise Stopped(number)
+            raise Stopped(number, agreed=True)
 
 
 def _saver(
