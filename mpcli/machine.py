@@ -32,6 +32,9 @@ _PACKAGES = (
     "safetensors",
     "scikit-learn",
     "tensorboard",
+    "transformers",
+    "tokenizers",
+    "datasets",
 )
 # What bears on numerics, devices, threads, processes and caches. A list of names and no pattern:
 # what a person's own variables hold is nobody's business.
@@ -115,6 +118,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that bear on what a run computes; None where one is not installed."""
+    return {package: _version(package) for package in _PACKAGES}
+
+
 def detect_machine() -> Machine:
     """Devices and the precisions that they run, without timing anything."""
     check_installation()
@@ -147,7 +155,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": versions(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "devices": [

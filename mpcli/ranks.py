@@ -8,8 +8,9 @@ steps is the same anyway; what does not (signals, clocks) goes through `Ranks.ag
 from __future__ import annotations
 
 import datetime
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
+
+from mpcli.position import Position
+from mpcli.recipe.errors import Problem, UserError
 
 T = TypeVar("T")
 
@@ -36,23 +40,6 @@ class Ask:
 _BITS = [1 << bit for bit in range(6)]
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a process stands in its group, as its launcher says.
-
-    Attributes:
-        local_rank: among the processes of its machine: the number of its GPU.
-        attempt_key: differs between two groups that meet in the same store.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    host: str
-    port: int
-    attempt_key: str
-
-
 class Ranks:
     """This process among those that train a run together.
 
@@ -62,6 +49,7 @@ class Ranks:
         rank: its number, from 0; rank 0 writes the run's records.
         world_size: how many there are.
         local_rank: its number on its machine.
+        store: in which they met; what rank 0 hosts lives as long as this.
     """
 
     def __init__(
@@ -70,10 +58,12 @@ class Ranks:
         world_size: int = 1,
         local_rank: int = 0,
         control: ProcessGroup | None = None,
+        store: TCPStore | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
+        self.store = store
         self._control = control  # gloo: what it carries is on the host
         self._asked: tuple[dist.Work, Tensor] | None = None
 
@@ -148,7 +138,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(position: Position, device: torch.device, timeout: float) -> Ranks:
+def join(
+    position: Position, device: torch.device, timeout: float, facts: Mapping[str, str] | None = None
+) -> Ranks:
     """Meet the other processes of the group; `leave` parts from them.
 
     A store prefix per attempt keeps a restarted group from the addresses of the one before it:
@@ -156,16 +148,23 @@ def join(position: Position, device: torch.device, timeout: float) -> Ranks:
 
     Args:
         timeout: seconds that a collective operation may take.
+        facts: what has to be the same in all ranks, by name.
 
     Raises:
+        UserError: exit 2, in all ranks, the facts of one are others.
         RuntimeError: they did not come.
     """
     limit = datetime.timedelta(seconds=timeout)
     rank, world_size = position.rank, position.world_size
-    store = TCPStore(position.host, position.port, world_size, is_master=False, timeout=limit)
+    hosts = not position.agent and rank == 0
+    store = TCPStore(
+        position.host, position.port, None, is_master=hosts, timeout=limit, wait_for_workers=False
+    )
+    own = PrefixStore(position.attempt_key, store)
+    _compare(own, rank, world_size, facts or {})
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore(position.attempt_key, store),
+        store=own,
         rank=rank,
         world_size=world_size,
         timeout=limit,
@@ -173,7 +172,61 @@ def join(position: Position, device: torch.device, timeout: float) -> Ranks:
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, ProcessGroup)
-    return Ranks(rank, world_size, position.local_rank, control)
+    return Ranks(rank, world_size, position.local_rank, control, store)
+
+
+_LONGEST_FACT = 80  # characters of one that is told
+
+
+def _compare(store: PrefixStore, rank: int, world_size: int, facts: Mapping[str, str]) -> None:
+    """Rank 0 reads what all say, and all read what it found."""
+    store.set(f"facts/{rank}", json.dumps(dict(facts)))
+    if rank == 0:
+        found = []
+        for other in range(1, world_size):
+            theirs = json.loads(store.get(f"facts/{other}"))
+            for name in sorted({*facts, *theirs}, key=lambda name: (name not in facts, name)):
+                values = [known.get(name, "nothing") for known in (facts, theirs)]
+                if values[0] != values[1]:
+                    mine, other_value = _shortened(*values)
+                    found.append(f"{name} is {mine} in rank 0 and {other_value} in rank {other}")
+        store.set("differences", json.dumps(found))
+    differences = json.loads(store.get("differences"))
+    if rank == 0:
+        for other in range(1, world_size):  # the store ends with rank 0
+            store.get(f"read/{other}")
+    else:
+        store.set(f"read/{rank}", "")
+    if differences:
+        hint = "start all ranks with the same recipe, code and library versions"
+        raise UserError(*(Problem(what, hint) for what in differences[:_MOST_DIFFERENCES]))
+
+
+_MOST_DIFFERENCES = 8
+
+
+def _shortened(one: str, other: str) -> tuple[str, str]:
+    """The parts of two texts where they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = max(0, same - _LONGEST_FACT // 2) if max(len(one), len(other)) > _LONGEST_FACT else 0
+    parts = [text[start : start + _LONGEST_FACT] for text in (one, other)]
+    return f"`{parts[0]}`", f"`{parts[1]}`"
+
+
+_LOST = re.compile(r"gloo/|connection (was )?(closed|reset|refused)|connectFullMesh", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"time(d)?[ -]?out", re.IGNORECASE)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says only that another rank could not be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether another rank could not be reached in the time there is for that."""
+    return lost_peer(error) and _TIMED_OUT.search(str(error)) is not None
 
 
 def leave() -> None:

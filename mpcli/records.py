@@ -548,6 +548,34 @@ class ResultProblem(TypedDict):
     finding: str | None
 
 
+class Heartbeat(Record):
+    """`attempts/<k>/rank<N>.json`: where one of several processes is."""
+
+    version: int = SCHEMA_VERSION
+    rank: int
+    pid: int
+    host: str
+    step: int = Field(description="attempted step that it began last; 0: it is not yet training")
+    state: Literal["running", "ended"] = "running"
+
+
+class RankFailure(Record):
+    """`attempts/<k>/failure.rank<N>.json`: how one of several processes ended by itself."""
+
+    version: int = SCHEMA_VERSION
+    rank: int
+    step: int = Field(description="attempted step that it was in; 0: it was not yet training")
+    status: Status = "failed"
+    exit_code: int
+    problems: tuple[ResultProblem, ...] = ()
+    traceback: tuple[str, ...] = Field(default=(), description="innermost lines, of a bug")
+    lost_peer: bool = Field(default=False, description="only another rank could not be reached")
+    timed_out: bool = Field(default=False, description="it waited for another rank in vain")
+    killed_by: str | None = Field(
+        default=None, description="signal; its launcher says so, since the rank could not"
+    )
+
+
 class Result(Record):
     """`result.json`, and what `run --json` prints."""
 

@@ -380,7 +380,7 @@ def _stop(ask: int) -> None:
     """
     for number, flag in _STOPS.items():
         if ask & flag:
-            raise Stopped(number)
+            raise Stopped(number, agreed=True)
 
 
 def _saver(

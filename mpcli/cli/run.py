@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -65,7 +66,6 @@ def run(
     from mpcli.machine import environment
 
     with uninterrupted():
-        from mpcli.launch import launch
         from mpcli.rundir import RunDirectory
 
     _show_warnings(loaded, warnings)
@@ -73,7 +73,7 @@ def run(
     found = environment()
     with held():
         directory = RunDirectory.create(loaded, planned, found, folder)
-        result = launch(directory, display(), loaded.plugin)
+        result = _train(directory, loaded, planned, found)
         _show_result(result, directory, loaded, as_json=as_json)
 
 
@@ -108,17 +108,34 @@ def _resume(
 
         from mpcli.machine import environment
 
-        with uninterrupted():
-            from mpcli.launch import launch
-
         _show_warnings(loaded, warnings)
         found = environment()
         with held():
             directory.begin_attempt(loaded.recipe, planned, found, changes)
-            result = launch(directory, display(), plugin)
+            result = _train(directory, loaded, planned, found)
             _show_result(result, directory, loaded, as_json=as_json)
     finally:
         directory.close()
+
+
+def _train(
+    run: RunDirectory, loaded: LoadedRecipe, planned: Plan, environment: Mapping[str, Any]
+) -> Result:
+    """In this process, or in processes that it starts."""
+    if loaded.recipe.engine.kind == "local":
+        from mpcli.launch import launch
+
+        return launch(run, display(), loaded.plugin)
+    from mpcli.elastic import supervise
+
+    return supervise(
+        run,
+        loaded.recipe,
+        planned,
+        environment,
+        lambda line: write(line, sys.stderr),
+        loaded.plugin,
+    )
 
 
 def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None:
