@@ -8,7 +8,6 @@ steps is the same anyway; what does not (signals, clocks) goes through `Ranks.ag
 from __future__ import annotations
 
 import datetime
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
 T = TypeVar("T")
 
 
-class Ask(enum.IntFlag):
-    """What one rank may want that all have to do."""
+class Ask:
+    """What one rank may want that all have to do: bits of a plain number, which costs nothing."""
 
     NOTHING = 0
     TERMINATE = 1
@@ -34,7 +33,7 @@ class Ask(enum.IntFlag):
     COLLECT = 32
 
 
-_BITS = [flag.value for flag in Ask]
+_BITS = [1 << bit for bit in range(6)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Ranks:
             return torch.device(kind)
         return torch.device(kind, self.local_rank)
 
-    def agree(self, ask: Ask) -> Ask:
+    def agree(self, ask: int) -> int:
         """What any rank asked for, the same in all of them. All have to call it equally often.
 
         Alone, that is `ask`. Otherwise it is what was asked in the call before this one, so that
@@ -108,7 +107,7 @@ class Ranks:
         if before is None:
             return Ask.NOTHING
         before[0].wait()
-        return Ask(sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked))
+        return sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, in every rank. All have to call it."""

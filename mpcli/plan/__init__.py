@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpcli.data.batch import Batch, micro_batch_sizes
-from mpcli.engines import mode_problems
+from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
 from mpcli.plan.precision import PrecisionPlan, plan_precision
@@ -171,6 +171,8 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
         )
+    for what in clip_problems(recipe.engine, recipe.train.clip):
+        yield Problem(what, "use `kind: norm`, or `kind: ddp`", path="train.clip.kind")
     if meaning.tf32 and recipe.precision.sensitive_layers:
         yield Problem(
             "TF32 is one switch for the whole process: no layer can be left out",
