@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpcli.checkpoint import (
@@ -34,14 +37,19 @@ from mpcli.checkpoint.layout import (
     TENSORS,
     FileEntry,
     Manifest,
+    completed,
     encode,
     sha256,
     shard_name,
 )
+from mpcli.diagnose.places import gather
+from mpcli.engines.local import checkpoint_weights
 from mpcli.ranks import Ranks
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.rundir import RunDirectory
 from tests.checkpoints import in_child, small, tensors
-from tests.test_checkpoint_hostile import refusal
+from tests.small import resume_small, run_small
+from tests.test_checkpoint_hostile import UNDER_AUDIT, refusal
 
 WORLD = 3
 SHARDS = [shard_name(rank) for rank in range(WORLD)]
@@ -203,8 +211,6 @@ def test_copies_are_of_what_the_rank_writes(folder):
 
 
 def test_room_is_for_whole_tensors(folder, monkeypatch):
-    import shutil
-
     part = {"x": Part(torch.zeros(1, 1000), (0, 0), (1000, 1000))}
     usage = shutil._ntuple_diskusage(10**9, 0, 3_999_999)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -227,6 +233,66 @@ def test_a_tensor_is_read_when_it_is_asked_for(folder):
     first = loaded["model.weight"]
     first.zero_()
     assert torch.equal(loaded["model.weight"], whole(1)["model.weight"])
+
+
+def divide(checkpoint: Checkpoint) -> None:
+    """Replace a checkpoint of one file by the same one in several."""
+    tensors, state = load(checkpoint)
+
+    def blocks(rank: int) -> dict[str, Tensor | Part]:
+        held: dict[str, Tensor | Part] = {}
+        for name, value in tensors.items():
+            held[name] = value
+            if value.dim() and not name.startswith("rng."):
+                chunks = value.tensor_split(WORLD)
+                offset = sum(map(len, chunks[:rank]))
+                offsets = (offset, *[0] * (value.dim() - 1))
+                held[name] = Part(chunks[rank], offsets, tuple(value.shape))
+        return held
+
+    def run(ranks: Ranks) -> None:
+        held = blocks(ranks.rank)
+        saver = Saver(checkpoint.path.parent, 9, held, ranks, background=False)
+        saver.save(checkpoint.step, held, state)
+
+    on_ranks(run)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_run_of_one_process_goes_on_from_what_many_saved(tmp_path, adam):
+    options = ["output.checkpoint_every=2 steps", "train.ema=0.9"]
+    options += ["optim={kind: adamw, lr: 0.01}"] if adam else []
+    run, _ = run_small(tmp_path, *options)
+    divided = RunDirectory.read(shutil.copytree(run.path, tmp_path / "divided"))
+    for checkpoint in completed(divided.checkpoints_path):
+        divide(checkpoint)
+        assert (checkpoint.path / SHARDS[2]).is_file()
+        same = run.checkpoints_path / checkpoint.path.name
+        read, expected = load(checkpoint)[0], load(Checkpoint(same, checkpoint.step))[0]
+        theirs, ours = (checkpoint_weights(each, 0.9) for each in (read, expected))
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+        found, facts = gather(checkpoint.path).facts, gather(same).facts
+        assert found is not None
+        assert found.weights.tensors == facts.weights.tensors
+        assert found.optimizer == facts.optimizer
+        assert found.scaler == facts.scaler
+    for each in (run, divided):
+        assert resume_small(each, "train.steps=6").status == "done"
+    model = "final/model.safetensors"
+    ours, theirs = (load_file(each.path / model) for each in (run, divided))
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
+    run, _ = run_small(tmp_path, "output.checkpoint_every=2 steps")
+    other, _ = run_small(tmp_path, "task.model.width=6", name="other")
+    shutil.rmtree(run.checkpoints_path / "step-4")
+    shutil.move(other.checkpoints_path / "step-4", run.checkpoints_path)
+    divide(Checkpoint(run.checkpoints_path / "step-4", 4))
+    result = resume_small(run, "train.steps=6")
+    assert result.status == "done"
+    assert "step-4 cannot be used: it is not of this run" in result.problems[0]["message"]
 
 
 # Failures
@@ -503,6 +569,23 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
 def test_a_malicious_checkpoint_is_refused(checkpoint, attack):
     ATTACKS[attack](checkpoint.path)
     refusal(checkpoint)
+
+
+@pytest.mark.slow
+def test_reading_executes_nothing(tmp_path):
+    """Every attack and the good one, in a process whose audit hook raises at what is forbidden."""
+    cases = []
+    for number, attack in enumerate([lambda folder: None, lambda folder: None, *ATTACKS.values()]):
+        folder = tmp_path / str(number) / "checkpoints"
+        folder.parent.mkdir()
+        attack(save_steps(folder, 5).path)
+        cases.append(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_AUDIT], input="\n".join(map(str, cases)),
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2 [] []"
 
 
 @pytest.mark.parametrize("name", SHARDS)

@@ -76,10 +76,9 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, stored: Mapping[str, _Stored]) -> None:
         self._stored = stored
+        names = {block.file for entry in stored.values() for block in entry.blocks}
         self._files: dict[str, Any] = {
-            block.file: safe_open(folder / block.file, framework="pt")
-            for entry in stored.values()
-            for block in entry.blocks
+            name: safe_open(folder / name, framework="pt") for name in names
         }
 
     def __getitem__(self, name: str) -> Tensor:
