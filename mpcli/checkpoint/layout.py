@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt
+from pydantic import Field
 from pydantic_core import from_json
-from torch import Tensor
+from torch import Size, Tensor
 
 from mpcli.records import Record, strict_json
 
@@ -72,14 +71,14 @@ class Part:
     @property
     def whole_bytes(self) -> int:
         """Of the whole tensor."""
-        return self.tensor.element_size() * math.prod(self.shape)
+        return self.tensor.element_size() * Size(self.shape).numel()
 
 
 def parts_of(tensors: Mapping[str, Tensor | Part], rank: int) -> dict[str, Part]:
     """What a rank writes of its tensors: its parts, and in rank 0 what is whole as well."""
     parts: dict[str, Part] = {}
     for name, value in tensors.items():
-        if isinstance(value, Part) and math.prod(value.shape):
+        if isinstance(value, Part) and Size(value.shape).numel():
             if value.tensor.numel():
                 parts[name] = value
         elif rank == 0:  # nothing cannot be divided either
@@ -96,6 +95,10 @@ class Checkpoint:
     step: int
 
 
+_Length = Annotated[int, Field(strict=True, ge=0)]
+_Lengths = Annotated[tuple[_Length, ...], Field(fail_fast=True)]
+
+
 class Place(Record):
     """Of a tensor in a file: an entry of `DCP_SHARDING_INFO`, which torch's reader knows.
 
@@ -104,8 +107,8 @@ class Place(Record):
         shape: of the whole, where the file has not all of it; ours, torch's reader passes it over.
     """
 
-    saved_offsets: tuple[NonNegativeInt, ...]
-    shape: tuple[NonNegativeInt, ...] | None = None
+    saved_offsets: _Lengths
+    shape: _Lengths | None = None
 
 
 class FileEntry(Record):
