@@ -57,7 +57,7 @@ def test_the_error_shown_is_the_one_printed(tmp_path, monkeypatch, mptrain):
 def test_the_exit_codes_are_those_of_the_program():
     table = README.partition("## Exit codes")[2].partition("\n## ")[0]
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)}
-    assert listed == set(Exit) - {Exit.DISTRIBUTED}
+    assert listed == set(Exit)
 
 
 def test_the_commands_are_those_of_the_program():
