@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -26,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mpcli import signals
 from mpcli.checkpoint.layout import completed
 from mpcli.launch import Ending, finish, problem_of, recorded, stopped
+from mpcli.meeting import Meeting
 from mpcli.progress import Progress
 from mpcli.recipe.engine import Local
 from mpcli.recipe.errors import Exit, Problem
@@ -52,21 +54,31 @@ def supervise(
     environment: Mapping[str, Any],
     tell: Callable[[str], None],
     plugin: PluginFile | None = None,
+    meeting: Meeting | None = None,
 ) -> Result:
     """Train what the run directory says in processes of their own, and say how that ended.
 
     Args:
         environment: of the attempts to come.
         tell: shows a line to the person.
+        meeting: with the launchers of other machines, of which this is the chief.
+
+    Raises:
+        UserError: exit 6, the other launchers did not come, or one is gone.
     """
     engine = recipe.engine
     assert not isinstance(engine, Local)
     progress = Progress()
     restarts, newest = 0, _newest(run)
-    with signals.handled(), signals.held(), _quiet_torch(), _variables(plan.world_size):
+    processes = plan.world_size // (meeting.nodes if meeting else 1)
+    with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
+        if meeting:
+            meeting.gather()
         while True:
-            attempt = _Attempt(run, plan.world_size, plugin)
+            attempt = _begin(run, plan.world_size, plugin, meeting)
             attempt.watch()
+            if meeting:
+                meeting.finished()
             if result := run.result():
                 return result
             found = attempt.error or root_cause(
@@ -88,6 +100,36 @@ def supervise(
                     break
             _count(run, recipe, progress)
             return finish(run, recipe, progress, found)
+
+
+def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> int:
+    """Start and watch this machine's processes as the chief says; the exit code of the run."""
+    processes = world_size // meeting.nodes
+    with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
+        while "exit_code" not in (order := meeting.order()):
+            run = RunDirectory(Path(order["run"]), order["attempt"])
+            _Attempt(run, processes, plugin, order["id"], meeting).watch()
+            meeting.finished()
+        code: int = order["exit_code"]
+        return code
+
+
+def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
+    """How a run ended whose ranks something else started, as one of them that failed.
+
+    Rank 0 writes the result.
+    """
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and len(run.failures()) < world_size:
+        time.sleep(LOOK)  # the root of a failure may be told a moment later
+    found = root_cause(run.failures(), run.heartbeats(), world_size, signals.asked())
+    if isinstance(found, str):
+        found = _ending(Exit.DISTRIBUTED, found, _HANG_HINT)
+    if run.rank == 0:
+        progress = Progress()
+        _count(run, recipe, progress)
+        finish(run, recipe, progress, found)
+    return found
 
 
 def root_cause(
@@ -176,6 +218,17 @@ def _count(run: RunDirectory, recipe: Recipe, progress: Progress) -> None:
         progress.add_evaluation(evaluation.step, evaluation.metrics, recipe.output.keep_best)
 
 
+def _begin(
+    run: RunDirectory, world_size: int, plugin: PluginFile | None, meeting: Meeting | None
+) -> _Attempt:
+    """The processes of an attempt on all machines."""
+    identity = str(uuid.uuid4())
+    if meeting is None:
+        return _Attempt(run, world_size, plugin, identity)
+    meeting.tell(run=str(run.path.absolute()), attempt=run.attempt, id=identity)
+    return _Attempt(run, world_size // meeting.nodes, plugin, identity, meeting)
+
+
 class _Attempt:
     """The processes of this machine in one attempt.
 
@@ -183,7 +236,14 @@ class _Attempt:
         error: why they could not be started.
     """
 
-    def __init__(self, run: RunDirectory, processes: int, plugin: PluginFile | None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        processes: int,
+        plugin: PluginFile | None,
+        identity: str,
+        meeting: Meeting | None = None,
+    ) -> None:
         self.error: Ending | None = None
         self._run = run
         self._codes: dict[int, int] = {}  # exit codes other than 0, by rank
@@ -191,13 +251,13 @@ class _Attempt:
         self._told: dict[int, int] = {}  # signals to end that a process got, by its id
         self._deadline = float("inf")
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=meeting.nodes if meeting else 1,
+            max_nodes=meeting.nodes if meeting else 1,
             nproc_per_node=processes,
-            run_id=str(uuid.uuid4()),
+            run_id=identity,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
+            rdzv_endpoint=meeting.endpoint if meeting else "localhost:0",
+            local_addr=None if meeting and not meeting.is_local else "localhost",
             max_restarts=0,
             monitor_interval=LOOK,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
@@ -255,9 +315,10 @@ class _Attempt:
         return {rank: b.pid for rank, b in self._heartbeats().items() if _lives(b.pid)}
 
     def _heartbeats(self) -> dict[int, Heartbeat]:
-        """Of the processes of this machine."""
-        here = socket.gethostname()
-        return {rank: b for rank, b in self._run.heartbeats().items() if b.host == here}
+        """Of the processes that are this launcher's."""
+        here = (socket.gethostname(), os.getpid())
+        beats = self._run.heartbeats()
+        return {rank: b for rank, b in beats.items() if (b.host, b.launcher) == here}
 
     @staticmethod
     def _send(processes: Mapping[int, int], number: int) -> None:

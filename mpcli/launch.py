@@ -224,6 +224,21 @@ def explaining(task: Task) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def explained_loss() -> Iterator[None]:
+    """Raise as a `UserError` that the other ranks could not be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        hint = "start all ranks of the group at the same time, and look at what the others say"
+        raise user_error(
+            f"another rank cannot be reached: {first}", hint, exit_code=Exit.DISTRIBUTED
+        ) from error
+
+
 def explained(error: Exception) -> UserError | None:
     """What torch raises through no fault of the program, with its remedy."""
     text = str(error)

@@ -554,6 +554,7 @@ class Heartbeat(Record):
     version: int = SCHEMA_VERSION
     rank: int
     pid: int
+    launcher: int = Field(description="process that started it")
     host: str
     step: int = Field(description="attempted step that it began last; 0: it is not yet training")
     state: Literal["running", "ended"] = "running"

@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,21 +20,9 @@ from mpcli.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from mpcli.launch import Ending
-    from mpcli.recipe.recipe import Recipe
-    from mpcli.records import EvalRecord, Plan, StepRecord
     from mpcli.trainer import Display
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-
-
-class _Silent:
-    """The display of all ranks but the first."""
-
-    def start(self, plan: Plan, recipe: Recipe) -> None: ...
-    def steps(self, rows: Sequence[StepRecord]) -> None: ...
-    def evaluated(self, row: EvalRecord) -> None: ...
-    def message(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def main() -> NoReturn:
@@ -83,18 +70,16 @@ def _separate_output(run: RunDirectory) -> None:
 
 
 def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
-    import torch
-
     from mpcli.cli.console import display, prepare_streams
     from mpcli.cli.plugin import plugin_of_run
     from mpcli.launch import ended_by, reported
-    from mpcli.member import facts, fail, take_part
+    from mpcli.member import Silent, enter, fail, take_part
     from mpcli.position import position
-    from mpcli.ranks import join, leave
+    from mpcli.ranks import leave
     from mpcli.recipe.load import load_recipe
 
     prepare_streams()
-    shown: Display = _Silent() if run.rank else display()
+    shown: Display = Silent() if run.rank else display()
     with reported(run, shown):
         recipe = None
         try:
@@ -102,13 +87,7 @@ def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
             recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
             plan, place = run.plan(), position(os.environ)
             assert place is not None
-            assert recipe.engine.kind != "local"
-            device = torch.device(plan.device)
-            if plan.device == "cuda":
-                device = torch.device("cuda", place.local_rank)
-                torch.cuda.set_device(device)
-            same = facts(recipe, plan, plugin.sha256 if plugin else None)
-            ranks = join(place, device, recipe.engine.timeout_seconds, same)
+            ranks = enter(place, recipe, plan, plugin)
         except Exception as error:
             ending = ended_by(error, recipe)
             fail(run, ending)

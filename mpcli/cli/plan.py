@@ -51,9 +51,19 @@ def plan(
 
 
 def make(
-    recipe: str, overrides: list[str], plugin: PluginFile | None, *, strict: bool
+    recipe: str,
+    overrides: list[str],
+    plugin: PluginFile | None,
+    *,
+    strict: bool,
+    world_size: int | None = None,
+    nodes: int = 1,
 ) -> tuple[LoadedRecipe, Plan, list[Problem]]:
     """Load and plan a recipe; the problems are the plan's warnings, with their places.
+
+    Args:
+        world_size: of the group that this process was started in.
+        nodes: machines that take part.
 
     Raises:
         UserError: every error of the recipe, or of the plan, or with `strict` every warning.
@@ -61,16 +71,23 @@ def make(
     from mpcli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides, plugin)
-    return loaded, *planned_for(loaded, strict=strict)
+    return loaded, *planned_for(loaded, strict=strict, world_size=world_size, nodes=nodes)
 
 
 def planned_for(
-    loaded: LoadedRecipe, *, strict: bool = False, training: bool = True
+    loaded: LoadedRecipe,
+    *,
+    strict: bool = False,
+    training: bool = True,
+    world_size: int | None = None,
+    nodes: int = 1,
 ) -> tuple[Plan, list[Problem]]:
     """Plan a recipe; the problems are the plan's warnings, with their places.
 
     Args:
         training: whether it is to be trained, not only evaluated.
+        world_size: of the group that this process was started in.
+        nodes: machines that take part.
 
     Raises:
         UserError: every error of the plan, or with `strict` every warning.
@@ -81,8 +98,10 @@ def planned_for(
     try:
         with uninterrupted():
             from mpcli.plan import make_plan
+            from mpcli.plan.processes import Group
 
-            planned = make_plan(loaded.recipe, machine, training=training)
+            group = Group(world_size, nodes)
+            planned = make_plan(loaded.recipe, machine, group=group, training=training)
     except UserError as error:
         raise UserError(*(p.at(loaded.place(p.path)) for p in error.problems)) from error
     warnings = [

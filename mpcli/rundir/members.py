@@ -23,7 +23,12 @@ class Pulse:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        about = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        about = {
+            "rank": rank,
+            "pid": os.getpid(),
+            "launcher": os.getppid(),
+            "host": socket.gethostname(),
+        }
         self._begin = strict_json(about)[:-1]
         self._step = 0
         path = folder / f"rank{rank}.json"
