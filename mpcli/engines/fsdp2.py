@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -166,20 +166,21 @@ class Fsdp2Engine(LocalEngine):
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""
         tensors, numbers = super().checkpoint()
         parts: dict[str, Tensor | Part] = dict(tensors)
-        for key, name in self._keys_of_parts(tensors):
-            shape = tuple(self._divided[name].shape)
-            parts[key] = Part(tensors[key], (self._rows(name).start, *(0,) * len(shape[1:])), shape)
+        for key, tensor in tensors.items():
+            if name := self._divided_in(key, tensor):
+                shape = tuple(self._divided[name].shape)
+                offsets = (self._rows(name).start, *(0,) * len(shape[1:]))
+                parts[key] = Part(tensor, offsets, shape)
         return parts, numbers
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Become what `checkpoint` was taken of, by any number of ranks."""
-        own = dict(tensors)
-        for key, name in self._keys_of_parts(tensors):
-            if own[key].shape != self._divided[name].shape:
-                here = list(self._divided[name].shape)
-                raise foreign(f"`{key}` is {list(own[key].shape)}, and {here} here")
-            own[key] = own[key][self._rows(name)]
-        super().restore(own, state)
+    def _part_here(self, key: str, whole: Tensor) -> Tensor:
+        name = self._divided_in(key, whole)
+        if not name:
+            return whole
+        if whole.shape != self._divided[name].shape:
+            here = list(self._divided[name].shape)
+            raise foreign(f"`{key}` is {list(whole.shape)}, and {here} here")
+        return whole[self._rows(name)]
 
     def _state(self) -> dict[str, Tensor]:
         state = super()._state()
@@ -190,15 +191,14 @@ class Fsdp2Engine(LocalEngine):
                 state[f"master.{name}"] = exact
         return state
 
-    def _keys_of_parts(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-        """Of tensors in a checkpoint those that are divided, and of which parameter they are."""
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "optimizer":
-                name = name.partition(".")[2]
-            of_parameter = kind in ("model", "master", "optimizer", "average")
-            if of_parameter and name in self._divided and tensor.ndim:  # Adam's `step` is whole
-                yield key, name
+    def _divided_in(self, key: str, tensor: Tensor) -> str | None:
+        """The parameter whose rows divide a tensor of a checkpoint; None for what is whole."""
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            name = name.partition(".")[2]
+        of_parameter = kind in ("model", "master", "optimizer", "average")
+        # Adam's `step` is whole.
+        return name if of_parameter and name in self._divided and tensor.ndim else None
 
     def _rows(self, name: str) -> slice:
         """This rank's, as torch.chunk divides them."""

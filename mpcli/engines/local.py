@@ -330,7 +330,7 @@ class LocalEngine:
             name = different[0]
             raise foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
         for name, value in own.items():
-            there = outline(tensors, name)
+            there = self._part_here(name, outline(tensors, name))
             if (value.shape, value.dtype) != (there.shape, there.dtype):
                 raise foreign(f"`{name}` is {_about(there)}, and {_about(value)} here")
         attempted, applied = state.get("attempted"), int(tensors["applied"])
@@ -340,8 +340,13 @@ class LocalEngine:
         scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
         self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
         for name in own.keys() - {*scaler.values()}:
-            own[name].copy_(tensors[name])  # into its memory format
+            # Into its memory format. Read one by one: all may be more than memory holds.
+            own[name].copy_(self._part_here(name, tensors[name]))
         self._go_on(tensors, attempted)
+
+    def _part_here(self, key: str, whole: Tensor) -> Tensor:
+        """Of a tensor in a checkpoint what this rank has."""
+        return whole
 
     def adopt(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
         """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
