@@ -49,6 +49,7 @@ class Ranks:
         rank: its number, from 0; rank 0 writes the run's records.
         world_size: how many there are.
         local_rank: its number on its machine.
+        timeout: seconds that one waits for the others.
         store: in which they met; what rank 0 hosts lives as long as this.
     """
 
@@ -59,7 +60,9 @@ class Ranks:
         local_rank: int = 0,
         control: ProcessGroup | None = None,
         store: TCPStore | None = None,
+        timeout: float = 600.0,
     ) -> None:
+        self.timeout = timeout
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
@@ -172,7 +175,7 @@ def join(
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, ProcessGroup)
-    return Ranks(rank, world_size, position.local_rank, control, store)
+    return Ranks(rank, world_size, position.local_rank, control, store, timeout)
 
 
 _LONGEST_FACT = 80  # characters of one that is told

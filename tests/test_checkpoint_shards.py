@@ -326,12 +326,11 @@ def test_a_rank_that_cannot_write_fails_the_save_at_once(folder, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["step-1"]
 
 
-def test_rank_0_gives_up_waiting(folder, monkeypatch):
-    monkeypatch.setattr(writer, "WAIT_SECONDS", 0.1)
+def test_rank_0_gives_up_waiting(folder):
     writer.begin(folder, 1)
     with pytest.raises(UserError, match="rank 1 has not written its part") as caught:
-        writer.save(folder, 1, share(1, 0), {}, keep_last=1, writers=WORLD)
-    assert caught.value.exit_code == Exit.STORAGE
+        writer.save(folder, 1, share(1, 0), {}, keep_last=1, writers=WORLD, patience=0.1)
+    assert caught.value.exit_code == Exit.DISTRIBUTED
     assert list(folder.iterdir()) == []
 
 

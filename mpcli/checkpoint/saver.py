@@ -208,6 +208,7 @@ class Saver:
             keep_last=self.keep_last,
             keep=keep,
             writers=self._writers,
+            patience=self.ranks.timeout,
         )
 
     def _write_copies(

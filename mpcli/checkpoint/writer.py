@@ -48,8 +48,6 @@ from mpcli.rundir import storage_errors, sync
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 1800.0
-"""For the other ranks' files, when rank 0's are written."""
 _POLL_SECONDS = 0.02
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -63,6 +61,7 @@ def save(
     keep_last: int,
     keep: Collection[int] = (),
     writers: int = 1,
+    patience: float = 600.0,
 ) -> Checkpoint:
     """Write `folder/step-<step>`, then remove what is no longer wanted.
 
@@ -79,9 +78,10 @@ def save(
         keep: steps that stay besides.
         writers: ranks that have parts. If there are several, this is rank 0, `begin` was called
             before any of them wrote, and each of the others calls `save_share`.
+        patience: seconds that it waits for their files when its own are written.
 
     Raises:
-        UserError: exit 7, nothing was saved.
+        UserError: exit 7, nothing was saved; 6, a rank does not write.
         TypeError, ValueError: `state` is not JSON, or more than `MAX_JSON_BYTES`.
     """
     text = encode(dict(state))
@@ -92,7 +92,7 @@ def save(
     final = temporary.with_suffix("")
     with storage_errors(folder, f"checkpoint {final.name}"):
         try:
-            _write(temporary, step, tensors, text, writers)
+            _write(temporary, step, tensors, text, writers, patience)
             _publish(temporary, final)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -164,12 +164,13 @@ def _write(
     tensors: Mapping[str, Tensor | Part],
     state: bytes,
     writers: int,
+    patience: float,
 ) -> None:
     """Rank 0's three files and their way to the disk, where the other ranks' files are already."""
     _write_tensors(folder / TENSORS, parts_of(tensors, 0))
     (folder / STATE).write_bytes(state)
     entries = {path.name: _file_entry(path) for path in (folder / TENSORS, folder / STATE)}
-    entries |= _collected(folder, writers)
+    entries |= _collected(folder, writers, patience)
     manifest = Manifest(version=VERSION, step=step, files=entries)
     (folder / MANIFEST).write_bytes(encode(manifest.model_dump()))
     for path in (folder / TENSORS, folder / STATE, folder / MANIFEST, folder):
@@ -180,18 +181,18 @@ def _file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
-def _collected(folder: Path, writers: int) -> dict[str, FileEntry]:
+def _collected(folder: Path, writers: int, patience: float) -> dict[str, FileEntry]:
     """What the other ranks wrote. A rank that died says nothing: its group ends this process."""
     entries = {}
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + patience
     for rank in range(1, writers):
         path = _entry_path(folder, rank)
         while not path.exists():
             if time.monotonic() > deadline:
                 raise user_error(
                     f"rank {rank} has not written its part of checkpoint {folder.stem}",
-                    "the run directory has to be on a disk that all machines share",
-                    exit_code=Exit.STORAGE,
+                    "it hangs, or does not share a disk with rank 0",
+                    exit_code=Exit.DISTRIBUTED,
                 )
             time.sleep(_POLL_SECONDS)
         text = path.read_bytes()
