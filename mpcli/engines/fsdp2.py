@@ -28,7 +28,7 @@ from mpcli.precision.formats import DTYPES, dtype_name
 from mpcli.precision.numerics import Numerics
 from mpcli.precision.observe import TypesObserver, observed_types
 from mpcli.recipe.engine import Fsdp2
-from mpcli.recipe.errors import user_error
+from mpcli.recipe.errors import Problem, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 from mpcli.records import ModuleTypes
@@ -45,6 +45,21 @@ def clip_problems(clip: Clip | None) -> list[str]:
     """Why this engine cannot clip as a recipe says; empty where it can."""
     if isinstance(clip, ClipAgc):
         return ["`agc` needs norms of whole vectors, which fully_shard divides among processes"]
+    return []
+
+
+def micro_batch_problems(counts: Collection[int]) -> list[Problem]:
+    """Why this engine cannot accumulate as a recipe says; empty where it can."""
+    if len(set(counts)) > 1:
+        what = " or ".join(map(str, sorted(set(counts))))
+        return [
+            Problem(
+                f"a process has {what} micro-batches in a step, and fully_shard needs as many "
+                "forwards in all",
+                "choose another size, or a global batch that the number of processes divides",
+                path="train.micro_batch_size",
+            )
+        ]
     return []
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from mpcli.data.batch import Batch, micro_batch_sizes
-from mpcli.engines import clip_problems, mode_problems
+from mpcli.engines import clip_problems, micro_batch_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
 from mpcli.plan.precision import PrecisionPlan, plan_precision
@@ -69,12 +69,12 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
     problems += more_problems
     share = math.ceil(batch / world_size)
     micro_batch = min(recipe.train.micro_batch_size or share, share)
+    sizes_by_rank = [  # the last one has the least to do
+        micro_batch_sizes(batch, rank, world_size, micro_batch) for rank in (0, world_size - 1)
+    ]
+    problems += micro_batch_problems(recipe.engine, [len(sizes) for sizes in sizes_by_rank])
     try:
-        smallest = min(
-            part
-            for rank in (0, world_size - 1)
-            for part in micro_batch_sizes(batch, rank, world_size, micro_batch)
-        )
+        smallest = min(size for sizes in sizes_by_rank for size in sizes)
         precision = plan_precision(recipe, data, device, machine, smallest)
     except UserError as error:
         problems += error.problems
