@@ -120,6 +120,13 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
         return
     size = micro_batch_size(recipe, world_size)
     first, last = (micro_batch_sizes(batch, rank, world_size, size) for rank in (0, world_size - 1))
+    engine = recipe.engine
+    if isinstance(engine, Ddp) and engine.static_graph and len(first) > 1:
+        yield Problem(
+            "DistributedDataParallel cannot accumulate gradients with a static graph",
+            "use `static_graph: false`, or a larger `train.micro_batch_size`",
+            path="engine.static_graph",
+        )
     if len(first) != len(last):
         # A share and a share of one more differ in micro-batches where a size divides the smaller.
         smaller = next((n for n in range(size - 1, 1, -1) if sum(last) % n), None)
