@@ -13,7 +13,6 @@ from mpcli.engines.base import Engine
 from mpcli.precision.numerics import Numerics
 from mpcli.ranks import Ranks
 from mpcli.recipe import engine as sections
-from mpcli.recipe.errors import Problem
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip
 
