@@ -115,6 +115,6 @@ def test_a_step_of_two_processes_is_replayed_in_one(runs: dict[str, Path], engin
     )  # fmt: skip
     told = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    replay = told["replay"]
+    replay = told["evidence"]["replay"]
     assert replay["micro_batches"] == 2
     assert float(replay["loss"]) == pytest.approx(float(replay["recorded_loss"]), rel=1e-4)
