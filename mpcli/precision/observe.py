@@ -29,6 +29,9 @@ MOVES = (
 )
 """Operations that compute nothing, besides views."""
 
+COMMUNICATION = frozenset({"c10d", "fsdp"})
+"""Libraries of operations that gather weights before a module's forward."""
+
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution"})
 """Operations that take operands of one type."""
 
@@ -120,7 +123,8 @@ class TypesObserver(TorchDispatchMode):
         if (operation in PRODUCTS or "attention" in operation) and not in_backward:
             _add_types(self._operands, running, args)
         result = func(*args, **kwargs)
-        if in_backward or func.is_view or operation in MOVES or not _floating((args, kwargs)):
+        moves = func.is_view or operation in MOVES or func.namespace in COMMUNICATION
+        if in_backward or moves or not _floating((args, kwargs)):
             return result
         if outputs := _floating(result):
             # The first is the result; others are statistics, which kernels keep in fp32.

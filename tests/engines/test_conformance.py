@@ -137,6 +137,7 @@ VARIANTS: dict[str, tuple[str, Case, tuple[str, ...]]] = {
     "no reshard": ("fsdp2", Case((SGD, "train.ema=0.9")), ("engine.reshard_after_forward=false",)),
     "ddp, uneven": ("ddp", Case((SGD,), batch=5, micro_batch=2), ()),
     "fsdp2, uneven": ("fsdp2", Case((SGD,), batch=5, micro_batch=3), ()),
+    "fsdp2, in place": ("fsdp2", Case((SGD,), model="in place"), ()),
     "ddp, tied": ("ddp", Case((SGD,), model="tied"), ()),
     "fsdp2, tied": ("fsdp2", Case((SGD,), model="tied", micro_batch=4), ()),
     "fsdp2, tied island": (
