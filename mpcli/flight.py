@@ -42,7 +42,7 @@ def keep_flight(
     random_state: Mapping[str, Tensor],
     table: Sequence[LayerRecord],
 ) -> None:
-    """Keep a step in the run directory; a disk that is full ends no run.
+    """Keep a step in the run directory, in rank 0; a disk that is full ends no run.
 
     Args:
         about: `batch` in it is filled in here, unless it says why there is none; `largest` always.
@@ -50,6 +50,8 @@ def keep_flight(
         random_state: before the step's forward, by device: `cpu`, `cuda`.
         table: the rows of the last sampled step.
     """
+    if run.rank:
+        return
     size = sum(tensor.nbytes for tensor in batch.values())
     fits = size <= MAX_BATCH_BYTES
     if about.batch == "stored" and not fits:
@@ -111,7 +113,9 @@ def load_flight(run: RunDirectory, step: int) -> dict[str, Tensor]:
 
 
 def forget_flights(run: RunDirectory, after: int) -> None:
-    """Remove those of later steps than `after`, which will be made again."""
+    """Remove those of later steps than `after`, which will be made again; in rank 0."""
+    if run.rank:
+        return
     with run.recording():
         for step in _steps(run.flights_path):
             if step > after:

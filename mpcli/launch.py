@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from mpcli.checkpoint.layout import completed
 from mpcli.progress import Diverged, Progress
-from mpcli.recipe.errors import Exit, Problem, UserError, user_error
+from mpcli.ranks import ALONE, Ranks, lost_peer
+from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile, plugin_error
+from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
 from mpcli.recipe.task import Task
-from mpcli.records import Result, Status
+from mpcli.records import Result, ResultProblem, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held
 from mpcli.trainer import Display, train
@@ -26,8 +29,24 @@ from mpcli.trainer import Display, train
 logger = logging.getLogger("mpcli")
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a training ended.
+
+    Attributes:
+        error: what was raised.
+        together: in a group, whether all ranks end so, having decided it together.
+    """
+
+    status: Status
+    exit_code: Exit
+    problems: tuple[Problem, ...] = ()
+    error: BaseException | None = None
+    together: bool = True
+
+
 def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None) -> Result:
-    """Train what the run directory says, and write `result.json`.
+    """Train in this process what the run directory says, and write `result.json`.
 
     A later attempt goes on from the newest valid checkpoint, or from step 0 where there is none.
 
@@ -38,38 +57,19 @@ def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None
         Exception: a bug (after `result.json` said `failed`, exit 1), or a `UserError` where
             even the result cannot be written.
     """
-    with handled(), held():
-        return _launch(run, display, plugin)
-
-
-def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> Result:
     progress = Progress()
-    recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
+    with handled(), held(), reported(run, display):
+        recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
+        ending = trained(recipe, run, display, progress)
+        result = finish(run, recipe, progress, ending)
+    if ending.error and ending.exit_code is Exit.BUG:
+        raise ending.error
+    return result
 
-    def finish(status: Status, code: Exit, problems: Sequence[Problem] = ()) -> Result:
-        reason = "; ".join(problem.what for problem in problems) or None
-        told = (*problems, *progress.warnings, *filter(None, [run.lost]))
-        newest = next((found.step for found in completed(run.checkpoints_path)), None)
-        result = Result(
-            status=status,
-            exit_code=code,
-            reason=reason,
-            name=recipe.name,
-            steps_attempted=progress.attempted,
-            steps_applied=progress.applied,
-            steps_skipped=progress.attempted - progress.applied,
-            metrics=progress.metrics(),
-            wall_seconds=progress.seconds,
-            input_share=progress.input_share,
-            peak_memory_bytes=progress.peak_memory_bytes,
-            checkpoint="final" if status == "done" else run.checkpoint_name(newest),
-            best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
-            problems=tuple(map(_recorded, told)),
-        )
-        logger.info("%s%s", status, f": {reason}" if reason else "")
-        run.write_result(result)
-        return result
 
+@contextlib.contextmanager
+def reported(run: RunDirectory, display: Display) -> Iterator[None]:
+    """Write the log of this process in a block; afterwards run and display are closed."""
     with storage_errors(run.path):
         to_file = _LogFile(run.log_path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -78,29 +78,7 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        plan = run.plan()
-        train(recipe, plan, run, display, progress, resume=run.attempt > 1)
-        return finish("done", Exit.DONE)
-    except Diverged as diverged:
-        hint = "`mptrain diagnose` with the run directory names the cause, the layer and the fix"
-        return finish(
-            "diverged", Exit.NUMERICS, [Problem(str(diverged), hint, finding=diverged.finding)]
-        )
-    except UserError as error:
-        logger.info("what was raised", exc_info=True)
-        return finish("failed", error.exit_code, error.problems)
-    except KeyboardInterrupt as stopped:
-        hint = "`mptrain run --resume` with the run directory goes on"
-        if isinstance(stopped, Stopped) and stopped.preempted:
-            return finish("preempted", Exit.PREEMPTED, [Problem("stopped by SIGTERM", hint)])
-        return finish("interrupted", Exit.INTERRUPTED, [Problem("stopped by Ctrl-C", hint)])
-    except Exception as error:
-        if told := explained(error) or plugin_error(error, recipe.task):
-            logger.exception("what was raised")
-            return finish("failed", told.exit_code, told.problems)
-        logger.exception("a bug")
-        finish("failed", Exit.BUG, [Problem(f"{type(error).__name__}: {error}")])
-        raise
+        yield
     finally:
         run.close()
         display.close()
@@ -109,10 +87,108 @@ def _launch(run: RunDirectory, display: Display, plugin: PluginFile | None) -> R
             handler.close()
 
 
-def _recorded(problem: Problem) -> dict[str, Any]:
-    """Of a plug-in's file its name: where it lay may be the run directory."""
+def trained(
+    recipe: Recipe, run: RunDirectory, display: Display, progress: Progress, ranks: Ranks = ALONE
+) -> Ending:
+    """Train what the run directory says, as one of the ranks; every way to end is told here."""
+    try:
+        train(recipe, run.plan(), run, display, progress, resume=run.attempt > 1, ranks=ranks)
+        return Ending("done", Exit.DONE)
+    except (Exception, KeyboardInterrupt) as error:
+        return ended_by(error, recipe)
+
+
+def ended_by(error: BaseException, recipe: Recipe | None = None) -> Ending:
+    """What it means that something was raised; the log has it all."""
+    match error:
+        case Diverged():
+            hint = (
+                "`mptrain diagnose` with the run directory names the cause, the layer and the fix"
+            )
+            problem = Problem(str(error), hint, finding=error.finding)
+            return Ending("diverged", Exit.NUMERICS, (problem,), error)
+        case UserError():
+            logger.info("what was raised", exc_info=error)
+            return Ending("failed", error.exit_code, error.problems, error, together=False)
+        case KeyboardInterrupt():
+            together = isinstance(error, Stopped) and error.agreed
+            preempted = isinstance(error, Stopped) and error.preempted
+            return stopped(preempted=preempted, error=error, together=together)
+    assert isinstance(error, Exception)
+    if told := explained(error) or (recipe and plugin_error(error, recipe.task)):
+        logger.error("what was raised", exc_info=error)
+        return Ending("failed", told.exit_code, told.problems, error, together=False)
+    if lost_peer(error):
+        logger.error("another rank was lost", exc_info=error)
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        problem = Problem(f"another rank cannot be reached: {first}")
+        return Ending("failed", Exit.DISTRIBUTED, (problem,), error, together=False)
+    logger.error("a bug", exc_info=error)
+    problem = Problem(f"{type(error).__name__}: {error}")
+    return Ending("failed", Exit.BUG, (problem,), error, together=False)
+
+
+def stopped(
+    *, preempted: bool, error: BaseException | None = None, together: bool = True
+) -> Ending:
+    """The end by a signal."""
+    hint = "`mptrain run --resume` with the run directory goes on"
+    if preempted:
+        problem = Problem("stopped by SIGTERM", hint)
+        return Ending("preempted", Exit.PREEMPTED, (problem,), error, together)
+    problem = Problem("stopped by Ctrl-C", hint)
+    return Ending("interrupted", Exit.INTERRUPTED, (problem,), error, together)
+
+
+def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
+    """Write `result.json`."""
+    reason = "; ".join(problem.what for problem in ending.problems) or None
+    told = (*ending.problems, *progress.warnings, *filter(None, [run.lost]))
+    newest = next((found.step for found in completed(run.checkpoints_path)), None)
+    result = Result(
+        status=ending.status,
+        exit_code=ending.exit_code,
+        reason=reason,
+        name=recipe.name,
+        steps_attempted=progress.attempted,
+        steps_applied=progress.applied,
+        steps_skipped=progress.attempted - progress.applied,
+        metrics=progress.metrics(),
+        wall_seconds=progress.seconds,
+        input_share=progress.input_share,
+        peak_memory_bytes=progress.peak_memory_bytes,
+        checkpoint="final" if ending.status == "done" else run.checkpoint_name(newest),
+        best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
+        problems=tuple(map(recorded, told)),
+    )
+    logger.info("%s%s", ending.status, f": {reason}" if reason else "")
+    run.write_result(result)
+    return result
+
+
+def recorded(problem: Problem) -> ResultProblem:
+    """A problem as `result.json` has it.
+
+    Of a plug-in's file only the name: where it lay may be the run directory.
+    """
     about = problem_json(problem)
-    return about | {"file": about["file"] and Path(about["file"]).name}
+    name = about["file"] and Path(about["file"]).name
+    return cast(ResultProblem, about | {"file": name})
+
+
+def problem_of(told: ResultProblem) -> Problem:
+    """The problem that `recorded` made this of."""
+    place = None
+    if told["file"]:
+        place = Place(told["file"], told["line"] or 0, told["column"] or 0)
+    return Problem(
+        told["message"],
+        told["hint"],
+        told["path"] or "",
+        place,
+        severity=told["severity"],
+        finding=told["finding"],
+    )
 
 
 class _LogFile(logging.FileHandler):
@@ -146,6 +222,21 @@ def explaining(task: Task) -> Iterator[None]:
         if told := explained(error) or plugin_error(error, task):
             raise told from error
         raise
+
+
+@contextlib.contextmanager
+def explained_loss() -> Iterator[None]:
+    """Raise as a `UserError` that the other ranks could not be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        hint = "start all ranks of the group at the same time, and look at what the others say"
+        raise user_error(
+            f"another rank cannot be reached: {first}", hint, exit_code=Exit.DISTRIBUTED
+        ) from error
 
 
 def explained(error: Exception) -> UserError | None:

@@ -32,6 +32,9 @@ _PACKAGES = (
     "safetensors",
     "scikit-learn",
     "tensorboard",
+    "transformers",
+    "tokenizers",
+    "datasets",
 )
 # What bears on numerics, devices, threads, processes and caches. A list of names and no pattern:
 # what a person's own variables hold is nobody's business.
@@ -71,6 +74,7 @@ class Machine:
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
     # half precisions in which nn.LSTM fails under autocast
     broken_lstm: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    cpus: int | None = None  # that this process may use; None: nobody counted them
 
 
 def check_installation() -> None:
@@ -114,6 +118,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that bear on what a run computes; None where one is not installed."""
+    return {package: _version(package) for package in _PACKAGES}
+
+
 def detect_machine() -> Machine:
     """Devices and the precisions that they run, without timing anything."""
     check_installation()
@@ -128,7 +137,7 @@ def detect_machine() -> Machine:
         broken_lstm[device] = frozenset(
             p for p in runs & {"fp16", "bf16"} if _lstm_fails(device, p)
         )
-    return Machine(tuple(names), emulated, unsupported, broken_lstm)
+    return Machine(tuple(names), emulated, unsupported, broken_lstm, _cpu_count())
 
 
 def environment() -> dict[str, Any]:
@@ -146,7 +155,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": versions(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "devices": [

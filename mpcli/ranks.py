@@ -8,9 +8,9 @@ steps is the same anyway; what does not (signals, clocks) goes through `Ranks.ag
 from __future__ import annotations
 
 import datetime
-import enum
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +19,14 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
 
+from mpcli.position import Position
+from mpcli.recipe.errors import Problem, UserError
+
 T = TypeVar("T")
 
 
-class Ask(enum.IntFlag):
-    """What one rank may want that all have to do."""
+class Ask:
+    """What one rank may want that all have to do: bits of a plain number, which costs nothing."""
 
     NOTHING = 0
     TERMINATE = 1
@@ -34,24 +37,7 @@ class Ask(enum.IntFlag):
     COLLECT = 32
 
 
-_BITS = [flag.value for flag in Ask]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a process stands in its group, as its launcher says.
-
-    Attributes:
-        local_rank: among the processes of its machine: the number of its GPU.
-        attempt_key: differs between two groups that meet in the same store.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    host: str
-    port: int
-    attempt_key: str
+_BITS = [1 << bit for bit in range(6)]
 
 
 class Ranks:
@@ -63,6 +49,8 @@ class Ranks:
         rank: its number, from 0; rank 0 writes the run's records.
         world_size: how many there are.
         local_rank: its number on its machine.
+        timeout: seconds that one waits for the others.
+        store: in which they met; what rank 0 hosts lives as long as this.
     """
 
     def __init__(
@@ -71,10 +59,14 @@ class Ranks:
         world_size: int = 1,
         local_rank: int = 0,
         control: ProcessGroup | None = None,
+        store: TCPStore | None = None,
+        timeout: float = 600.0,
     ) -> None:
+        self.timeout = timeout
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
+        self.store = store
         self._control = control  # gloo: what it carries is on the host
         self._asked: tuple[dist.Work, Tensor] | None = None
 
@@ -94,7 +86,7 @@ class Ranks:
             return torch.device(kind)
         return torch.device(kind, self.local_rank)
 
-    def agree(self, ask: Ask) -> Ask:
+    def agree(self, ask: int) -> int:
         """What any rank asked for, the same in all of them. All have to call it equally often.
 
         Alone, that is `ask`. Otherwise it is what was asked in the call before this one, so that
@@ -108,7 +100,7 @@ class Ranks:
         if before is None:
             return Ask.NOTHING
         before[0].wait()
-        return Ask(sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked))
+        return sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, in every rank. All have to call it."""
@@ -149,7 +141,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(position: Position, device: torch.device, timeout: float) -> Ranks:
+def join(
+    position: Position, device: torch.device, timeout: float, facts: Mapping[str, str] | None = None
+) -> Ranks:
     """Meet the other processes of the group; `leave` parts from them.
 
     A store prefix per attempt keeps a restarted group from the addresses of the one before it:
@@ -157,16 +151,23 @@ def join(position: Position, device: torch.device, timeout: float) -> Ranks:
 
     Args:
         timeout: seconds that a collective operation may take.
+        facts: what has to be the same in all ranks, by name.
 
     Raises:
+        UserError: exit 2, in all ranks, the facts of one are others.
         RuntimeError: they did not come.
     """
     limit = datetime.timedelta(seconds=timeout)
     rank, world_size = position.rank, position.world_size
-    store = TCPStore(position.host, position.port, world_size, is_master=False, timeout=limit)
+    hosts = not position.agent and rank == 0
+    store = TCPStore(
+        position.host, position.port, None, is_master=hosts, timeout=limit, wait_for_workers=False
+    )
+    own = PrefixStore(position.attempt_key, store)
+    _compare(own, rank, world_size, facts or {})
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore(position.attempt_key, store),
+        store=own,
         rank=rank,
         world_size=world_size,
         timeout=limit,
@@ -174,7 +175,61 @@ def join(position: Position, device: torch.device, timeout: float) -> Ranks:
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, ProcessGroup)
-    return Ranks(rank, world_size, position.local_rank, control)
+    return Ranks(rank, world_size, position.local_rank, control, store, timeout)
+
+
+_LONGEST_FACT = 80  # characters of one that is told
+
+
+def _compare(store: PrefixStore, rank: int, world_size: int, facts: Mapping[str, str]) -> None:
+    """Rank 0 reads what all say, and all read what it found."""
+    store.set(f"facts/{rank}", json.dumps(dict(facts)))
+    if rank == 0:
+        found = []
+        for other in range(1, world_size):
+            theirs = json.loads(store.get(f"facts/{other}"))
+            for name in sorted({*facts, *theirs}, key=lambda name: (name not in facts, name)):
+                values = [known.get(name, "nothing") for known in (facts, theirs)]
+                if values[0] != values[1]:
+                    mine, other_value = _shortened(*values)
+                    found.append(f"{name} is {mine} in rank 0 and {other_value} in rank {other}")
+        store.set("differences", json.dumps(found))
+    differences = json.loads(store.get("differences"))
+    if rank == 0:
+        for other in range(1, world_size):  # the store ends with rank 0
+            store.get(f"read/{other}")
+    else:
+        store.set(f"read/{rank}", "")
+    if differences:
+        hint = "start all ranks with the same recipe, code and library versions"
+        raise UserError(*(Problem(what, hint) for what in differences[:_MOST_DIFFERENCES]))
+
+
+_MOST_DIFFERENCES = 8
+
+
+def _shortened(one: str, other: str) -> tuple[str, str]:
+    """The parts of two texts where they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = max(0, same - _LONGEST_FACT // 2) if max(len(one), len(other)) > _LONGEST_FACT else 0
+    parts = [text[start : start + _LONGEST_FACT] for text in (one, other)]
+    return f"`{parts[0]}`", f"`{parts[1]}`"
+
+
+_LOST = re.compile(r"gloo/|connection (was )?(closed|reset|refused)|connectFullMesh", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"time(d)?[ -]?out", re.IGNORECASE)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says only that another rank could not be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether another rank could not be reached in the time there is for that."""
+    return lost_peer(error) and _TIMED_OUT.search(str(error)) is not None
 
 
 def leave() -> None:

@@ -440,7 +440,8 @@ class Replay(Record):
     recorded_loss: float | None = Field(description="of `steps.jsonl`")
     reproduced: bool | None = Field(
         description="both losses are the same fp32 number; null without a recorded one, and where "
-        "the run was compiled: it is followed as it was before that"
+        "the run was compiled (it is followed as it was before that) or several ranks trained "
+        "(their losses are added in another order)"
     )
     finite: bool = Field(description="all gradients of the step, in the run's precision")
     micro_batch: int = Field(description="the one that was compared, from 0")
@@ -545,6 +546,35 @@ class ResultProblem(TypedDict):
     hint: str | None
     severity: Literal["error", "warning"]
     finding: str | None
+
+
+class Heartbeat(Record):
+    """`attempts/<k>/rank<N>.json`: where one of several processes is."""
+
+    version: int = SCHEMA_VERSION
+    rank: int
+    pid: int
+    launcher: int = Field(description="process that started it")
+    host: str
+    step: int = Field(description="attempted step that it began last; 0: it is not yet training")
+    state: Literal["running", "ended"] = "running"
+
+
+class RankFailure(Record):
+    """`attempts/<k>/failure.rank<N>.json`: how one of several processes ended by itself."""
+
+    version: int = SCHEMA_VERSION
+    rank: int
+    step: int = Field(description="attempted step that it was in; 0: it was not yet training")
+    status: Status = "failed"
+    exit_code: int
+    problems: tuple[ResultProblem, ...] = ()
+    traceback: tuple[str, ...] = Field(default=(), description="innermost lines, of a bug")
+    lost_peer: bool = Field(default=False, description="only another rank could not be reached")
+    timed_out: bool = Field(default=False, description="it waited for another rank in vain")
+    killed_by: str | None = Field(
+        default=None, description="signal; its launcher says so, since the rank could not"
+    )
 
 
 class Result(Record):

@@ -22,11 +22,15 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or the first Ctrl-C: whatever lets Ctrl-C through lets this through.
 
     A plain `KeyboardInterrupt` is a second Ctrl-C, which waited for nothing.
+
+    Args:
+        agreed: all processes that train together stop here.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, agreed: bool = False) -> None:
         super().__init__()
         self.preempted = number == signal.SIGTERM
+        self.agreed = agreed
 
 
 def install(leave: Callable[[bool], NoReturn] | None = None) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,10 +18,12 @@ from mpcli.cli.errors import show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
 from mpcli.cli.plugin import named_plugin, plugin_of_run
+from mpcli.position import Position, position
 from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
 from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
+    from mpcli.meeting import Meeting
     from mpcli.recipe.load import LoadedRecipe
     from mpcli.records import Plan, Result, ResultProblem
     from mpcli.rundir import RunDirectory
@@ -47,38 +53,98 @@ def run(
         ),
     ] = None,
     plugin: PluginPath = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Machines that take part; the same command is started on each.",
+            show_default=False,
+        ),
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where they meet: one of the machines, and a free port there.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train what a recipe says; leave a run directory."""
+    """Train what a recipe says; leave a run directory.
+
+    Processes that torchrun or srun started train together.
+    """
+    group = _group(nodes, rdzv_endpoint)
     if resume is not None:
         if recipe is not None or output is not None:
             other = "a recipe" if recipe is not None else "`--output`"
             raise user_error(f"`--resume` and {other} are both given", "a run has its own: use one")
-        _resume(resume, overrides, plugin, strict=strict, as_json=as_json)
+        _resume(resume, overrides, plugin, group, strict=strict, as_json=as_json)
     if recipe is None:
         raise user_error("missing argument `RECIPE`", "`mptrain run --help` shows the usage")
     if output == "":
         raise user_error("`--output` names no folder", "leave it out, or name a new folder")
-    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
+    loaded, planned, warnings = make(
+        recipe, overrides, named_plugin(plugin), strict=strict, **group.sizes
+    )
 
     from mpcli.machine import environment
 
     with uninterrupted():
-        from mpcli.launch import launch
         from mpcli.rundir import RunDirectory
 
-    _show_warnings(loaded, warnings)
     folder = None if output is None else Path(output)
-    found = environment()
-    with held():
-        directory = RunDirectory.create(loaded, planned, found, folder)
-        result = launch(directory, display(), loaded.plugin)
-        _show_result(result, directory, loaded, as_json=as_json)
+
+    def create() -> tuple[RunDirectory, dict[str, Any]]:
+        found = environment()
+        return RunDirectory.create(loaded, planned, found, folder), found
+
+    _train(create, loaded, planned, warnings, group, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """With whom this process trains.
+
+    Attributes:
+        place: in a group that torchrun, srun or a script started.
+        nodes: machines with a launcher each, which meet at `endpoint`.
+    """
+
+    place: Position | None = None
+    nodes: int = 1
+    endpoint: str | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the plan needs to know."""
+        return {"world_size": self.place.world_size if self.place else None, "nodes": self.nodes}
+
+
+def _group(nodes: int | None, endpoint: str | None) -> _Group:
+    if nodes is None and endpoint is None:
+        return _Group(position(os.environ))
+    if endpoint is None and nodes != 1:
+        raise user_error(
+            f"`--nodes {nodes}` without a place where the machines meet",
+            "add `--rdzv-endpoint HOST:PORT`: one of the machines, and a free port there",
+        )
+    if nodes is None:
+        raise user_error("`--rdzv-endpoint` without `--nodes`", "add the number of machines")
+    return _Group(nodes=nodes, endpoint=endpoint if nodes > 1 else None)
 
 
 def _resume(
-    path: str, overrides: list[str], plugin_path: str | None, *, strict: bool, as_json: bool
+    path: str,
+    overrides: list[str],
+    plugin_path: str | None,
+    group: _Group,
+    *,
+    strict: bool,
+    as_json: bool,
 ) -> NoReturn:
     """Go on with a run whose recipe is the same, but for what may change."""
     from mpcli.recipe.changes import allowed_changes
@@ -87,13 +153,16 @@ def _resume(
 
     if path == "":
         raise user_error("`--resume` names no folder", "such as `runs/NAME/latest`")
-    directory = RunDirectory.open(Path(path))
+    alone = group.place is None and group.endpoint is None
+    directory = RunDirectory.open(Path(path)) if alone else RunDirectory.read(Path(path))
     try:
         plugin = plugin_of_run(directory, plugin_path)
         before = load_recipe(directory.recipe_path, plugin=plugin).recipe
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
         recipe_path = str(directory.recipe_path)
-        loaded, planned, warnings = make(recipe_path, overrides, plugin, strict=strict)
+        loaded, planned, warnings = make(
+            recipe_path, overrides, plugin, strict=strict, **group.sizes
+        )
         _check_model(directory, planned, loaded)
         result = directory.result()
         done = result and result.status == "done" and directory.final_path.exists()
@@ -108,17 +177,146 @@ def _resume(
 
         from mpcli.machine import environment
 
-        with uninterrupted():
-            from mpcli.launch import launch
+        def go_on() -> tuple[RunDirectory, dict[str, Any]]:
+            found = environment()
+            opened = directory if alone else RunDirectory.open(Path(path))
+            opened.begin_attempt(loaded.recipe, planned, found, changes)
+            return opened, found
 
-        _show_warnings(loaded, warnings)
-        found = environment()
-        with held():
-            directory.begin_attempt(loaded.recipe, planned, found, changes)
-            result = launch(directory, display(), plugin)
-            _show_result(result, directory, loaded, as_json=as_json)
+        _train(go_on, loaded, planned, warnings, group, as_json=as_json)
     finally:
         directory.close()
+
+
+def _train(
+    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    loaded: LoadedRecipe,
+    planned: Plan,
+    warnings: list[Problem],
+    group: _Group,
+    *,
+    as_json: bool,
+) -> NoReturn:
+    """Train in this process, in some that it starts, or as one that something else started.
+
+    Args:
+        begin: makes an attempt, and says in what environment.
+    """
+    distributed = loaded.recipe.engine.kind != "local"
+    if distributed and group.place:
+        _take_part(begin, loaded, planned, warnings, group.place, as_json=as_json)
+    if distributed and group.endpoint:
+        _meet(begin, loaded, planned, warnings, group.endpoint, group.nodes, as_json=as_json)
+    with uninterrupted():
+        from mpcli.launch import launch
+
+    _show_warnings(loaded, warnings)
+    with held():
+        directory, found = begin()
+        if distributed:
+            result = _supervised(directory, loaded, planned, found)
+        else:
+            result = launch(directory, display(), loaded.plugin)
+        _show_result(result, directory, loaded, as_json=as_json)
+
+
+def _supervised(
+    run: RunDirectory,
+    loaded: LoadedRecipe,
+    planned: Plan,
+    environment: Mapping[str, Any],
+    meeting: Meeting | None = None,
+) -> Result:
+    from mpcli.elastic import supervise
+
+    try:
+        return supervise(
+            run,
+            loaded.recipe,
+            planned,
+            environment,
+            lambda line: write(line, sys.stderr),
+            loaded.plugin,
+            meeting,
+        )
+    finally:
+        run.close()
+
+
+def _meet(
+    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    loaded: LoadedRecipe,
+    planned: Plan,
+    warnings: list[Problem],
+    endpoint: str,
+    nodes: int,
+    *,
+    as_json: bool,
+) -> NoReturn:
+    """Train on several machines: the launcher that comes first leads the others."""
+    with uninterrupted():
+        from mpcli.elastic import follow
+        from mpcli.meeting import Meeting
+
+    meeting = Meeting(endpoint, nodes)
+    try:
+        if not meeting.is_chief:
+            raise typer.Exit(follow(meeting, planned.world_size, loaded.plugin))
+        code = Exit.BUG
+        try:
+            _show_warnings(loaded, warnings)
+            with held():
+                directory, found = begin()
+                result = _supervised(directory, loaded, planned, found, meeting)
+                code = Exit(result.exit_code)
+        except UserError as error:
+            code = error.exit_code
+            raise
+        finally:
+            meeting.tell(exit_code=code)
+        _show_result(result, directory, loaded, as_json=as_json)
+    finally:
+        meeting.leave()
+
+
+def _take_part(
+    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    loaded: LoadedRecipe,
+    planned: Plan,
+    warnings: list[Problem],
+    place: Position,
+    *,
+    as_json: bool,
+) -> NoReturn:
+    """Train as one of the processes that torchrun, srun or a script started."""
+    with uninterrupted():
+        from mpcli.elastic import conclude
+        from mpcli.launch import explained_loss, reported
+        from mpcli.member import Silent, begin_together, enter, take_part
+        from mpcli.ranks import leave
+
+    if place.rank == 0:
+        _show_warnings(loaded, warnings)
+    with explained_loss():
+        ranks = enter(place, loaded.recipe, planned, loaded.plugin)
+        with held():
+            run = begin_together(ranks, place, begin, loaded.recipe, planned)
+    shown = display() if ranks.is_main else Silent()
+    with held(), reported(run, shown):
+        ending = take_part(run, loaded.recipe, shown, ranks)
+        if run.ended:
+            leave()
+        elif ending.exit_code is Exit.BUG and ending.error:
+            traceback.print_exception(ending.error)
+        if not run.ended:
+            own = ending.exit_code is not Exit.DISTRIBUTED
+            ending = conclude(run, loaded.recipe, planned.world_size)
+            if own and not ranks.is_main:
+                show_problems(ending.problems)
+    result = run.result()
+    if ranks.is_main and result:
+        _show_result(result, run, loaded, as_json=as_json)
+    raise typer.Exit(ending.exit_code)
 
 
 def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None:

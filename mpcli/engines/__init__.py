@@ -13,7 +13,6 @@ from mpcli.engines.base import Engine
 from mpcli.precision.numerics import Numerics
 from mpcli.ranks import Ranks
 from mpcli.recipe import engine as sections
-from mpcli.recipe.errors import Problem
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip
 
@@ -34,23 +33,6 @@ def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
 def clip_problems(engine: sections.Engine, clip: Clip | None) -> list[str]:
     """Why an engine cannot clip as a recipe says; empty where it can."""
     return fsdp2.clip_problems(clip) if isinstance(engine, sections.Fsdp2) else []
-
-
-def micro_batch_problems(engine: sections.Engine, counts: Collection[int]) -> list[Problem]:
-    """Why an engine cannot accumulate as a recipe says; empty where it can.
-
-    Args:
-        counts: micro-batches of a step, in each rank.
-    """
-    match engine:
-        case sections.Local():
-            return []
-        case sections.Ddp():
-            return ddp.micro_batch_problems(engine, counts)
-        case sections.Fsdp2():
-            return fsdp2.micro_batch_problems(counts)
-        case _:
-            assert_never(engine)
 
 
 def build_engine(

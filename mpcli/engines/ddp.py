@@ -16,7 +16,6 @@ from mpcli.precision.formats import DTYPES
 from mpcli.precision.numerics import Numerics
 from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.engine import Ddp
-from mpcli.recipe.errors import Problem
 from mpcli.recipe.recipe import Recipe
 
 
@@ -26,19 +25,6 @@ def mode_problems(meaning: Numerics) -> list[str]:
         return [
             f"`{meaning.mode}` adds gradients up in fp32, and DistributedDataParallel does in the "
             "type of the weights"
-        ]
-    return []
-
-
-def micro_batch_problems(engine: Ddp, counts: Collection[int]) -> list[Problem]:
-    """Why this engine cannot accumulate as a recipe says; empty where it can."""
-    if engine.static_graph and max(counts) > 1:  # an assertion fails in its first backward
-        return [
-            Problem(
-                "DistributedDataParallel cannot accumulate gradients with a static graph",
-                "use `static_graph: false`, or a larger `train.micro_batch_size`",
-                path="engine.static_graph",
-            )
         ]
     return []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from mpcli.precision.formats import DTYPES, dtype_name
 from mpcli.precision.numerics import Numerics
 from mpcli.precision.observe import TypesObserver, observed_types
 from mpcli.recipe.engine import Fsdp2
-from mpcli.recipe.errors import Problem, user_error
+from mpcli.recipe.errors import user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 from mpcli.records import ModuleTypes
@@ -47,21 +47,6 @@ def clip_problems(clip: Clip | None) -> list[str]:
     """Why this engine cannot clip as a recipe says; empty where it can."""
     if isinstance(clip, ClipAgc):
         return ["`agc` needs norms of whole vectors, which fully_shard divides among processes"]
-    return []
-
-
-def micro_batch_problems(counts: Collection[int]) -> list[Problem]:
-    """Why this engine cannot accumulate as a recipe says; empty where it can."""
-    if len(set(counts)) > 1:
-        what = " or ".join(map(str, sorted(set(counts))))
-        return [
-            Problem(
-                f"a process has {what} micro-batches in a step, and fully_shard needs as many "
-                "forwards in all",
-                "choose another size, or a global batch that the number of processes divides",
-                path="train.micro_batch_size",
-            )
-        ]
     return []
 
 
@@ -183,20 +168,21 @@ class Fsdp2Engine(LocalEngine):
         """All that the next step follows from, bit for bit: tensors, and numbers for JSON."""
         tensors, numbers = super().checkpoint()
         parts: dict[str, Tensor | Part] = dict(tensors)
-        for key, name in self._keys_of_parts(tensors):
-            shape = tuple(self._divided[name].shape)
-            parts[key] = Part(tensors[key], (self._rows(name).start, *(0,) * len(shape[1:])), shape)
+        for key, tensor in tensors.items():
+            if name := self._divided_in(key, tensor):
+                shape = tuple(self._divided[name].shape)
+                offsets = (self._rows(name).start, *(0,) * len(shape[1:]))
+                parts[key] = Part(tensor, offsets, shape)
         return parts, numbers
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Become what `checkpoint` was taken of, by any number of ranks."""
-        own = dict(tensors)
-        for key, name in self._keys_of_parts(tensors):
-            if own[key].shape != self._divided[name].shape:
-                here = list(self._divided[name].shape)
-                raise foreign(f"`{key}` is {list(own[key].shape)}, and {here} here")
-            own[key] = own[key][self._rows(name)]
-        super().restore(own, state)
+    def _part_here(self, key: str, whole: Tensor) -> Tensor:
+        name = self._divided_in(key, whole)
+        if not name:
+            return whole
+        if whole.shape != self._divided[name].shape:
+            here = list(self._divided[name].shape)
+            raise foreign(f"`{key}` is {list(whole.shape)}, and {here} here")
+        return whole[self._rows(name)]
 
     def _state(self) -> dict[str, Tensor]:
         state = super()._state()
@@ -207,15 +193,14 @@ class Fsdp2Engine(LocalEngine):
                 state[f"master.{name}"] = exact
         return state
 
-    def _keys_of_parts(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-        """Of tensors in a checkpoint those that are divided, and of which parameter they are."""
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "optimizer":
-                name = name.partition(".")[2]
-            of_parameter = kind in ("model", "master", "optimizer", "average")
-            if of_parameter and name in self._divided and tensor.ndim:  # Adam's `step` is whole
-                yield key, name
+    def _divided_in(self, key: str, tensor: Tensor) -> str | None:
+        """The parameter whose rows divide a tensor of a checkpoint; None for what is whole."""
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            name = name.partition(".")[2]
+        of_parameter = kind in ("model", "master", "optimizer", "average")
+        # Adam's `step` is whole.
+        return name if of_parameter and name in self._divided and tensor.ndim else None
 
     def _rows(self, name: str) -> slice:
         """This rank's, as torch.chunk divides them."""

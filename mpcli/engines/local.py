@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
@@ -324,22 +325,28 @@ class LocalEngine:
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Become what `checkpoint` was taken of, on this device or another."""
         own = self._state()
-        given = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
-        if different := sorted(own.keys() ^ given.keys()):
+        given = {name for name in tensors if not name.startswith("rng.")}
+        if different := sorted(own.keys() ^ given):
             name = different[0]
             raise foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
         for name, value in own.items():
-            if (value.shape, value.dtype) != (given[name].shape, given[name].dtype):
-                raise foreign(f"`{name}` is {_about(given[name])}, and {_about(value)} here")
-        attempted, applied = state.get("attempted"), int(given["applied"])
+            there = self._part_here(name, outline(tensors, name))
+            if (value.shape, value.dtype) != (there.shape, there.dtype):
+                raise foreign(f"`{name}` is {_about(there)}, and {_about(value)} here")
+        attempted, applied = state.get("attempted"), int(tensors["applied"])
         if type(attempted) is not int or not 0 <= applied <= attempted:
             raise foreign(f"{applied} of {attempted} steps are applied")
 
-        scaler = {name: given.pop(f"scaler.{name}") for name in self.scaler.tensors()}
-        self.scaler.restore(scaler, attempted)
-        for name, value in given.items():
-            own[name].copy_(value)  # into its memory format
+        scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
+        self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
+        for name in own.keys() - {*scaler.values()}:
+            # Into its memory format. Read one by one: all may be more than memory holds.
+            own[name].copy_(self._part_here(name, tensors[name]))
         self._go_on(tensors, attempted)
+
+    def _part_here(self, key: str, whole: Tensor) -> Tensor:
+        """Of a tensor in a checkpoint what this rank has."""
+        return whole
 
     def adopt(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
         """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
@@ -358,8 +365,8 @@ class LocalEngine:
         for name, value in self._state().items():
             part, _, bare = name.partition(".")
             is_weight = part in ("model", "master")
-            exact = tensors.get(f"master.{bare}", tensors.get(f"model.{bare}"))
-            given = exact if is_weight else tensors.get(name)
+            exact = f"master.{bare}" if f"master.{bare}" in tensors else f"model.{bare}"
+            given = tensors.get(exact if is_weight else name)
             if part != "scaler" and given is not None and given.shape == value.shape:
                 value.copy_(given)
             elif is_weight or part == "buffer":
@@ -446,14 +453,18 @@ def checkpoint_weights(tensors: Mapping[str, Tensor], decay: float | None) -> di
         tensors: of a checkpoint.
         decay: `train.ema`.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    keys: dict[str, dict[str, str]] = {}
+    for key in tensors:
         part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
+        keys.setdefault(part, {})[name] = key
     applied = int(tensors["applied"])
-    averages = parts.get("average", {}) if decay and applied else {}
-    means = {name: value / (1.0 - (decay or 0.0) ** applied) for name, value in averages.items()}
-    return parts["model"] | parts.get("buffer", {}) | parts.get("master", {}) | means
+    averages = keys.get("average", {}) if decay and applied else {}
+    exact = keys["model"] | keys.get("buffer", {}) | keys.get("master", {}) | averages
+    weight = 1.0 - (decay or 0.0) ** applied  # of an average
+    return {
+        name: tensors[key] / weight if name in averages else tensors[key]
+        for name, key in exact.items()
+    }
 
 
 def foreign(what: str) -> UserError:

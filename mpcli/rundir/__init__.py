@@ -3,8 +3,10 @@
 recipe.yaml            resolved, runnable as it is, never rewritten
 recipe.source.yaml     the text the person wrote
 plugin.py, plugin.json of a plug-in: its text, which nothing here runs; its name and SHA-256
-attempts/<k>/          plan.json, environment.json, observed.json, log.rank0.txt;
-                       of a resume also recipe.yaml (what it may change) and resumed.json
+attempts/<k>/          plan.json, environment.json, observed.json, log.rank<N>.txt;
+                       of a resume also recipe.yaml (what it may change) and resumed.json;
+                       where several processes train: rank<N>.json, where each is, and
+                       failure.rank<N>.json of one that ended by itself
 steps.jsonl            one row per attempted step
 layers.jsonl           rows of the probe: one per tensor of a sampled step; at most 32 MiB
 evals.jsonl            one row per evaluation
@@ -42,11 +44,13 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import (
     EvalRecord,
     ForeignRun,
+    Heartbeat,
     LayerRecord,
     LoopRecord,
     ModuleTypes,
     Plan,
     PluginRecord,
+    RankFailure,
     Record,
     Result,
     RollbackRecord,
@@ -54,6 +58,7 @@ from mpcli.records import (
     TrainedOn,
     strict_json,
 )
+from mpcli.rundir.members import Pulse, failures, heartbeats, write_failure
 from mpcli.rundir.places import (
     attempts,
     check_is_run,
@@ -82,15 +87,22 @@ class RunDirectory:
 
     Attributes:
         attempt: of this process, from 1.
+        rank: of this process; all but rank 0 write only what is about themselves.
+        step: attempted, which this process is in; 0 before training.
+        ended: whether this rank ended as all did.
         lost: what to tell of records that could not be written.
     """
 
-    def __init__(self, path: Path, attempt: int = 1) -> None:
+    def __init__(self, path: Path, attempt: int = 1, rank: int = 0) -> None:
         self.path = path
         self.attempt = attempt
+        self.rank = rank
+        self.step = 0
+        self.ended = False
         self.lost: Problem | None = None
         self._files: dict[str, BinaryIO] = {}
         self._unwritable: OSError | None = None  # what stood in the way of the lock
+        self._pulse: Pulse | None = None  # where several processes train
 
     @classmethod
     def create(
@@ -175,6 +187,11 @@ class RunDirectory:
         check_is_run(path, option)
         return cls(path, max(attempts(path), default=1))
 
+    @classmethod
+    def join(cls, path: Path, rank: int) -> RunDirectory:
+        """The newest attempt of a run whose lock another process holds, as one of its ranks."""
+        return cls(path, max(attempts(path), default=1), rank)
+
     def begin_attempt(
         self, recipe: Recipe, plan: Plan, environment: Mapping[str, Any], changes: Sequence[str]
     ) -> None:
@@ -245,7 +262,7 @@ class RunDirectory:
     @property
     def log_path(self) -> Path:
         """Text log of this process."""
-        return self.attempt_path / "log.rank0.txt"
+        return self.attempt_path / f"log.rank{self.rank}.txt"
 
     @property
     def tensorboard_path(self) -> Path:
@@ -331,8 +348,11 @@ class RunDirectory:
             evaluations: the last one whose row in `evals.jsonl` stays.
 
         Returns:
-            The last step in `steps.jsonl` now: fewer than `steps` where rows were lost.
+            The last step in `steps.jsonl` now: fewer than `steps` where rows were lost. Not in
+            rank 0, which does that: `steps`.
         """
+        if self.rank:
+            return steps
         cut(self.path / "evals.jsonl", evaluations)
         cut(self.path / "layers.jsonl", steps, several=True)
         cut(self.path / "rollbacks.jsonl", steps)
@@ -370,12 +390,41 @@ class RunDirectory:
 
     def write_observed(self, types: Mapping[str, ModuleTypes]) -> None:
         """Keep the types that each module had in the first step of this attempt."""
+        if self.rank:
+            return
         text = strict_json({name: seen.model_dump() for name, seen in types.items()}, indent=2)
         with self.recording():
             self._write(f"attempts/{self.attempt}/observed.json", text + "\n")
 
     def at_step(self, step: int) -> None:
         """Note, where several ranks train, the attempted step that this one begins."""
+        self.step = step
+        if self._pulse:
+            self._pulse.beat(step)
+
+    def begin_heartbeat(self) -> None:
+        """Say where this rank is from now on."""
+        with storage_errors(self.path):
+            self._pulse = Pulse(self.attempt_path, self.rank)
+
+    def end_heartbeat(self) -> None:
+        """Say that this rank ended as all did."""
+        self.ended = True
+        if self._pulse:
+            self._pulse.end()
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """Where the ranks of this attempt are, by rank."""
+        return heartbeats(self.attempt_path)
+
+    def write_failure(self, failure: RankFailure) -> None:
+        """Say that a rank of this attempt ended by itself."""
+        with storage_errors(self.path):
+            write_failure(self.attempt_path, failure)
+
+    def failures(self) -> dict[int, RankFailure]:
+        """The ranks of this attempt that ended by themselves, and how."""
+        return failures(self.attempt_path)
 
     def append_steps(self, rows: Iterable[StepRecord]) -> None:
         """Write rows to `steps.jsonl`; they have left this process when this returns."""
@@ -383,7 +432,7 @@ class RunDirectory:
 
     def append_layers(self, rows: Sequence[LayerRecord]) -> None:
         """Write the rows of one sampled step to `layers.jsonl`, which stays bounded."""
-        if not rows:
+        if not rows or self.rank:
             return
         with self.recording():
             self.check_reserve()
@@ -467,6 +516,8 @@ class RunDirectory:
 
     def _append(self, name: str, rows: Iterable[Record]) -> None:
         """Write whole rows, or none of them."""
+        if self.rank:
+            return
         text = "".join(row.to_json() + "\n" for row in rows).encode()
         with self.recording():
             if name not in self._files:

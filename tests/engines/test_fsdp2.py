@@ -90,7 +90,7 @@ def test_clipping_of_units_is_refused(tmp_path: Path) -> None:
 
 def test_as_many_forwards_in_all_processes(tmp_path: Path) -> None:
     settings = (FSDP2, "engine.processes=2", "train.global_batch_size=5")
-    with pytest.raises(UserError, match="has 1 or 2 micro-batches in a step"):
+    with pytest.raises(UserError, match="that is 2 or 1 micro-batches"):
         make_plan(small_recipe(tmp_path, *settings, "train.micro_batch_size=2").recipe, small.CPU)
     settings = (*settings, "train.micro_batch_size=3")
     assert make_plan(small_recipe(tmp_path, *settings).recipe, small.CPU).accumulation == 1

@@ -1,0 +1,151 @@
+"""Where the launchers of several machines meet, and what the first of them tells the others."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from mpcli.recipe.errors import Exit, UserError, user_error
+
+_LOOK = 0.2
+_ARRIVE = 900.0
+"""Seconds that launchers wait for each other at the beginning, as torch's rendezvous does."""
+_DEPART = 60.0
+"""Seconds that the first one waits for the others at the end of an attempt."""
+
+
+class Meeting:
+    """The launchers of a run. The first to come is the chief, who makes the run directory.
+
+    The store lives as long as the run does, in the launcher on the machine of the endpoint.
+
+    Attributes:
+        is_chief: whether this is the first.
+        is_local: whether all of them are on one machine.
+    """
+
+    def __init__(self, endpoint: str, nodes: int) -> None:
+        self.endpoint, self.nodes = endpoint, nodes
+        host, _, port = endpoint.rpartition(":")
+        if not (host and port.isdigit() and 0 < int(port) < 65536):
+            raise user_error(
+                f"--rdzv-endpoint {endpoint}: not HOST:PORT",
+                "name one of the machines and a free port there, such as `node1:29400`",
+            )
+        self.is_local = host in ("localhost", "127.0.0.1")
+        self._store, self._hosts = _store(host, int(port))
+        node = self._store.add("mptrain/launchers", 1) - 1
+        if node >= nodes:
+            raise user_error(f"{node + 1} launchers came to {endpoint}, and `--nodes` is {nodes}")
+        self.is_chief = node == 0
+        self._round = 0
+
+    def gather(self) -> None:
+        """Wait, as the chief, until all have come."""
+        if not self._wait(lambda: self._store.add("mptrain/launchers", 0) >= self.nodes, _ARRIVE):
+            raise user_error(
+                f"not all of the {self.nodes} launchers came to {self.endpoint}",
+                "start `mptrain run` with the same options on each machine",
+                exit_code=Exit.DISTRIBUTED,
+            )
+
+    def tell(self, **order: Any) -> None:
+        """Tell the others, as the chief, what is next."""
+        self._round += 1
+        self._store.set(f"mptrain/order/{self._round}", json.dumps(order))
+
+    def order(self) -> dict[str, Any]:
+        """What the chief tells next."""
+        self._round += 1
+        key = f"mptrain/order/{self._round}"
+        try:
+            self._wait(lambda: bool(self._store.check([key])), float("inf"))
+            order: dict[str, Any] = json.loads(self._store.get(key))
+        except RuntimeError as error:
+            raise _gone("the launcher that leads the run") from error
+        return order
+
+    def finished(self) -> None:
+        """Wait, as the chief, until the others' processes of this attempt are gone too.
+
+        Raises:
+            UserError: exit 6, a launcher does not say so.
+        """
+        key = f"mptrain/done/{self._round}"
+        self._store.add(key, 1)
+        if self.is_chief and not self._wait(lambda: self._store.add(key, 0) >= self.nodes, _DEPART):
+            raise _gone("the launcher of a machine")
+
+    def leave(self) -> None:
+        """Part from the others; the host of the store is the last to go."""
+        try:
+            self._store.add("mptrain/left", 1)
+            if self._hosts:
+                self._wait(lambda: self._store.add("mptrain/left", 0) >= self.nodes, 10)
+        except RuntimeError:
+            return
+
+    @staticmethod
+    def _wait(happened: Callable[[], bool], seconds: float) -> bool:
+        """Whether something came about in a time."""
+        end = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_LOOK)
+        return True
+
+
+def _gone(who: str) -> UserError:
+    return user_error(
+        f"{who} is gone",
+        "`mptrain run --resume` on all machines goes on from the newest checkpoint",
+        exit_code=Exit.DISTRIBUTED,
+    )
+
+
+def _store(host: str, port: int) -> tuple[TCPStore, bool]:
+    """The store at an endpoint, and whether it is in this process."""
+    limit = datetime.timedelta(seconds=_ARRIVE)
+    for is_master in (True, False) if _is_here(host) else (False,):
+        try:
+            store = TCPStore(
+                host,
+                port,
+                None,
+                is_master=is_master,
+                timeout=limit,
+                wait_for_workers=False,
+                multi_tenant=True,  # torch's rendezvous uses the same endpoint
+            )
+            return store, is_master
+        except RuntimeError as error:
+            if not is_master:  # another launcher on this machine may have been earlier
+                raise user_error(
+                    f"--rdzv-endpoint {host}:{port}: {str(error).splitlines()[0]}",
+                    "name one of the machines and a free port there",
+                    exit_code=Exit.DISTRIBUTED,
+                ) from error
+    raise AssertionError
+
+
+def _is_here(host: str) -> bool:
+    """Whether a name or an address is of this machine: a socket can be bound to it."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise user_error(f"--rdzv-endpoint: `{host}`: {error.strerror}") from error
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+                return True
+            except OSError:
+                continue
+    return False
