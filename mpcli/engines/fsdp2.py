@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from mpcli.checkpoint import Part
 from mpcli.data.batch import Batch
@@ -259,7 +261,13 @@ def _divide(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     policy = offload if options.cpu_offload else OffloadPolicy()
 
+    # It says of a view what `_own_memory` heeds; of the whole model's it does not matter.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+
     def divide(modules: list[nn.Module], dtype: torch.dtype, *, reshard: bool) -> None:
+        for module in modules:
+            if module is not model:
+                module.register_forward_hook(_own_memory)
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,
@@ -292,6 +300,16 @@ def _divide(
             # torch made a subclass, whose name is nothing for people or a model's config.
             type(module).__name__ = type(module).__qualname__ = name
             _add_up(module, options)
+
+
+def _own_memory(module: nn.Module, inputs: object, output: Any) -> Any:
+    """Outputs that are no views: what is added to one in place would cut torch's hook off, which
+    gathers the weights for backward."""
+
+    def own(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf._is_view() else leaf
+
+    return tree_map(own, output)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -27,10 +27,10 @@ MOVES = (
     *("new_empty", "new_zeros", "new_ones", "new_full", "fill_", "zero_"),
     *("bernoulli_", "uniform_", "normal_"),
 )
-"""Operations that compute nothing, besides views and those of `TRANSPORT`."""
+"""Operations that compute nothing, besides views."""
 
-TRANSPORT = frozenset({"c10d", "fsdp"})
-"""Namespaces of what gathers the weights of a module that is divided among ranks."""
+COMMUNICATION = frozenset({"c10d", "fsdp"})
+"""Libraries of operations that gather weights before a module's forward."""
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution"})
 """Operations that take operands of one type."""
@@ -123,7 +123,7 @@ class TypesObserver(TorchDispatchMode):
         if (operation in PRODUCTS or "attention" in operation) and not in_backward:
             _add_types(self._operands, running, args)
         result = func(*args, **kwargs)
-        moves = func.is_view or operation in MOVES or func.namespace in TRANSPORT
+        moves = func.is_view or operation in MOVES or func.namespace in COMMUNICATION
         if in_backward or moves or not _floating((args, kwargs)):
             return result
         if outputs := _floating(result):

@@ -65,6 +65,24 @@ class SmallNet(nn.Module):
         return logits
 
 
+class InPlace(nn.Module):
+    """A block that owns nothing itself, whose output is a view that is added to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs.flatten(1, 2)
+        for block in self.blocks:
+            added = block(hidden)
+            added += hidden
+            hidden = added
+        logits: Tensor = self.head(hidden).mean(1)
+        return logits
+
+
 def make_model(name: str) -> nn.Module:
     """The same weights for the same name."""
     torch.manual_seed(0)
@@ -77,6 +95,8 @@ def make_model(name: str) -> nn.Module:
             model = SmallNet()
             model.unused = nn.Linear(4, 4)
             return model
+        case "in place":
+            return InPlace()
         case "number":
             model = SmallNet()
             model.number = nn.Parameter(torch.ones(()))
