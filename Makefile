@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-diagnose clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-diagnose clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -45,6 +45,9 @@ bench-input: $(INSTALLED)
 
 bench-probe: $(INSTALLED)
 	$(BIN)/python benchmarks/probe.py
+
+bench-scaling: $(INSTALLED)
+	$(BIN)/python benchmarks/scaling.py
 
 bench-diagnose: $(INSTALLED)
 	$(BIN)/python -m benchmarks.diagnose

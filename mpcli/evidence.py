@@ -15,6 +15,7 @@ from mpcli.engines.base import Engine, LossFunction, Outcome
 from mpcli.engines.shadow import Shadow
 from mpcli.flight import keep_flight
 from mpcli.precision.statistics import Pending
+from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import FlightRecord, LayerRecord, StepRecord
 from mpcli.rundir import RunDirectory
@@ -22,6 +23,9 @@ from mpcli.rundir import RunDirectory
 
 class Evidence:
     """The probe and the flight recorder of one attempt. Neither changes what is computed.
+
+    With several ranks, activations and random states are rank 0's; weights, gradients and updates
+    are those of all.
 
     Args:
         data: where the batch of a step that went wrong is had from once more.
@@ -36,12 +40,14 @@ class Evidence:
         data: TrainBatches,
         device: torch.device,
         build_model: Callable[[], nn.Module],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._recipe = recipe
         self._run = run
         self._engine = engine
         self._data = data
-        self._shadow = Shadow(build_model, device)
+        self._ranks = ranks
+        self._shadow = Shadow(build_model, device, ranks)
         self._random: dict[int, dict[str, Tensor]] = {}  # before the steps that have no row yet
         self._copying: deque[tuple[int, Pending]] = deque()
         self._newest: list[LayerRecord] = []
@@ -52,7 +58,7 @@ class Evidence:
         """Note the random state, and prepare to look at the step if it is to be sampled.
 
         Args:
-            batches: its micro-batches, on the device.
+            batches: this rank's micro-batches, on the device.
         """
         self._random[step] = self._engine.random_state()
         probe = self._recipe.probe
@@ -65,13 +71,13 @@ class Evidence:
 
     def after_step(self, step: int, outcome: Outcome) -> None:
         """Note the table of a sampled step, which is on its way to the host."""
-        if outcome.layers is not None:
+        if outcome.layers is not None and self._ranks.is_main:
             self._copying.append((step, outcome.layers))
 
     def add(self, row: StepRecord) -> None:
         """What became of a step: one that went wrong is kept."""
         random_state = self._random.pop(row.step)
-        if row.applied and math.isfinite(row.loss):
+        if (row.applied and math.isfinite(row.loss)) or not self._ranks.is_main:
             return
         self.write(row.step, wait=True)
         batch = self._data.train_batch(

@@ -257,6 +257,13 @@ def explained(error: Exception) -> UserError | None:
             path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
         )
+    if "Expected to have finished reduction in the prior iteration" in text:
+        return user_error(
+            "the loss does not depend on every parameter, and DistributedDataParallel waits for "
+            "the gradients of all",
+            "use `find_unused_parameters: true`",
+            path="engine.find_unused_parameters",
+        )
     if "does not have a deterministic implementation" in text:
         return user_error(
             text.splitlines()[0],

@@ -74,6 +74,7 @@ class Machine:
     unsupported: Mapping[str, frozenset[str]]  # precisions that do not run at all
     # half precisions in which nn.LSTM fails under autocast
     broken_lstm: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    cpus: int | None = None  # that this process may use; None: nobody counted them
 
 
 def check_installation() -> None:
@@ -136,7 +137,7 @@ def detect_machine() -> Machine:
         broken_lstm[device] = frozenset(
             p for p in runs & {"fp16", "bf16"} if _lstm_fails(device, p)
         )
-    return Machine(tuple(names), emulated, unsupported, broken_lstm)
+    return Machine(tuple(names), emulated, unsupported, broken_lstm, _cpu_count())
 
 
 def environment() -> dict[str, Any]:

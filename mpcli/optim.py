@@ -145,6 +145,12 @@ class HalfStorageStep:
     ) -> None:
         self.optimizer = optimizer
         self.weights = weights
+        # What is widened stands in for the weight: a parameter whose type changes, if only for a
+        # moment, loses its hooks on gradients, by which DistributedDataParallel adds them up.
+        stand_ins = {weight: weight.detach() for weight in weights}
+        self.stand_ins = list(stand_ins.values())
+        for group in optimizer.param_groups:
+            group["params"] = [stand_ins[weight] for weight in group["params"]]
         self.seed = seed
         self.offsets = [0]
         self.chunks: list[list[int]] = [[]]
@@ -168,30 +174,28 @@ class HalfStorageStep:
         """
         for chunk in self.chunks:
             stepped = [index for index in chunk if gradients[index] is not None]
-            stored = [self._widen(self.weights[index], gradients[index]) for index in stepped]
+            for index in stepped:
+                self._widen(index, gradients[index])
             self.optimizer.step()  # skips the weights without a gradient
-            for index, (weight, state) in zip(stepped, stored, strict=True):
-                self._narrow(index, weight, state, applied)
+            for index in stepped:
+                self._narrow(index, applied)
 
-    def _widen(self, weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _widen(self, index: int, gradient: Tensor | None) -> None:
+        weight, wide = self.weights[index], self.stand_ins[index]
+        wide.data = weight.detach().float()
+        wide.grad = gradient
         state = self.optimizer.state[weight]
-        stored = weight.data, {key: value for key, value in state.items() if value.dtype in HALF}
-        weight.data = weight.data.float()
-        weight.grad = gradient
-        state.update({key: value.float() for key, value in stored[1].items()})
-        return stored
+        self.optimizer.state[wide] = {key: value.float() for key, value in state.items()}
 
-    def _narrow(
-        self, index: int, stored: Tensor, state: dict[str, Tensor], applied: Tensor
-    ) -> None:
-        weight = self.weights[index]
-        if self.seed is not None and stored.dtype in HALF:
+    def _narrow(self, index: int, applied: Tensor) -> None:
+        weight, wide = self.weights[index].detach(), self.stand_ins[index]
+        if self.seed is not None and weight.dtype in HALF:
             offset = self.offsets[index]
-            stored.copy_(round_stochastically(weight.data, self.seed, applied, offset))
+            weight.copy_(round_stochastically(wide.data, self.seed, applied, offset))
         else:
-            stored.copy_(weight.data)
-        for key, value in state.items():
-            value.copy_(self.optimizer.state[weight][key])
-        weight.grad = None
-        weight.data = stored
-        self.optimizer.state[weight].update(state)
+            weight.copy_(wide.data)
+        wide_state = self.optimizer.state.pop(wide)
+        for key, value in self.optimizer.state[self.weights[index]].items():
+            value.copy_(wide_state[key])
+        wide.grad = None
+        wide.data = weight

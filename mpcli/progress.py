@@ -192,7 +192,7 @@ def restore_newest(
 
     def use(candidate: Checkpoint) -> None:
         nonlocal state
-        tensors, found = checkpoint.load(candidate)
+        tensors, found = checkpoint.load(candidate, hashes=ranks.is_main)
         read = _training_state(candidate, found)
         counts = {} if attempted is None else {"attempted": attempted}
         try:
@@ -206,7 +206,7 @@ def restore_newest(
     if ranks.is_main:
         chosen, problems = checkpoint.newest_valid(folder, use, up_to)
     chosen = ranks.from_main(chosen)
-    if chosen and not ranks.is_main:  # rank 0 has verified it
+    if chosen and not ranks.is_main:  # rank 0 has compared its hashes
         use(chosen)
     return state, problems
 

@@ -8,7 +8,6 @@ steps is the same anyway; what does not (signals, clocks) goes through `Ranks.ag
 from __future__ import annotations
 
 import datetime
-import enum
 import json
 import re
 from collections.abc import Mapping
@@ -26,8 +25,8 @@ from mpcli.recipe.errors import Problem, UserError
 T = TypeVar("T")
 
 
-class Ask(enum.IntFlag):
-    """What one rank may want that all have to do."""
+class Ask:
+    """What one rank may want that all have to do: bits of a plain number, which costs nothing."""
 
     NOTHING = 0
     TERMINATE = 1
@@ -38,7 +37,7 @@ class Ask(enum.IntFlag):
     COLLECT = 32
 
 
-_BITS = [flag.value for flag in Ask]
+_BITS = [1 << bit for bit in range(6)]
 
 
 class Ranks:
@@ -50,6 +49,7 @@ class Ranks:
         rank: its number, from 0; rank 0 writes the run's records.
         world_size: how many there are.
         local_rank: its number on its machine.
+        timeout: seconds that one waits for the others.
         store: in which they met; what rank 0 hosts lives as long as this.
     """
 
@@ -60,7 +60,9 @@ class Ranks:
         local_rank: int = 0,
         control: ProcessGroup | None = None,
         store: TCPStore | None = None,
+        timeout: float = 600.0,
     ) -> None:
+        self.timeout = timeout
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
@@ -84,7 +86,7 @@ class Ranks:
             return torch.device(kind)
         return torch.device(kind, self.local_rank)
 
-    def agree(self, ask: Ask) -> Ask:
+    def agree(self, ask: int) -> int:
         """What any rank asked for, the same in all of them. All have to call it equally often.
 
         Alone, that is `ask`. Otherwise it is what was asked in the call before this one, so that
@@ -98,7 +100,7 @@ class Ranks:
         if before is None:
             return Ask.NOTHING
         before[0].wait()
-        return Ask(sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked))
+        return sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, in every rank. All have to call it."""
@@ -173,7 +175,7 @@ def join(
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, ProcessGroup)
-    return Ranks(rank, world_size, position.local_rank, control, store)
+    return Ranks(rank, world_size, position.local_rank, control, store, timeout)
 
 
 _LONGEST_FACT = 80  # characters of one that is told

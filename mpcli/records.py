@@ -440,7 +440,8 @@ class Replay(Record):
     recorded_loss: float | None = Field(description="of `steps.jsonl`")
     reproduced: bool | None = Field(
         description="both losses are the same fp32 number; null without a recorded one, and where "
-        "the run was compiled: it is followed as it was before that"
+        "the run was compiled (it is followed as it was before that) or several ranks trained "
+        "(their losses are added in another order)"
     )
     finite: bool = Field(description="all gradients of the step, in the run's precision")
     micro_batch: int = Field(description="the one that was compared, from 0")

@@ -115,6 +115,7 @@ def train(
             data,
             device,
             lambda: task.build_model(options, data.info).to(device),
+            ranks,
         )
         board = None
         if recipe.output.tensorboard and ranks.is_main:
@@ -181,11 +182,12 @@ def train(
             """What falls due after a step. Signals are obeyed here, where the state is whole."""
             saver.finished()
             ask = _asked()
+            ask |= Ask.SAVE if save_asked() else 0
             if ranks.is_main:  # whose clock counts
                 ask |= Ask.EVALUATE_BY_TIME if evaluation_time() else 0
                 ask |= Ask.SAVE_BY_TIME if checkpoint_time() else 0
                 ask |= Ask.COLLECT if log.is_late() else 0
-            ask = ranks.agree(ask | (Ask.SAVE if save_asked() else 0))
+            ask = ranks.agree(ask)
             if ask & Ask.COLLECT:
                 log.copy_soon()
             try:
@@ -197,6 +199,8 @@ def train(
                 save(step, scheduled=False)
                 saver.finished(wait=True)
                 raise
+            if ranks.alone and save_asked():  # while it evaluated
+                ask |= Ask.SAVE
             if step < plan.steps:
                 is_best = progress.best is not None and progress.best[0] == step
                 scheduled = checkpoint_due(step) or is_best or bool(ask & Ask.SAVE_BY_TIME)
@@ -362,13 +366,13 @@ def _until_stopped(batches: Iterator[Batch], device: torch.device, ranks: Ranks)
 _STOPS = {signal.SIGTERM: Ask.TERMINATE, signal.SIGINT: Ask.INTERRUPT}
 
 
-def _asked() -> Ask:
+def _asked() -> int:
     """Whether this rank was told by a signal to stop."""
     number = asked()
     return Ask.NOTHING if number is None else _STOPS[signal.Signals(number)]
 
 
-def _stop(ask: Ask) -> None:
+def _stop(ask: int) -> None:
     """End here if a rank was told to by a signal.
 
     Raises:
@@ -394,6 +398,7 @@ def _saver(
         checkpoint.check_room(
             run.checkpoints_path,
             tensors,
+            ranks,
             saves=_saves_left(recipe, plan, progress.attempted),
             keep=output.keep_last + (output.keep_best is not None),
             final_bytes=4 * plan.parameters,

@@ -24,12 +24,17 @@ def make_weights(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
-def make_step(
-    kind: Optim, weights: list[Tensor], seed: int | None = None
-) -> tuple[HalfStorageStep, torch.optim.Optimizer]:
+def make_optimizer(kind: Optim, weights: list[Tensor]) -> torch.optim.Optimizer:
     named = [(f"w{index}", weight) for index, weight in enumerate(weights)]
     optimizer = build_optimizer(kind, named, torch.tensor(kind.lr))
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    return optimizer
+
+
+def make_step(
+    kind: Optim, weights: list[Tensor], seed: int | None = None
+) -> tuple[HalfStorageStep, torch.optim.Optimizer]:
+    optimizer = make_optimizer(kind, weights)
     return HalfStorageStep(optimizer, weights, seed), optimizer
 
 
@@ -54,7 +59,7 @@ def test_a_step_is_an_fp32_step_rounded_once(
         wide = [weight.float().clone() for weight in weights]
         for copy, gradient in zip(wide, gradients, strict=True):
             copy.grad = None if gradient is None else gradient.clone()
-        _, exact = make_step(kind, wide)
+        exact = make_optimizer(kind, wide)
         for copy, weight in zip(wide, weights, strict=True):
             exact.state[copy] = {k: v.float().clone() for k, v in optimizer.state[weight].items()}
         exact.step()

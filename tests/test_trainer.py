@@ -472,7 +472,7 @@ def test_channels_last_holds_for_images_and_weights(
 def test_a_bug_leaves_a_result_and_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpcli.trainer.LocalEngine.step", lambda self: 1 / 0)
+    monkeypatch.setattr("mpcli.engines.local.LocalEngine.step", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_small(tmp_path)
     written = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -511,7 +511,7 @@ def test_what_torch_refuses_comes_with_the_remedy(
     def step(self: object) -> None:
         raise error
 
-    monkeypatch.setattr("mpcli.trainer.LocalEngine.step", step)
+    monkeypatch.setattr("mpcli.engines.local.LocalEngine.step", step)
     _, result = run_small(tmp_path)
     assert (result.status, result.exit_code) == ("failed", code)
     assert result.problems[0]["path"] == field

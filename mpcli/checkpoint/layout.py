@@ -8,25 +8,39 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from pydantic_core import from_json
-from torch import Tensor
+from torch import Size, Tensor
 
 from mpcli.records import Record, strict_json
 
 VERSION = 1
-TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+MAX_FILES = 2**14  # of tensors: each is mapped, and Linux maps 65,530 for a process
 STATE = "state.json"
 MANIFEST = "manifest.json"
+SHARDING_INFO = "DCP_SHARDING_INFO"  # in the metadata of a safetensors file
 MAX_JSON_BYTES = 2**18
+MAX_ENTRY_BYTES = 2**9  # of a file of tensors in the manifest
 MAX_HEADER_BYTES = 2**23  # of a safetensors file: about 40,000 tensors
+MAX_HEADERS_BYTES = 2**28  # of all of them
+MAX_DIMENSIONS = 64  # torch has no more
 TYPES = frozenset((  # of safetensors, that torch has too
     "BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64",
     "C64", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ",
 ))  # fmt: skip
 
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})(\.tmp|\.old)?")
+SHARD = re.compile(r"shard-[0-9]{5}-model-00001-of-00001\.safetensors")
+
+
+def shard_name(rank: int) -> str:
+    """The file of a rank's tensors, as torch's HuggingFaceStorageWriter names it."""
+    return f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+
+
+TENSORS = shard_name(0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,35 @@ class Part:
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Part:
+        """All of a tensor."""
+        return cls(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+
+    @property
+    def place(self) -> Place:
+        """What the file that it is in says about it."""
+        is_whole = tuple(self.tensor.shape) == self.shape
+        return Place(saved_offsets=self.offsets, shape=None if is_whole else self.shape)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the whole tensor."""
+        return self.tensor.element_size() * Size(self.shape).numel()
+
+
+def parts_of(tensors: Mapping[str, Tensor | Part], rank: int) -> dict[str, Part]:
+    """What a rank writes of its tensors: its parts, and in rank 0 what is whole as well."""
+    parts: dict[str, Part] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Part) and Size(value.shape).numel():
+            if value.tensor.numel():
+                parts[name] = value
+        elif rank == 0:  # nothing cannot be divided either
+            whole = value.tensor.new_empty(value.shape) if isinstance(value, Part) else value
+            parts[name] = Part.whole(whole)
+    return parts
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -50,6 +93,22 @@ class Checkpoint:
 
     path: Path
     step: int
+
+
+_Length = Annotated[int, Field(strict=True, ge=0)]
+_Lengths = Annotated[tuple[_Length, ...], Field(fail_fast=True)]
+
+
+class Place(Record):
+    """Of a tensor in a file: an entry of `DCP_SHARDING_INFO`, which torch's reader knows.
+
+    Attributes:
+        saved_offsets: where it begins in the whole.
+        shape: of the whole, where the file has not all of it; ours, torch's reader passes it over.
+    """
+
+    saved_offsets: _Lengths
+    shape: _Lengths | None = None
 
 
 class FileEntry(Record):

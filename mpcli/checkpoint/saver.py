@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import tempfile
@@ -15,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpcli.checkpoint.layout import Checkpoint, Part, completed
-from mpcli.checkpoint.writer import make_folder, save
+from mpcli.checkpoint.layout import Checkpoint, Part, completed, parts_of
+from mpcli.checkpoint.writer import begin, make_folder, save, save_share
 from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.rundir import storage_errors
@@ -28,13 +29,20 @@ _OTHER_BYTES = 2**15  # state, manifest, and what a file system needs for three 
 
 
 def check_room(
-    folder: Path, tensors: Mapping[str, Tensor], *, saves: int, keep: int, final_bytes: int
+    folder: Path,
+    tensors: Mapping[str, Tensor | Part],
+    ranks: Ranks = ALONE,
+    *,
+    saves: int,
+    keep: int,
+    final_bytes: int,
 ) -> None:
     """Check that the checkpoints to come, and the trained model, have room on the disk.
 
     Args:
         folder: `checkpoints` of a run; made if its parent exists.
-        tensors: of one checkpoint.
+        tensors: of one checkpoint; parts count as what they are parts of.
+        ranks: that write it.
         saves: still to come.
         keep: checkpoints that stay beside the one that is being written.
         final_bytes: of the trained model.
@@ -47,7 +55,9 @@ def check_room(
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
         present = len(completed(folder))
-    each = _OTHER_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors.values())
+    wholes = [v if isinstance(v, Part) else Part.whole(v) for v in tensors.values()]
+    each = sum(whole.whole_bytes for whole in wholes)
+    each += _writers(tensors, ranks) * (_OTHER_BYTES + _TENSOR_BYTES * len(wholes))
     new = max(0, min(present + saves, keep + 1) - present)
     needed = new * each + final_bytes
     if needed > free:
@@ -68,10 +78,14 @@ class Saver:
     for the end of the save before it. The memory of the copy is kept for the next one. As a
     context, it waits at the end for a save that is going on.
 
+    With several ranks each has one, made and called at the same points. Where tensors are divided
+    among them, each rank writes its parts, and rank 0 the rest; otherwise rank 0 alone writes.
+
     Args:
         folder: `checkpoints` of a run.
         keep_last: see `save`.
         tensors: those that will be saved; only their shapes and types count.
+        ranks: that save together.
     """
 
     def __init__(
@@ -85,10 +99,14 @@ class Saver:
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.ranks = ranks
+        self._writers = _writers(tensors, ranks)
+        self._writes = ranks.rank < self._writers
         self._copies: dict[str, Tensor] | None = None
-        if background:
+        if background and self._writes:
             # Zeros: memory that was never written to would have to be found during the first save.
-            self._copies = {name: _host_zeros(tensor) for name, tensor in tensors.items()}
+            parts = parts_of(tensors, ranks.rank)
+            self._copies = {name: _host_zeros(part.tensor) for name, part in parts.items()}
         self._thread: threading.Thread | None = None
         self._saved: Checkpoint | None = None
         self._error: BaseException | None = None
@@ -96,29 +114,40 @@ class Saver:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Part],
         state: Mapping[str, Any],
         keep: Collection[int] = (),
     ) -> None:
-        """Begin to save; `finished` tells when it is done.
+        """Begin to save; `finished` tells when it is done. State and `keep` are rank 0's.
 
         Raises:
             UserError: exit 7, this save or the one before it failed.
         """
         self.finished(wait=True)
-        if self._copies is None:
-            self._saved = save(
-                self.folder, step, tensors, state, keep_last=self.keep_last, keep=keep
-            )
+        if not self._writes:
             return
-        copied = self._copy(self._copies, tensors)
+        if self._writers > 1:
+            if self.ranks.is_main:
+                begin(self.folder, step)
+            self.ranks.barrier()
+        parts = parts_of(tensors, self.ranks.rank)
+        if self._copies is None:
+            self._saved = self._write(step, parts, state, keep)
+            return
+        copied = self._copy(self._copies, {name: part.tensor for name, part in parts.items()})
+        parts = {
+            name: dataclasses.replace(part, tensor=self._copies[name])
+            for name, part in parts.items()
+        }
         self._thread = threading.Thread(
-            target=self._write, args=(step, self._copies, state, keep, copied), daemon=True
+            target=self._write_copies, args=(step, parts, state, keep, copied), daemon=True
         )
         self._thread.start()
 
     def finished(self, *, wait: bool = False) -> Checkpoint | None:
         """The newest checkpoint that is on the disk since this saver was made, if any.
+
+        In a rank other than 0 that is known of its own file only.
 
         Args:
             wait: for the end of a save that is going on.
@@ -165,7 +194,27 @@ class Saver:
     def _write(
         self,
         step: int,
-        tensors: Mapping[str, Tensor],
+        parts: Mapping[str, Part],
+        state: Mapping[str, Any],
+        keep: Collection[int],
+    ) -> Checkpoint:
+        if not self.ranks.is_main:
+            return save_share(self.folder, step, parts, self.ranks.rank)
+        return save(
+            self.folder,
+            step,
+            parts,
+            state,
+            keep_last=self.keep_last,
+            keep=keep,
+            writers=self._writers,
+            patience=self.ranks.timeout,
+        )
+
+    def _write_copies(
+        self,
+        step: int,
+        parts: Mapping[str, Part],
         state: Mapping[str, Any],
         keep: Collection[int],
         copied: torch.cuda.Event | None,
@@ -174,11 +223,15 @@ class Saver:
         try:
             if copied:
                 copied.synchronize()
-            self._saved = save(
-                self.folder, step, tensors, state, keep_last=self.keep_last, keep=keep
-            )
+            self._saved = self._write(step, parts, state, keep)
         except BaseException as error:
             self._error = error
+
+
+def _writers(tensors: Mapping[str, Tensor | Part], ranks: Ranks) -> int:
+    """How many ranks write: rank 0 alone, where nothing is divided."""
+    divided = any(isinstance(value, Part) for value in tensors.values())
+    return ranks.world_size if divided else 1
 
 
 def _host_zeros(tensor: Tensor) -> Tensor:

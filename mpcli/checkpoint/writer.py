@@ -1,8 +1,10 @@
 """Writing a checkpoint: durably, all of it or nothing.
 
-The tensor file is laid out as `torch.distributed.checkpoint`'s HuggingFaceStorageWriter does it, so
-that its reader can load it into any number of processes. The writer itself is not used: for one
-process it takes several times as long, holds every tensor three times, and swallows Ctrl-C.
+The tensor files are laid out as `torch.distributed.checkpoint`'s HuggingFaceStorageWriter does it,
+so that its reader can load them into any number of processes. The writer itself is not used: for
+one process it takes several times as long, holds every tensor three times, and swallows Ctrl-C; for
+several, a save in a thread would need collectives there. Here the ranks meet through files: each
+leaves beside its tensors an entry of the manifest, which rank 0 waits for.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,33 +27,41 @@ from torch import Tensor
 from mpcli.checkpoint.layout import (
     MANIFEST,
     MAX_JSON_BYTES,
+    SHARDING_INFO,
     STATE,
     TENSORS,
     VERSION,
     Checkpoint,
     FileEntry,
     Manifest,
+    Part,
     completed,
     decode,
     discard,
     encode,
+    parts_of,
     sha256,
+    shard_name,
 )
+from mpcli.recipe.errors import Exit, user_error
 from mpcli.rundir import storage_errors, sync
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.02
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Part],
     state: Mapping[str, Any],
     *,
     keep_last: int,
     keep: Collection[int] = (),
+    writers: int = 1,
+    patience: float = 600.0,
 ) -> Checkpoint:
     """Write `folder/step-<step>`, then remove what is no longer wanted.
 
@@ -65,23 +76,23 @@ def save(
             `float()` understands.
         keep_last: how many of the newest stay, this one included.
         keep: steps that stay besides.
+        writers: ranks that have parts. If there are several, this is rank 0, `begin` was called
+            before any of them wrote, and each of the others calls `save_share`.
+        patience: seconds that it waits for their files when its own are written.
 
     Raises:
-        UserError: exit 7, nothing was saved.
+        UserError: exit 7, nothing was saved; 6, a rank does not write.
         TypeError, ValueError: `state` is not JSON, or more than `MAX_JSON_BYTES`.
     """
     text = encode(dict(state))
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{len(text)} bytes of state: what is large belongs in a tensor")
     decode(text)  # what could not be read must not be written
-    final = folder / f"step-{step}"
-    temporary = final.with_suffix(".tmp")
+    temporary = begin(folder, step) if writers == 1 else _temporary(folder, step)
+    final = temporary.with_suffix("")
     with storage_errors(folder, f"checkpoint {final.name}"):
-        make_folder(folder)
-        discard(temporary)
-        temporary.mkdir()
         try:
-            _write(temporary, step, tensors, text)
+            _write(temporary, step, tensors, text, writers, patience)
             _publish(temporary, final)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -89,6 +100,53 @@ def save(
             raise
     _remove_unwanted(folder, step, keep_last, keep)
     return Checkpoint(final, step)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the empty folder that `folder/step-<step>` is written in.
+
+    Raises:
+        UserError: exit 7, it cannot be made.
+    """
+    temporary = _temporary(folder, step)
+    with storage_errors(folder, f"checkpoint step-{step}"):
+        make_folder(folder)
+        discard(temporary)
+        temporary.mkdir()
+    return temporary
+
+
+def save_share(
+    folder: Path, step: int, tensors: Mapping[str, Tensor | Part], rank: int
+) -> Checkpoint:
+    """Write the parts that a rank other than 0 holds; rank 0's `save` does the rest.
+
+    Raises:
+        UserError: exit 7, they cannot be written.
+    """
+    temporary = _temporary(folder, step)
+    path, entry = temporary / shard_name(rank), _entry_path(temporary, rank)
+    with storage_errors(folder, f"checkpoint step-{step}"):
+        try:
+            _write_tensors(path, parts_of(tensors, rank))
+            sync(path)
+            written = entry.with_suffix(".tmp")
+            written.write_bytes(encode(_file_entry(path).model_dump()))
+            written.replace(entry)
+        except BaseException:
+            with contextlib.suppress(OSError):  # rank 0 need not wait for it
+                entry.touch()
+            raise
+    return Checkpoint(temporary.with_suffix(""), step)
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}.tmp"
+
+
+def _entry_path(temporary: Path, rank: int) -> Path:
+    """Where a rank says what it wrote; empty, if it failed to."""
+    return temporary / f"entry-{rank:05}.json"
 
 
 def make_folder(folder: Path) -> None:
@@ -100,18 +158,50 @@ def make_folder(folder: Path) -> None:
         sync(folder.parent)
 
 
-def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: bytes) -> None:
-    """The three files, and their way to the disk."""
-    _write_tensors(folder / TENSORS, _on_host(tensors))
+def _write(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | Part],
+    state: bytes,
+    writers: int,
+    patience: float,
+) -> None:
+    """Rank 0's three files and their way to the disk, where the other ranks' files are already."""
+    _write_tensors(folder / TENSORS, parts_of(tensors, 0))
     (folder / STATE).write_bytes(state)
-    entries = {
-        path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path))
-        for path in (folder / TENSORS, folder / STATE)
-    }
+    entries = {path.name: _file_entry(path) for path in (folder / TENSORS, folder / STATE)}
+    entries |= _collected(folder, writers, patience)
     manifest = Manifest(version=VERSION, step=step, files=entries)
     (folder / MANIFEST).write_bytes(encode(manifest.model_dump()))
     for path in (folder / TENSORS, folder / STATE, folder / MANIFEST, folder):
         sync(path)
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
+
+
+def _collected(folder: Path, writers: int, patience: float) -> dict[str, FileEntry]:
+    """What the other ranks wrote. A rank that died says nothing: its group ends this process."""
+    entries = {}
+    deadline = time.monotonic() + patience
+    for rank in range(1, writers):
+        path = _entry_path(folder, rank)
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise user_error(
+                    f"rank {rank} has not written its part of checkpoint {folder.stem}",
+                    "it hangs, or does not share a disk with rank 0",
+                    exit_code=Exit.DISTRIBUTED,
+                )
+            time.sleep(_POLL_SECONDS)
+        text = path.read_bytes()
+        if not text:
+            what = f"rank {rank} cannot write its part of checkpoint {folder.stem}"
+            raise user_error(what, f"rank {rank} says why", exit_code=Exit.STORAGE)
+        entries[shard_name(rank)] = FileEntry.model_validate_json(text)
+        path.unlink()
+    return entries
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,9 +216,10 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return host
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(whole)}
+def _write_tensors(path: Path, parts: Mapping[str, Part]) -> None:
+    tensors = _on_host({name: part.tensor for name, part in parts.items()})
+    places = {name: part.place.model_dump(exclude_none=True) for name, part in parts.items()}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", SHARDING_INFO: json.dumps(places)}
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:  # what its writer makes of an OSError

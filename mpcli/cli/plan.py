@@ -16,6 +16,7 @@ from mpcli.signals import uninterrupted
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
     from mpcli.recipe.plugin import PluginFile
+    from mpcli.recipe.recipe import Recipe
     from mpcli.records import Plan
 
 
@@ -29,7 +30,7 @@ def plan(
     """Show what a run would do, and every problem.
 
     Each value of the recipe with its origin, the precision of each module, the number of
-    parameters and steps.
+    parameters, processes and steps.
     """
     loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
     if as_json:
@@ -140,19 +141,28 @@ def _show(loaded: LoadedRecipe, planned: Plan) -> None:
             for m in planned.modules
         ],
     )
-    show_table("Run", ("", ""), summary(planned))
+    show_table("Run", ("", ""), _summary(loaded.recipe, planned))
 
 
-def summary(planned: Plan) -> list[tuple[str, str]]:
+def _summary(recipe: Recipe, planned: Plan) -> list[tuple[str, str]]:
     """The plan's totals, as label and value."""
+    processes = f"{planned.world_size:,} ({recipe.engine.kind})"
+    micro_batch = f"{planned.micro_batch_size:,} x {planned.accumulation} per step"
+    if planned.world_size > 1:
+        batch = recipe.train.global_batch_size
+        smallest, more = divmod(batch, planned.world_size)
+        share = f"{smallest:,}" + (f" or {smallest + 1:,}" if more else "")
+        processes += f", each with {share} of the {batch:,} samples of a step"
+        micro_batch += " in each process"
     return [
         ("device", planned.device),
+        ("processes", processes),
         ("data", planned.data_source),
         ("samples", f"{planned.num_train:,} to train on, {planned.num_eval:,} to evaluate on"),
         ("sample", ", ".join(f"{name} {about}" for name, about in planned.sample.items())),
         ("parameters", f"{planned.parameters:,}"),
         ("steps", f"{planned.steps:,} ({planned.steps_per_epoch:,} an epoch)"),
-        ("micro-batch", f"{planned.micro_batch_size:,} x {planned.accumulation} per step"),
+        ("micro-batch", micro_batch),
     ]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mpcli.checkpoint import Checkpoint, verify
-from mpcli.checkpoint.layout import TENSORS
+from mpcli.checkpoint import Checkpoint, load
+from mpcli.checkpoint.layout import SHARD
 from mpcli.diagnose import safetensors_files, torch_files
 from mpcli.diagnose.facts import Facts, NotRead
 from mpcli.diagnose.numbers import Numbers, is_examined, scaler_facts, stored_once
@@ -49,9 +49,9 @@ def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
     Raises:
         UserError: exit 4, as `checkpoint.verify`.
     """
-    verify(checkpoint)
+    tensors, _ = load(checkpoint)
     numbers = Numbers()
-    _read_ours(checkpoint.path / TENSORS, numbers)
+    _read_ours(checkpoint.path, tensors, numbers)
     return _facts(checkpoint.path, "checkpoint", numbers)
 
 
@@ -160,8 +160,8 @@ def _index(folder: Path, name: str) -> Mapping[str, str]:
 
 def _read(path: Path, numbers: Numbers) -> None:
     """Collect what is in a file, of whatever form."""
-    if path.name == TENSORS:
-        _read_ours(path, numbers)
+    if SHARD.fullmatch(path.name):
+        _read_ours(path, dict(safetensors_files.tensors(path)), numbers)
     elif path.suffix == ".safetensors":
         for name, tensor in safetensors_files.tensors(path):
             _add(path, numbers, name, tensor)
@@ -177,11 +177,12 @@ def _add(path: Path, numbers: Numbers, name: str, tensor: Tensor) -> None:
     numbers.weight(name, tensor)
 
 
-def _read_ours(path: Path, numbers: Numbers) -> None:
+def _read_ours(path: Path, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
     """The names are those of `LocalEngine.checkpoint`."""
     scaler: dict[str, Any] = {}
     masters: set[str] = set()
-    for key, tensor in _masters_first(path):
+    for key in sorted(tensors, key=lambda key: not key.startswith("master.")):
+        tensor = tensors[key]
         part, _, name = key.partition(".")
         if part == "master":
             masters.add(name)
@@ -195,15 +196,6 @@ def _read_ours(path: Path, numbers: Numbers) -> None:
     if "scale" in scaler:
         scaler["_growth_tracker"] = scaler.get("good_steps", 0)
         numbers.scaler = scaler_facts(scaler)
-
-
-def _masters_first(path: Path) -> Iterator[tuple[str, Tensor]]:
-    yield from (entry for entry in safetensors_files.tensors(path) if _is_master(entry[0]))
-    yield from (entry for entry in safetensors_files.tensors(path) if not _is_master(entry[0]))
-
-
-def _is_master(key: str) -> bool:
-    return key.startswith("master.")
 
 
 class _Walk:

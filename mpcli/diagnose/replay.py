@@ -178,7 +178,8 @@ def _replayed(
     half_beside = compared(stage.model, half, shadows["fp32"]) if half else {}
     recorded = row.loss if row else None
     compute = numerics(recipe.precision.mode).compute_name
-    uncomparable = recorded is None or recipe.engine.compile
+    # What was compiled, or added up over ranks, has other roundings.
+    uncomparable = recorded is None or recipe.engine.compile or plan.world_size > 1
     return Replay(
         step=step,
         attempt=run.attempt,

@@ -120,8 +120,10 @@ class Stage:
         return batch, tuple(differing)
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """As the run cut them."""
-        return batch.split(self.plan.micro_batch_size)
+        """As the run cut them, those of rank 0 first."""
+        ranks = range(self.plan.world_size)
+        shares = (batch.share(rank, self.plan.world_size) for rank in ranks)
+        return [part for share in shares for part in share.split(self.plan.micro_batch_size)]
 
     def bring_to(
         self, run: RunDirectory, step: int, tell: Callable[[str], None]
@@ -169,11 +171,10 @@ class Stage:
     def run(self, step: int) -> tuple[Tensor, Outcome]:
         """The attempted step that comes next: its loss, and what became of it."""
         batch = self.batch(step)
+        parts = self.micro_batches(batch)
         losses = [
-            self.engine.accumulate(
-                self.loss, part, batch.weight, last=number == self.plan.accumulation
-            )
-            for number, part in enumerate(self.micro_batches(batch), 1)
+            self.engine.accumulate(self.loss, part, batch.weight, last=number == len(parts))
+            for number, part in enumerate(parts, 1)
         ]
         return torch.stack(losses).sum(), self.engine.step()
 

@@ -20,6 +20,8 @@ from mpcli.diagnose.stage import check_device
 from mpcli.diagnose.symptoms import SYMPTOMS, Symptom, judged, mean, symptom_of
 from mpcli.machine import Machine, detect_machine
 from mpcli.plan import make_plan
+from mpcli.plan.processes import Group
+from mpcli.recipe.engine import Local
 from mpcli.recipe.errors import UserError, user_error
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import PluginFile
@@ -245,7 +247,11 @@ class _Bench:
 
     def _rerun_with(self, suggestion: Suggestion, window: _Window) -> Rerun:
         recipe = load_recipe(window.past.recipe_path, suggestion.set, self.plugin).recipe
-        plan, start = make_plan(recipe, self.machine), window.start
+        group = Group(window.plan.world_size)  # whose batches are cut here as they were there
+        if not isinstance(recipe.engine, Local):
+            anywhere = recipe.engine.model_copy(update={"processes": "auto"})
+            recipe = recipe.model_copy(update={"engine": anywhere})
+        plan, start = make_plan(recipe, self.machine, group=group), window.start
         if plan.steps < window.end:
             raise user_error(f"the run would have only {plan.steps:,} steps")
         if start.tensors and recipe.precision.loss_scale != window.recipe.precision.loss_scale:

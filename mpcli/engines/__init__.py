@@ -14,6 +14,7 @@ from mpcli.precision.numerics import Numerics
 from mpcli.ranks import Ranks
 from mpcli.recipe import engine as sections
 from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.train import Clip
 
 
 def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
@@ -27,6 +28,11 @@ def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
             return fsdp2.mode_problems(meaning)
         case _:
             assert_never(engine)
+
+
+def clip_problems(engine: sections.Engine, clip: Clip | None) -> list[str]:
+    """Why an engine cannot clip as a recipe says; empty where it can."""
+    return fsdp2.clip_problems(clip) if isinstance(engine, sections.Fsdp2) else []
 
 
 def build_engine(

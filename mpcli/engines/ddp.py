@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 
@@ -49,15 +50,18 @@ class DdpEngine(LocalEngine):
         if options.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         super().__init__(recipe, model, device, steps, fp32_modules, ranks)
-        self.ddp = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            bucket_cap_mb=options.bucket_megabytes,
-            find_unused_parameters=options.find_unused_parameters,
-            gradient_as_bucket_view=options.gradient_as_bucket_view,
-            static_graph=options.static_graph,
-        )
+        with warnings.catch_warnings():
+            # What torch 2.14 wants instead is not there before.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            self.ddp = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                bucket_cap_mb=options.bucket_megabytes,
+                find_unused_parameters=options.find_unused_parameters,
+                gradient_as_bucket_view=options.gradient_as_bucket_view,
+                static_graph=options.static_graph,
+            )
         compressed = DTYPES.get(options.gradient_compression)
         self.ddp.register_comm_hook(None, _summed(compressed))
         self.forward_model = self.ddp

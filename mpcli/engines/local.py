@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
@@ -68,35 +69,26 @@ class LocalEngine:
         self.model = model
         self.forward_model = model  # what computes the loss: the model, or what is wrapped round it
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters: list[Tensor] = [model.get_parameter(name) for name in self.names]
-        exact = [p.data for p in self.parameters]
-        frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
-        convert(model, meaning, device, fp32_modules)
-        self.masters: list[Tensor] = [
-            p if p.dtype == torch.float32 or not meaning.masters else master
-            for p, master in zip(self.parameters, exact, strict=True)
-        ]
+        self.home = device  # of what is stepped, and of all that decides about the step
+        self.parameters: list[Tensor]
+        self.masters: list[Tensor]
+        self.frozen: dict[str, Tensor]
+        self._take_over(recipe, meaning, fp32_modules)
         self.copied = [
             (p, master)
             for p, master in zip(self.parameters, self.masters, strict=True)
             if p is not master
         ]
-        # What does not learn is rounded for the products only: it is saved as it came.
-        self.frozen = {
-            name: value
-            for name, value in frozen.items()
-            if meaning.masters and model.get_parameter(name).dtype != value.dtype
-        }
         self.clip = recipe.train.clip
         self.unclipped: set[Tensor] = set()
         if isinstance(self.clip, ClipAgc):  # Brock et al. 2021 leave the last layer alone
             last = set(model.get_submodule(last_layer(model)).parameters(recurse=False))
             pairs = zip(self.parameters, self.masters, strict=True)
             self.unclipped = {master for p, master in pairs if p in last}
-        self.scaler = LossScaler(recipe.precision.loss_scale, device)
-        self.learning_rates = learning_rate_table(recipe.optim, steps, device)
-        self.applied = torch.zeros(1, dtype=torch.int64, device=device)
-        self.lr = torch.zeros(1, dtype=torch.float32, device=device)
+        self.scaler = LossScaler(recipe.precision.loss_scale, self.home)
+        self.learning_rates = learning_rate_table(recipe.optim, steps, self.home)
+        self.applied = torch.zeros(1, dtype=torch.int64, device=self.home)
+        self.lr = torch.zeros(1, dtype=torch.float32, device=self.home)
         named = list(zip(self.names, self.masters, strict=True))
         self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()))
         self.half_storage: HalfStorageStep | None = None
@@ -118,10 +110,28 @@ class LocalEngine:
         self._hooks: ActivationHooks | None = None  # of the next micro-batch
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
+    def _take_over(self, recipe: Recipe, meaning: Numerics, fp32_modules: Collection[str]) -> None:
+        """Convert the model; find what of it is stored, stepped and frozen, and where."""
+        model = self.model
+        self.parameters = [model.get_parameter(name) for name in self.names]
+        exact = [p.data for p in self.parameters]
+        frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
+        convert(model, meaning, self.device, fp32_modules)
+        self.masters = [
+            p if p.dtype == torch.float32 or not meaning.masters else master
+            for p, master in zip(self.parameters, exact, strict=True)
+        ]
+        # What does not learn is rounded for the products only: it is saved as it came.
+        self.frozen = {
+            name: value
+            for name, value in frozen.items()
+            if meaning.masters and model.get_parameter(name).dtype != value.dtype
+        }
+
     def sample(self, shadow: Mapping[Key, Tensor] | None = None) -> None:
         """Look at the tensors of the coming step: activations are of its first micro-batch."""
         self._sampling = True
-        self.samples.begin(self.scaler.scale, shadow)
+        self.samples.begin(self._scale(), shadow)
         self._hooks = ActivationHooks(self.model, self.samples)
 
     def accumulate(
@@ -136,10 +146,10 @@ class LocalEngine:
             with observer or _NOTHING, hooks or _NOTHING, eager, self.autocast:
                 loss_sum, _ = loss_function(self.forward_model, batch)
             # The gradient of the sum is scale / weight: the backward of (sum / weight) * scale.
-            loss_sum.backward(self.scaler.scale / total_weight)
+            loss_sum.backward(self._scale() / total_weight)
         if observer:
             self._observe = False
-            self.observed = observed_types(self.model, observer)
+            self._observed(observer)
             if self.compile:  # what is compiled cannot be observed
                 self._compile()
         if self.copied:
@@ -150,6 +160,13 @@ class LocalEngine:
     def _synchronising(self, last: bool) -> AbstractContextManager[object]:
         """Around forward and backward: gradients are added over the ranks in the last ones."""
         return _NOTHING
+
+    def _scale(self) -> Tensor:
+        """The loss scale where the loss is; nobody waits for it."""
+        return self.scaler.scale.to(self.device, non_blocking=True)
+
+    def _observed(self, observer: TypesObserver) -> None:
+        self.observed = observed_types(self.model, observer)
 
     def _compile(self) -> None:
         self.model.compile(dynamic=False)  # dynamic shapes fail with recomputed blocks
@@ -205,14 +222,21 @@ class LocalEngine:
 
     def _sample_weights_and_gradients(self) -> None:
         for name, master in zip(self.names, self.masters, strict=True):
-            self.samples.add(master, parameter_key(name, "weight"))
+            self.samples.add(self._whole(name, master), parameter_key(name, "weight"))
             if master.grad is not None:
-                self.samples.add(master.grad, parameter_key(name, "grad"), scaled=True)
+                gradient = self._whole(name, master.grad)
+                self.samples.add(gradient, parameter_key(name, "grad"), scaled=True)
 
     def _sample_updates(self, before: list[Tensor], gradients: list[Tensor | None]) -> None:
         stepped = zip(self.names, before, self.masters, gradients, strict=True)
         for name, old, master, gradient in stepped:
+            old, master = self._whole(name, old), self._whole(name, master)
+            gradient = None if gradient is None else self._whole(name, gradient)
             self.samples.add_update(parameter_key(name, "update"), old, master, gradient)
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """A parameter, or what has its shape, of which this rank has a part. All ranks call it."""
+        return part
 
     def _gradients(self) -> list[Tensor | None]:
         """fp32, still scaled, one per master; None where the loss does not depend on it."""
@@ -245,7 +269,7 @@ class LocalEngine:
     def _keep_or_restore_buffers(self, found_inf: Tensor) -> None:
         if not self.buffers:
             return
-        skipped = found_inf > 0
+        skipped = found_inf.to(self.device) > 0
         for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
             torch.where(skipped, before, buffer, out=before)
         torch._foreach_copy_(self.buffers, self.buffers_before)
@@ -301,22 +325,28 @@ class LocalEngine:
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Become what `checkpoint` was taken of, on this device or another."""
         own = self._state()
-        given = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
-        if different := sorted(own.keys() ^ given.keys()):
+        given = {name for name in tensors if not name.startswith("rng.")}
+        if different := sorted(own.keys() ^ given):
             name = different[0]
-            raise _foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
+            raise foreign(f"`{name}` is {'missing' if name in own else 'unknown'}")
         for name, value in own.items():
-            if (value.shape, value.dtype) != (given[name].shape, given[name].dtype):
-                raise _foreign(f"`{name}` is {_about(given[name])}, and {_about(value)} here")
-        attempted, applied = state.get("attempted"), int(given["applied"])
+            there = self._part_here(name, outline(tensors, name))
+            if (value.shape, value.dtype) != (there.shape, there.dtype):
+                raise foreign(f"`{name}` is {_about(there)}, and {_about(value)} here")
+        attempted, applied = state.get("attempted"), int(tensors["applied"])
         if type(attempted) is not int or not 0 <= applied <= attempted:
-            raise _foreign(f"{applied} of {attempted} steps are applied")
+            raise foreign(f"{applied} of {attempted} steps are applied")
 
-        scaler = {name: given.pop(f"scaler.{name}") for name in self.scaler.tensors()}
-        self.scaler.restore(scaler, attempted)
-        for name, value in given.items():
-            own[name].copy_(value)  # into its memory format
+        scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
+        self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
+        for name in own.keys() - {*scaler.values()}:
+            # Into its memory format. Read one by one: all may be more than memory holds.
+            own[name].copy_(self._part_here(name, tensors[name]))
         self._go_on(tensors, attempted)
+
+    def _part_here(self, key: str, whole: Tensor) -> Tensor:
+        """Of a tensor in a checkpoint what this rank has."""
+        return whole
 
     def adopt(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
         """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
@@ -335,15 +365,15 @@ class LocalEngine:
         for name, value in self._state().items():
             part, _, bare = name.partition(".")
             is_weight = part in ("model", "master")
-            exact = tensors.get(f"master.{bare}", tensors.get(f"model.{bare}"))
-            given = exact if is_weight else tensors.get(name)
+            exact = f"master.{bare}" if f"master.{bare}" in tensors else f"model.{bare}"
+            given = tensors.get(exact if is_weight else name)
             if part != "scaler" and given is not None and given.shape == value.shape:
                 value.copy_(given)
             elif is_weight or part == "buffer":
                 there = "missing" if given is None else _about(given)
-                raise _foreign(f"`{name}` is {there}, and {_about(value)} here")
+                raise foreign(f"`{name}` is {there}, and {_about(value)} here")
         if int(self.applied) > attempted:
-            raise _foreign(f"{int(self.applied)} of {attempted} steps are applied")
+            raise foreign(f"{int(self.applied)} of {attempted} steps are applied")
         scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
         if all(key in tensors for key in scaler.values()):
             self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
@@ -364,7 +394,7 @@ class LocalEngine:
                 if self.device.type == "cuda" and cuda in tensors:
                     torch.cuda.set_rng_state(tensors[cuda], self.device)
             except (KeyError, RuntimeError, TypeError) as error:
-                raise _foreign("it lacks a state of random numbers") from error
+                raise foreign("it lacks a state of random numbers") from error
         if self.compile and self._observe and attempted:  # step 1 alone is not compiled
             self._observe = False
             self._compile()
@@ -423,17 +453,22 @@ def checkpoint_weights(tensors: Mapping[str, Tensor], decay: float | None) -> di
         tensors: of a checkpoint.
         decay: `train.ema`.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    keys: dict[str, dict[str, str]] = {}
+    for key in tensors:
         part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
+        keys.setdefault(part, {})[name] = key
     applied = int(tensors["applied"])
-    averages = parts.get("average", {}) if decay and applied else {}
-    means = {name: value / (1.0 - (decay or 0.0) ** applied) for name, value in averages.items()}
-    return parts["model"] | parts.get("buffer", {}) | parts.get("master", {}) | means
+    averages = keys.get("average", {}) if decay and applied else {}
+    exact = keys["model"] | keys.get("buffer", {}) | keys.get("master", {}) | averages
+    weight = 1.0 - (decay or 0.0) ** applied  # of an average
+    return {
+        name: tensors[key] / weight if name in averages else tensors[key]
+        for name, key in exact.items()
+    }
 
 
-def _foreign(what: str) -> UserError:
+def foreign(what: str) -> UserError:
+    """Why a checkpoint does not fit an engine."""
     return user_error(
         f"it is not of this run: {what}",
         "a checkpoint fits only the recipe that it was saved with",

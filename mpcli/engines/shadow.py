@@ -12,6 +12,7 @@ from mpcli.engines.base import LossFunction
 from mpcli.precision.numerics import numeric_settings
 from mpcli.precision.probe import ActivationHooks, parameter_key
 from mpcli.precision.statistics import Key, Samples
+from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.precision import Precision
 
 
@@ -23,7 +24,10 @@ class Shadow:
             first shadow is wanted.
     """
 
-    def __init__(self, build_model: Callable[[], nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, build_model: Callable[[], nn.Module], device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self._ranks = ranks
         self._build_model = build_model
         self._device = device
         self._forked = [device] if device.type == "cuda" else []  # whose random numbers stay
@@ -39,11 +43,12 @@ class Shadow:
     ) -> dict[Key, Tensor]:
         """What the tensors of the coming step would be: sampled, and not scaled.
 
-        The random numbers are those that the step itself will draw.
+        The random numbers are those that the step itself will draw. With several ranks all call
+        this; gradients are the sums of theirs.
 
         Args:
             weights: parameters and buffers by their names in the model.
-            batches: the micro-batches of the step; activations are of the first one.
+            batches: this rank's micro-batches of the step; activations are of the first one.
         """
         model = self._filled(weights)
         self._samples.begin(1.0, keep=True)
@@ -54,6 +59,7 @@ class Shadow:
                 self._backward(model, loss_function, batch, total_weight)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
+                self._ranks.sum_(parameter.grad)
                 self._samples.add(parameter.grad, parameter_key(name, "grad"))
                 parameter.grad = None
         return self._samples.kept

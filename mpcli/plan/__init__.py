@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from mpcli.data.batch import Batch, micro_batch_sizes
-from mpcli.engines import mode_problems
+from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
 from mpcli.plan.precision import PrecisionPlan, plan_precision
-from mpcli.plan.processes import ALONE, Group, processes
+from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
-from mpcli.recipe.errors import Exit, Problem, UserError
+from mpcli.recipe.errors import Exit, Problem, UserError, one_of
+from mpcli.recipe.fields import kinds
 from mpcli.recipe.plugin import plugin_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Plan, PlanWarning
@@ -51,6 +52,8 @@ def make_plan(
 
 def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) -> Plan:
     problems = list(_machine_problems(recipe, machine))
+    if training:
+        problems += _mode_problems(recipe)
     device = _device(recipe, machine)
     task = task_of(recipe.task)
     try:
@@ -64,11 +67,13 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
     if training:
         problems += _length_problems(recipe, data, steps)
 
+    world_size = 1
+    if training:
+        world_size, more_problems = processes(recipe, machine, device, group)
+        problems += more_problems
+    micro_batch = micro_batch_size(recipe, world_size)
+
     precision: PrecisionPlan | None = None
-    world_size, more_problems = processes(recipe, machine, device, group)
-    problems += more_problems
-    share = math.ceil(batch / world_size)
-    micro_batch = min(recipe.train.micro_batch_size or share, share)
     try:
         smallest = min(
             part
@@ -78,7 +83,7 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         precision = plan_precision(recipe, data, device, machine, smallest)
     except UserError as error:
         problems += error.problems
-    warnings = list(dangers(recipe, machine, device, precision, steps, micro_batch))
+    warnings = list(dangers(recipe, machine, device, precision, steps, world_size, micro_batch))
     if problems or precision is None:
         raise UserError(*problems, *warnings)
 
@@ -92,7 +97,7 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         micro_batch_size=micro_batch,
-        accumulation=math.ceil(share / micro_batch),
+        accumulation=len(micro_batch_sizes(batch, 0, world_size, micro_batch)),
         parameters=precision.parameters,
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
@@ -135,6 +140,20 @@ def _device(recipe: Recipe, machine: Machine) -> torch.device:
     return torch.device(recipe.engine.device)
 
 
+def _mode_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Why the engine cannot honour the mode, and which can."""
+    meaning = numerics(recipe.precision.mode)
+    engines: Mapping[str, Any] = kinds(Recipe.model_fields["engine"])
+    able = (
+        f"kind: {kind}"
+        for kind, engine in engines.items()
+        if not mode_problems(engine(kind=kind), meaning)
+    )
+    for what in mode_problems(recipe.engine, meaning):
+        hint = f"use another mode, or {one_of(able)} in `engine` (docs/precision.md)"
+        yield Problem(what, hint, path="precision.mode")
+
+
 def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
     if recipe.engine.device == "cuda" and not machine.cuda_devices:
         yield Problem(
@@ -152,8 +171,8 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             path="precision.mode",
             exit_code=Exit.ENVIRONMENT,
         )
-    for what in mode_problems(recipe.engine, meaning):
-        yield Problem(what, "docs/precision.md has the engines of each mode", path="precision.mode")
+    for what in clip_problems(recipe.engine, recipe.train.clip):
+        yield Problem(what, "use `kind: norm`, or `kind: ddp`", path="train.clip.kind")
     if meaning.tf32 and recipe.precision.sensitive_layers:
         yield Problem(
             "TF32 is one switch for the whole process: no layer can be left out",

@@ -10,7 +10,9 @@ import torch
 
 from mpcli.machine import Machine
 from mpcli.plan.precision import PrecisionPlan
-from mpcli.precision.numerics import numerics
+from mpcli.precision.formats import dtype_name
+from mpcli.precision.numerics import Numerics, numerics
+from mpcli.recipe.engine import Ddp, Engine, Fsdp2
 from mpcli.recipe.errors import Problem
 from mpcli.recipe.optim import Adam, AdamW
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
@@ -48,6 +50,7 @@ def dangers(
     device: torch.device,
     precision: PrecisionPlan | None,
     steps: int,
+    world_size: int,
     micro_batch: int,
 ) -> Iterator[Problem]:
     """Warnings, each with the id of the finding that it would become.
@@ -55,7 +58,7 @@ def dangers(
     Args:
         precision: None where the model cannot be planned: others are warned of nevertheless.
         steps: of the run.
-        micro_batch: samples per forward.
+        micro_batch: samples per forward and process.
     """
     meaning, loss_scale = numerics(recipe.precision.mode), recipe.precision.loss_scale
     half = meaning.compute_name
@@ -80,13 +83,73 @@ def dangers(
     if meaning.half_weights and not meaning.masters:
         yield from _pure_warnings(recipe, half, precision.half_norms if precision else 0)
     yield from _update_warnings(recipe, steps)
-    if micro_batch <= FEW_SAMPLES and precision and _has_batchnorm(precision):
+    yield from _reduction_warnings(recipe.engine, meaning)
+    if precision:
+        yield from _batchnorm_warnings(recipe, device, precision, world_size, micro_batch)
+    each = recipe.engine.processes
+    if device.type == "cpu" and machine.cpus and each != "auto" and each > machine.cpus:
+        yield _warning(
+            None,
+            "engine.processes",
+            f"{each} processes share {machine.cpus} CPU cores: they wait for each other",
+            f"use `processes: {machine.cpus}`",
+        )
+
+
+def _reduction_warnings(engine: Engine, meaning: Numerics) -> Iterator[Problem]:
+    """Gradients that are rounded before they are added up over the processes."""
+    field, exact, half = "", "", ""
+    if isinstance(engine, Ddp):
+        field, exact, half = "gradient_compression", "none", engine.gradient_compression
+    elif isinstance(engine, Fsdp2):
+        field, exact, half = "reduce_dtype", "fp32", engine.reduce_dtype
+    if half in (exact, dtype_name(meaning.weights)):
+        return
+    if half == "fp16":
+        what = (
+            "gradients are added up in fp16: below 2^-25 they become zero, and a sum over 65504 "
+            "skips the step"
+        )
+    else:
+        what = "gradients are added up in bf16: every sum is rounded to 8 bits"
+    yield _warning("half-reduction", f"engine.{field}", what, f"use `{field}: {exact}`")
+
+
+def _batchnorm_warnings(
+    recipe: Recipe,
+    device: torch.device,
+    precision: PrecisionPlan,
+    world_size: int,
+    micro_batch: int,
+) -> Iterator[Problem]:
+    """Statistics of few samples, or of those of one process alone."""
+    engine = recipe.engine
+    synchronised = isinstance(engine, Ddp) and engine.sync_batch_norm
+    if not any("BatchNorm" in row.type for row in precision.modules):
+        if synchronised:
+            what, hint = "the model has no BatchNorm", "use `sync_batch_norm: false`"
+            yield _warning(None, "engine.sync_batch_norm", what, hint)
+        return
+    samples = micro_batch * world_size if synchronised else micro_batch
+    if samples <= FEW_SAMPLES:
+        batch = recipe.train.global_batch_size
+        limit = "micro_batch_size" if micro_batch * world_size < batch else "global_batch_size"
         yield _warning(
             "batchnorm-stats",
-            "train.micro_batch_size",
-            f"BatchNorm takes its statistics of {micro_batch} samples at a time: too few to stand "
+            f"train.{limit}",
+            f"BatchNorm takes its statistics of {samples} samples at a time: too few to stand "
             "for the data",
-            "use a larger `micro_batch_size`, or a model with another norm",
+            f"use a larger `{limit}`, or a model with another norm",
+        )
+    elif world_size > 1 and not synchronised:
+        may_synchronise = isinstance(engine, Ddp) and device.type == "cuda"
+        remedy = "`sync_batch_norm: true`" if may_synchronise else "a larger `global_batch_size`"
+        yield _warning(
+            "batchnorm-stats",
+            "engine.kind",
+            f"BatchNorm takes its statistics of the {samples} samples that each of {world_size} "
+            "processes has at a time, and keeps those of process 0",
+            f"use {remedy}, or a model with another norm",
         )
 
 
@@ -193,10 +256,6 @@ def _update_warnings(recipe: Recipe, steps: int) -> Iterator[Problem]:
                 f"{optim.eps:g}",
                 "use `eps: 1e-8`",
             )
-
-
-def _has_batchnorm(precision: PrecisionPlan) -> bool:
-    return any("BatchNorm" in row.type for row in precision.modules)
 
 
 def _pure_warnings(recipe: Recipe, half: str, half_norms: int) -> Iterator[Problem]:

@@ -16,7 +16,12 @@ from mpcli.precision.sensitive import last_layer
 
 
 def convert(
-    model: nn.Module, meaning: Numerics, device: torch.device, fp32_modules: Collection[str]
+    model: nn.Module,
+    meaning: Numerics,
+    device: torch.device,
+    fp32_modules: Collection[str],
+    *,
+    round_parameters: bool = True,
 ) -> None:
     """Make an fp32 model store and compute what the mode says, in place.
 
@@ -29,27 +34,40 @@ def convert(
             run with autocast off on fp32 inputs, so their backward is fp32 too. Their outputs
             return to the half type of their neighbours. The last layer's stay in fp32: nothing
             follows it but the loss.
+        round_parameters: off where something else rounds half weights for each forward.
     """
     if meaning.weights == meaning.compute == torch.float32:
         return
-    islands = [model.get_submodule(name) for name in fp32_modules]
-    inside = {module for island in islands for module in island.modules()}
+    inside = modules_inside(model, fp32_modules)
     if meaning.half_weights:
         to_half = partial(_cast, source=(torch.float32,), target=meaning.weights)
         for module in model.modules():
             if module not in inside:
-                module._apply(to_half, recurse=False)
+                if round_parameters:
+                    module._apply(to_half, recurse=False)
+                else:
+                    module._buffers.update({n: to_half(b) for n, b in module._buffers.items()})
                 if module is model or any(True for _ in module.parameters(recurse=False)):
                     module.forward = partial(_with_half_inputs, module.forward, meaning.weights)
     last = model.get_submodule(last_layer(model))
-    # A list of modules is never run itself: what is in it is.
-    run = [island for island in islands if type(island).forward is not nn.Module.forward]
-    nested = {module for island in run for module in island.modules() if module is not island}
-    for island in set(run) - nested:
+    for island in outermost_islands(model, fp32_modules):
         neighbours = meaning.weights if meaning.half_weights else None
         keeps = last in island.modules()
         # A partial of the bound method: a deep copy of the model then runs itself.
         island.forward = partial(_in_fp32, island.forward, device.type, neighbours, keeps)
+
+
+def modules_inside(model: nn.Module, names: Collection[str]) -> set[nn.Module]:
+    """The named modules and all that they are made of."""
+    return {module for name in names for module in model.get_submodule(name).modules()}
+
+
+def outermost_islands(model: nn.Module, fp32_modules: Collection[str]) -> set[nn.Module]:
+    """Of the fp32 modules, those that are run by others."""
+    islands = [model.get_submodule(name) for name in fp32_modules]
+    # A list of modules is never run itself: what is in it is.
+    run = {island for island in islands if type(island).forward is not nn.Module.forward}
+    return run - {module for island in run for module in island.modules() if module is not island}
 
 
 def _with_half_inputs(

@@ -90,7 +90,7 @@ class Fsdp2(_Distributed):
     """Weights, gradients and optimizer state divided among the processes (`fully_shard`)."""
 
     kind: Literal["fsdp2"]
-    compile: Literal[False] = Field(default=False, description="not with this engine")
+    compile: bool = Field(default=False, description="`false`: not with this engine")
     reduce_dtype: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp32", description="type that gradients are added up in"
     )
@@ -104,6 +104,16 @@ class Fsdp2(_Distributed):
         description="weights, gradients and optimizer state live in host memory, where the "
         "optimizer steps",
     )
+
+    @field_validator("compile")
+    @classmethod
+    def _not_compiled(cls, compile: bool) -> bool:
+        if compile:
+            raise mistake(
+                "engine `fsdp2` does not compile models, found `true`",
+                "write `compile: false`, or use `kind: ddp`",
+            )
+        return compile
 
 
 Engine = Annotated[Local | Ddp | Fsdp2, Field(discriminator="kind")]

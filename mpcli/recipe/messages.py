@@ -25,6 +25,7 @@ MAX_ERRORS = 500  # a file of thousands of mistakes is not worth as many suggest
 
 # What other tools call the fields here.
 _SYNONYMS = {
+    "accelerator": "engine.device",
     "accumulate_grad_batches": "train.micro_batch_size",
     "adam_epsilon": "optim.eps",
     "allow_tf32": "precision.mode: tf32",
@@ -32,22 +33,34 @@ _SYNONYMS = {
     "batch_size": "train.global_batch_size",
     "bf16": "precision.mode: bf16",
     "bf16_stochastic_round": "precision.stochastic_rounding",
+    "bucket_cap_mb": "engine.bucket_megabytes",
     "checkpoint_interval": "output.checkpoint_every",
     "clip_factor": "train.clip.clipping",
     "clip_grad": "train.clip",
     "clip_grad_norm": "train.clip.max_norm",
     "clip_grad_value": "train.clip.clip_value",
     "clip_mode": "train.clip.kind",
+    "comm_hook": "engine.gradient_compression",
     "dataset": "data",
+    "ddp_bucket_cap_mb": "engine.bucket_megabytes",
+    "ddp_comm_hook": "engine.gradient_compression",
+    "ddp_find_unused_parameters": "engine.find_unused_parameters",
+    "ddp_timeout": "engine.timeout_seconds",
+    "devices": "engine.processes",
     "dtype": "precision.mode",
     "dynamic_growth_steps": "precision.loss_scale.growth_interval",
     "eval_steps": "eval.every",
     "eval_strategy": "eval.every",
     "evaluation_strategy": "eval.every",
+    "find_unused_params": "engine.find_unused_parameters",
     "fp16": "precision.mode: fp16",
+    "fp16_compression": "engine.gradient_compression",
     "fp16_opt_level": "precision.mode",
     "fp32_layers": "precision.sensitive_layers",
     "fp32_modules": "precision.sensitive_layers",
+    "fsdp": "engine.kind: fsdp2",
+    "gpus": "engine.processes",
+    "gpus_per_node": "engine.processes",
     "grad_clip": "train.clip",
     "gradient_accumulation_steps": "train.micro_batch_size",
     "gradient_checkpointing": "engine.activation_checkpointing",
@@ -74,19 +87,31 @@ _SYNONYMS = {
     "min_loss_scale": "precision.loss_scale.min_scale",
     "mixed_precision": "precision.mode",
     "model": "task.model",
+    "n_gpu": "engine.processes",
+    "nproc_per_node": "engine.processes",
     "num_epochs": "train.epochs",
+    "num_gpus": "engine.processes",
+    "num_processes": "engine.processes",
     "num_train_epochs": "train.epochs",
     "num_workers": "engine.data_workers",
+    "offload": "engine.cpu_offload",
+    "offload_params": "engine.cpu_offload",
     "opt_level": "precision.mode",
     "optimizer": "optim",
     "per_device_train_batch_size": "train.micro_batch_size",
+    "reshard": "engine.reshard_after_forward",
     "run_name": "name",
     "save_every": "output.checkpoint_every",
     "save_steps": "output.checkpoint_every",
     "save_total_limit": "output.keep_last",
     "scale_window": "precision.loss_scale.growth_interval",
     "scheduler": "optim.schedule",
+    "sharding_strategy": "engine.reshard_after_forward",
+    "strategy": "engine.kind",
+    "sync_batchnorm": "engine.sync_batch_norm",
+    "sync_bn": "engine.sync_batch_norm",
     "tf32": "precision.mode: tf32",
+    "timeout": "engine.timeout_seconds",
     "torch_compile": "engine.compile",
     "torch_dtype": "precision.mode",
     "train_batch_size": "train.global_batch_size",
@@ -94,6 +119,18 @@ _SYNONYMS = {
     "warmup_ratio": "optim.schedule.warmup",
     "warmup_steps": "optim.schedule.warmup",
     "workers": "engine.data_workers",
+}
+
+# What other tools set, and what decides it here.
+_DECIDED = {
+    "backend": "`engine.device` decides: NCCL on GPUs, gloo on a CPU",
+    "master_addr": "`mptrain run` takes it: `--rdzv-endpoint HOST:PORT`",
+    "master_port": "`mptrain run` takes it: `--rdzv-endpoint HOST:PORT`",
+    "nnodes": "`mptrain run` takes it: `--nodes`",
+    "nodes": "`mptrain run` takes it: `--nodes`",
+    "num_nodes": "`mptrain run` takes it: `--nodes`",
+    "rdzv_endpoint": "`mptrain run` takes it: `--rdzv-endpoint HOST:PORT`",
+    "world_size": "it is `engine.processes` times the `--nodes` of `mptrain run`",
 }
 
 _FP32 = "write `fp32`"
@@ -121,13 +158,19 @@ _MODES = {
     _LATER: ("fp8", "float8", "fp64", "float64", "double", "64", "64-true"),
 }
 
+_ENGINES = {
+    "write `local`": ("single", "single_device", "single_process"),
+    "write `ddp`": ("dp", "data_parallel", "distributed_data_parallel", "torchrun", "multi_gpu"),
+    "write `fsdp2`": ("fsdp", "fsdp1", "fully_shard", "fully_sharded_data_parallel", "zero3"),
+    "this version's engines are `local`, `ddp` and `fsdp2`": (
+        *("deepspeed", "horovod", "megatron", "zero", "zero1", "zero2"),
+    ),
+}
+
 # (path, lower-case value) -> remedy: what other tools call the values here, and what is to come.
 _VALUES = {
     **{("precision.mode", word): hint for hint, words in _MODES.items() for word in words},
-    **{
-        ("engine.kind", word): "this version has one engine: `local`, one process on one device"
-        for word in ("ddp", "fsdp2", "fsdp", "deepspeed")
-    },
+    **{("engine.kind", word): hint for hint, words in _ENGINES.items() for word in words},
     ("engine.device", "gpu"): "write `cuda`",
     ("train.clip.kind", "adaptive"): "write `agc`",
     ("precision.loss_scale.kind", "constant"): "write `static`",
@@ -256,13 +299,15 @@ def _unknown_hint(path: Path, holder: type[BaseModel]) -> str | None:
     name, parent = path[-1], ".".join(path[:-1])
     if name.casefold() in _SYNONYMS:
         return f"here it is called `{_SYNONYMS[name.casefold()]}`"
+    if name.casefold() in _DECIDED:
+        return _DECIDED[name.casefold()]
     if close := _close(name, holder):
         return f"did you mean `{close}`?"
-    for place, field, section in all_fields():
-        if field == name != "kind":
-            if place == parent:
-                return f"`{name}` is a field of `kind: {kind_of(section)}`"
-            return f"`{name}` belongs to `{place}`" if place else f"`{name}` is a field of its own"
+    found = [(place, section) for place, field, section in all_fields() if field == name != "kind"]
+    if others := [f"kind: {kind_of(section)}" for place, section in found if place == parent]:
+        return f"`{name}` is a field of {one_of(others)}"
+    for place, _ in found:
+        return f"`{name}` belongs to `{place}`" if place else f"`{name}` is a field of its own"
     return did_you_mean(name, holder.model_fields)
 
 
