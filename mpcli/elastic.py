@@ -94,10 +94,8 @@ def supervise(
                 what = f"{found}; `engine.max_restarts` is {engine.max_restarts}"
                 hint = "the log of each rank is in `attempts`; `mptrain run --resume` tries again"
                 found = _ending(Exit.DISTRIBUTED, what, hint)
-            for failure in run.failures().values():
-                if failure.traceback and found.exit_code is Exit.BUG:
-                    tell("\n".join([f"{_where(failure.rank, failure.step)}:", *failure.traceback]))
-                    break
+            if found.exit_code is Exit.BUG:
+                tell(root_traceback(run))
             _count(run, recipe, progress)
             return finish(run, recipe, progress, found)
 
@@ -114,6 +112,15 @@ def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> int:
         return code
 
 
+def root_traceback(run: RunDirectory) -> str:
+    """Of the bug that ended the run, with its rank and step."""
+    failures = sorted(run.failures().items())
+    first = next((failure for _, failure in failures if failure.traceback), None)
+    if first is None:
+        return ""
+    return "\n".join([f"{_where(first.rank, first.step)}:", *first.traceback])
+
+
 def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
     """How a run ended whose ranks something else started, as one of them that failed.
 
@@ -122,7 +129,8 @@ def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
     end = time.monotonic() + GRACE
     while time.monotonic() < end and len(run.failures()) < world_size:
         time.sleep(LOOK)  # the root of a failure may be told a moment later
-    found = root_cause(run.failures(), run.heartbeats(), world_size, signals.asked())
+    # A signal may be torchrun's, which sends it to those that are left.
+    found = root_cause(run.failures(), run.heartbeats(), world_size)
     if isinstance(found, str):
         found = _ending(Exit.DISTRIBUTED, found, _HANG_HINT)
     if run.rank == 0:
@@ -246,6 +254,8 @@ class _Attempt:
     ) -> None:
         self.error: Ending | None = None
         self._run = run
+        self._processes = processes
+        self._ranks: set[int] = set()  # of this machine, as far as they are known
         self._codes: dict[int, int] = {}  # exit codes other than 0, by rank
         self._killed: set[int] = set()  # by us
         self._told: dict[int, int] = {}  # signals to end that a process got, by its id
@@ -316,9 +326,13 @@ class _Attempt:
 
     def _heartbeats(self) -> dict[int, Heartbeat]:
         """Of the processes that are this launcher's."""
+        if len(self._ranks) == self._processes:
+            return self._run.heartbeats(self._ranks)
         here = (socket.gethostname(), os.getpid())
         beats = self._run.heartbeats()
-        return {rank: b for rank, b in beats.items() if (b.host, b.launcher) == here}
+        mine = {rank: b for rank, b in beats.items() if (b.host, b.launcher) == here}
+        self._ranks |= mine.keys()
+        return mine
 
     @staticmethod
     def _send(processes: Mapping[int, int], number: int) -> None:

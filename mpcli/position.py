@@ -19,6 +19,7 @@ class Position:
         attempt_key: differs between two groups that meet in the same store.
         agent: whether the store is the agent's; otherwise rank 0 hosts it.
         restarts: how often the agent started the group again.
+        restarts_left: how often it will, should a process fail.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class Position:
     attempt_key: str
     agent: bool = True
     restarts: int = 0
+    restarts_left: int = 0
 
 
 def position(environment: Mapping[str, str]) -> Position | None:
@@ -38,7 +40,7 @@ def position(environment: Mapping[str, str]) -> Position | None:
         UserError: exit 2, one of them is missing or says nothing.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", "0")
         return Position(
             rank=_number(environment, "RANK"),
             world_size=_number(environment, "WORLD_SIZE"),
@@ -47,7 +49,8 @@ def position(environment: Mapping[str, str]) -> Position | None:
             port=_number(environment, "MASTER_PORT"),
             attempt_key=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{restarts}",
             agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", "0"),
+            restarts=restarts,
+            restarts_left=_number(environment, "TORCHELASTIC_MAX_RESTARTS", "0") - restarts,
         )
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_STEP_ID" not in environment or tasks == "1":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MPTRAIN = Path(sys.executable).with_name("mptrain")
@@ -232,3 +234,88 @@ CASES = [
     *((in_the_start, number) for number in BOTH),
     (killed, signal.SIGKILL),
 ]
+
+
+# What the processes of a group do otherwise than they should, by Python's own hook.
+_HOOK = """
+import os, time
+if "RANK" in os.environ:
+    from mpcli.rundir import RunDirectory
+    rank, at_step = int(os.environ["RANK"]), RunDirectory.at_step
+    def hooked(run, step):
+        at_step(run, step)
+{body}
+    RunDirectory.at_step = hooked
+"""
+PACED = "        time.sleep(0.05)"
+"""A step takes long enough to do something to it."""
+
+
+class Several:
+    """A command whose processes train together, and all processes that come of it.
+
+    Args:
+        command: before `run`; the launcher's by default.
+        hook: statements of a rank at every step.
+        variables: of the environment.
+    """
+
+    def __init__(
+        self,
+        *arguments: str | Path,
+        command: Sequence[str] = (sys.executable, "-m", "mpcli"),
+        hook: str = PACED,
+        **variables: str,
+    ) -> None:
+        self.mark = f"MPTRAIN_TEST={uuid.uuid4()}"
+        folder = Path(f"hook-{self.mark[13:]}").absolute()
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(_HOOK.format(body=hook))
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+        name, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            [*command, "run", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            env={**inherited, "PYTHONPATH": path, name: value, **variables},
+        )
+
+    def in_step(self, rank: int, step: int, attempt: int = 1) -> int:
+        """Wait until a rank is in a step; its process id."""
+        path = Path(f"out/attempts/{attempt}/rank{rank}.json")
+
+        def reached() -> bool:
+            return (
+                path.exists() and int(json.loads(path.read_text() or '{"step": 0}')["step"]) >= step
+            )
+
+        wait_until(reached, self.process)
+        return int(json.loads(path.read_text())["pid"])
+
+    def ended(self, seconds: float = 120) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr, when it has ended and left no process behind."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        finally:
+            left = self.left()
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            self.process.kill()
+        assert not left
+        return self.process.returncode, out, err
+
+    def left(self, seconds: float = 3) -> list[int]:
+        """Processes that are there though they have had time to end."""
+        end = time.monotonic() + seconds
+        while (found := list(self._processes())) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
+
+    def _processes(self) -> Iterator[int]:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    yield int(folder.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,10 @@ class _Group:
 
 def _group(nodes: int | None, endpoint: str | None) -> _Group:
     if nodes is None and endpoint is None:
-        return _Group(position(os.environ))
+        place = position(os.environ)
+        if place and place.rank:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # what is printed is rank 0's
+        return _Group(place)
     if endpoint is None and nodes != 1:
         raise user_error(
             f"`--nodes {nodes}` without a place where the machines meet",
@@ -290,7 +292,7 @@ def _take_part(
 ) -> NoReturn:
     """Train as one of the processes that torchrun, srun or a script started."""
     with uninterrupted():
-        from mpcli.elastic import conclude
+        from mpcli.elastic import conclude, root_traceback
         from mpcli.launch import explained_loss, reported
         from mpcli.member import Silent, begin_together, enter, take_part
         from mpcli.ranks import leave
@@ -306,15 +308,14 @@ def _take_part(
         ending = take_part(run, loaded.recipe, shown, ranks)
         if run.ended:
             leave()
-        elif ending.exit_code is Exit.BUG and ending.error:
-            traceback.print_exception(ending.error)
-        if not run.ended:
-            own = ending.exit_code is not Exit.DISTRIBUTED
+        else:
             ending = conclude(run, loaded.recipe, planned.world_size)
-            if own and not ranks.is_main:
-                show_problems(ending.problems)
     result = run.result()
-    if ranks.is_main and result:
+    if ranks.is_main and not run.ended and place.restarts_left:
+        show_problems(ending.problems)  # the result will be another's
+    elif ranks.is_main and result:
+        if ending.exit_code is Exit.BUG:
+            write(root_traceback(run), sys.stderr)
         _show_result(result, run, loaded, as_json=as_json)
     raise typer.Exit(ending.exit_code)
 

@@ -31,7 +31,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -413,9 +413,9 @@ class RunDirectory:
         if self._pulse:
             self._pulse.end()
 
-    def heartbeats(self) -> dict[int, Heartbeat]:
-        """Where the ranks of this attempt are, by rank."""
-        return heartbeats(self.attempt_path)
+    def heartbeats(self, ranks: Collection[int] | None = None) -> dict[int, Heartbeat]:
+        """Where ranks of this attempt are, by rank; by default all of them."""
+        return heartbeats(self.attempt_path, ranks)
 
     def write_failure(self, failure: RankFailure) -> None:
         """Say that a rank of this attempt ended by itself."""

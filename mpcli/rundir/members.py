@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -54,9 +54,12 @@ def write_failure(folder: Path, failure: RankFailure) -> None:
     temporary.replace(path)
 
 
-def heartbeats(folder: Path) -> dict[int, Heartbeat]:
-    """What the ranks of an attempt say of themselves, by rank."""
-    return _told(folder, r"rank([0-9]{1,9})\.json", Heartbeat)
+def heartbeats(folder: Path, ranks: Collection[int] | None = None) -> dict[int, Heartbeat]:
+    """What ranks of an attempt say of themselves, by rank; by default all of them."""
+    if ranks is None:
+        return _told(folder, r"rank([0-9]{1,9})\.json", Heartbeat)
+    read = {rank: _read(folder / f"rank{rank}.json", Heartbeat) for rank in ranks}
+    return {rank: beat for rank, beat in read.items() if beat}
 
 
 def failures(folder: Path) -> dict[int, RankFailure]:
@@ -67,7 +70,15 @@ def failures(folder: Path) -> dict[int, RankFailure]:
 def _told(folder: Path, pattern: str, kind: type[Told]) -> dict[int, Told]:
     found = {}
     for path in sorted(folder.iterdir()):
-        if match := re.fullmatch(pattern, path.name):
-            with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-                found[int(match[1])] = kind.model_validate_json(file.read(_LONGEST))
+        match = re.fullmatch(pattern, path.name)
+        if match and (told := _read(path, kind)):
+            found[int(match[1])] = told
     return found
+
+
+def _read(path: Path, kind: type[Told]) -> Told | None:
+    try:
+        with path.open("rb") as file:
+            return kind.model_validate_json(file.read(_LONGEST))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,333 @@
+"""Several processes that train together: killed, stopped, signalled, failing, started by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import PACED, Several
+from tests.small import RECIPE
+
+TWO = RECIPE.replace(
+    "engine: {kind: local, device: cpu}",
+    "engine: {kind: ddp, processes: 2, device: cpu, timeout_seconds: 20}\n"
+    "output: {checkpoint_every: 20 steps, keep_last: 9}",
+).replace("steps: 4", "steps: 60")
+LONG = ("--set", "train.steps=100000")
+OUT = ("small.yaml", "--output", "out", "--json")
+FINAL = "final/model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(TWO)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The final weights of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "small.yaml").write_text(TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "mpcli", "run", *OUT],
+        cwd=folder, capture_output=True, text=True, timeout=180,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return (folder / "out" / FINAL).read_bytes()
+
+
+def result():
+    return json.loads(Path("out/result.json").read_text())
+
+
+def resumed(steps):
+    """Go on to the end; the exit code."""
+    run = Several("--resume", "out", "--set", f"train.steps={steps}", "--json", hook="")
+    code, out, err = run.ended()
+    assert code == 0, err
+    assert json.loads(out)["steps_attempted"] == steps
+
+
+def attempts():
+    return sorted(path.name for path in Path("out/attempts").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint(rank, whole):
+    run = Several(*OUT)
+    pid = run.in_step(rank, 30)
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while not Path("out/attempts/2").exists():
+        assert time.monotonic() - killed < 3
+        time.sleep(0.01)
+    code, out, err = run.ended()
+    assert (code, json.loads(out)["status"]) == (0, "done"), err
+    assert Path("out", FINAL).read_bytes() == whole
+    (reason,) = json.loads(Path("out/attempts/2/resumed.json").read_text())["changes"]
+    assert reason.startswith(f"rank {rank} was killed by SIGKILL in step 3")
+    assert reason in err
+    steps = [json.loads(row) for row in Path("out/steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 61))
+    assert [row["attempt"] for row in steps] == [1] * 20 + [2] * 40
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_and_is_named():
+    run = Several(*OUT, *LONG, "--set", "engine.timeout_seconds=8")
+    pid = run.in_step(1, 30)
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.time()
+    step = json.loads(Path("out/attempts/1/rank1.json").read_text())["step"]
+    code, out, err = run.ended()
+    assert Path("out/result.json").stat().st_mtime - stopped < 8 + 5
+    assert code == 6
+    assert f"rank 1 hangs in step {step}" in err
+    assert result() == json.loads(out)
+    assert attempts() == ["1"]
+
+
+SIGNALS = {signal.SIGTERM: (75, "preempted"), signal.SIGINT: (130, "interrupted")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["rank 0", "rank 1", "the launcher", "all"])
+def test_a_signal_to_any_of_them_stops_all_at_the_same_step(to):
+    run = Several(*OUT, *LONG)
+    pids = [run.in_step(rank, 30) for rank in (0, 1)]
+    match to:
+        case "the launcher":
+            receivers = [run.process.pid]
+        case "all":
+            receivers = [run.process.pid, *pids]
+        case _:
+            receivers = [pids[int(to[-1])]]
+    for pid in receivers:
+        os.kill(pid, signal.SIGTERM)
+    code, out, err = run.ended(20)
+    told = json.loads(out)
+    assert (code, told["status"]) == (75, "preempted"), err
+    assert told["checkpoint"] == f"checkpoints/step-{told['steps_attempted']}"
+    beats = [json.loads(Path(f"out/attempts/1/rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert {beat["step"] for beat in beats} == {told["steps_attempted"]}
+    assert not list(Path("out/attempts/1").glob("failure*"))
+    resumed(told["steps_attempted"] + 3)
+
+
+@pytest.mark.verify
+def test_ctrl_c_saves_and_ends():
+    run = Several(*OUT, *LONG)
+    run.in_step(1, 30)
+    run.process.send_signal(signal.SIGINT)
+    code, out, err = run.ended(20)
+    assert (code, json.loads(out)["status"]) == (130, "interrupted"), err
+    assert json.loads(out)["checkpoint"] == f"checkpoints/step-{json.loads(out)['steps_attempted']}"
+
+
+@pytest.mark.verify
+def test_a_second_ctrl_c_waits_for_nothing():
+    run = Several(*OUT, *LONG, hook="        time.sleep(600 if step == 30 else 0.05)")
+    run.in_step(1, 30)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.process.poll() is None
+    again = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    code, out, err = run.ended(20)
+    assert time.monotonic() - again < 8
+    assert (code, json.loads(out)["status"]) == (130, "interrupted"), err
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("seconds", [0.5, 2, 4, 6])
+def test_a_signal_in_the_start_ends_it(seconds):
+    run = Several(*OUT, *LONG)
+    while not Path("out/attempts/1").exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    run.process.send_signal(signal.SIGTERM)
+    code, out, err = run.ended(30)
+    assert (code, json.loads(out)["status"]) == (75, "preempted"), err
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_process_and_a_run_to_go_on_with():
+    run = Several(*OUT, *LONG)
+    run.in_step(1, 30)
+    run.process.kill()
+    assert run.ended()[0] == -signal.SIGKILL
+    resumed(40)
+
+
+@pytest.mark.verify
+def test_restarts_are_used_up():
+    run = Several(*OUT, "--set", "engine.max_restarts=1", hook=(
+        "        if rank == 1 and step == 3: os.kill(os.getpid(), 9)"
+    ))  # fmt: skip
+    code, out, err = run.ended()
+    assert code == 6
+    assert attempts() == ["1", "2"]
+    assert "rank 1 was killed by SIGKILL in step 3; `engine.max_restarts` is 1" in err
+    assert json.loads(out)["reason"] == result()["reason"]
+
+
+@pytest.mark.slow
+def test_only_the_traceback_of_the_rank_that_failed_is_shown():
+    run = Several("small.yaml", "--output", "out", hook=(
+        "        if rank == 1 and step == 3: raise LookupError('of rank 1')"
+    ))  # fmt: skip
+    code, _, err = run.ended()
+    assert code == 1
+    told = err[err.index("rank 1 in step 3") :]
+    assert len(told.splitlines()) <= 25
+    assert err.count("Traceback") == 1
+    assert "LookupError: of rank 1" in told
+    assert result()["reason"] == "rank 1 in step 3: LookupError: of rank 1"
+    assert "LookupError: of rank 1" in Path("out/attempts/1/log.rank1.txt").read_text()
+    assert attempts() == ["1"]
+
+
+@pytest.mark.verify
+def test_a_data_worker_that_is_killed_holds_nobody_up(whole):
+    run = Several(*OUT, "--set", "engine.data_workers=1")
+    pid = run.in_step(1, 30)
+    (children,) = Path(f"/proc/{pid}/task").glob(f"{pid}/children")
+    (worker,) = children.read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    code, _, err = run.ended()
+    assert code == 0, err
+    assert Path("out", FINAL).read_bytes() == whole
+    assert "a data worker was killed" in Path("out/attempts/1/log.rank1.txt").read_text()
+    assert attempts() == ["1"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+def ranks(*recipes, **more):
+    """Processes that a script starts, one for each recipe."""
+    port = free_port()
+    return [
+        Several(
+            recipe, "--output", "out", "--json", hook="",
+            RANK=str(rank), WORLD_SIZE=str(len(recipes)), MASTER_ADDR="localhost",
+            MASTER_PORT=port, **more,
+        )
+        for rank, recipe in enumerate(recipes)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_with_other_recipes_end_before_they_train():
+    Path("other.yaml").write_text(TWO.replace("lr: 0.1", "lr: 0.2"))
+    for rank, run in enumerate(ranks("small.yaml", "other.yaml")):
+        code, out, err = run.ended()
+        assert code == 2
+        assert "optim.lr is `0.1` in rank 0 and `0.2` in rank 1" in err
+        assert not out if rank else json.loads(out)["exit_code"] == 2
+    assert not Path("out").exists()
+
+
+@pytest.mark.verify
+def test_plain_processes_train_together(whole):
+    first, second = ranks("small.yaml", "small.yaml")
+    code, out, err = first.ended()
+    assert (code, json.loads(out)["status"]) == (0, "done"), err
+    assert second.ended()[:2] == (0, "")
+    assert Path("out", FINAL).read_bytes() == whole
+
+
+@pytest.mark.verify
+def test_processes_that_srun_started_train_together(whole):
+    port = free_port()
+    runs = [
+        Several(
+            *OUT, hook="", SLURM_JOB_ID="31234", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
+            SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), MASTER_PORT=port,
+            SLURM_STEP_NODELIST="localhost",
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert [run.ended()[0] for run in runs] == [0, 0]
+    assert Path("out", FINAL).read_bytes() == whole
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_and_starts_it_again(whole):
+    command = (*TORCHRUN, "--max-restarts", "1", "-m", "mpcli")
+    run = Several(*OUT, command=command, hook=PACED)
+    os.kill(run.in_step(1, 30), signal.SIGKILL)
+    code, out, err = run.ended()
+    assert code == 0, err
+    assert json.loads(out)["status"] == "done"  # once, of rank 0
+    assert Path("out", FINAL).read_bytes() == whole
+    assert attempts() == ["1", "2"]
+
+
+@pytest.mark.verify
+def test_one_process_engine_in_a_group_is_refused():
+    Path("small.yaml").write_text(RECIPE)
+    for run in ranks("small.yaml", "small.yaml"):
+        code, _, err = run.ended()
+        assert code == 2
+        assert "kind: ddp" in err
+
+
+def launchers():
+    port = free_port()
+    one = ("--set", "engine.processes=1")
+    return [
+        Several(*OUT, *one, "--nodes", "2", "--rdzv-endpoint", f"localhost:{port}")
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_launchers_of_two_machines_go_on_together_after_a_rank_was_killed(whole):
+    runs = launchers()
+    os.kill(runs[0].in_step(1, 30), signal.SIGKILL)
+    ends = [run.ended() for run in runs]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    (out,) = [out for _, out, _ in ends if out]  # the chief's
+    assert json.loads(out)["status"] == "done"
+    assert Path("out", FINAL).read_bytes() == whole
+    assert attempts() == ["1", "2"]
+
+
+@pytest.mark.verify
+def test_a_signal_to_one_of_two_launchers_stops_all():
+    runs = launchers()
+    runs[0].in_step(1, 30)
+    runs[1].process.send_signal(signal.SIGTERM)
+    assert [run.ended()[0] for run in runs] == [75, 75]
+    assert result()["status"] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--nodes", "2"), "add `--rdzv-endpoint HOST:PORT`"),
+        (("--rdzv-endpoint", "localhost:1"), "add the number of machines"),
+    ],
+)
+def test_machines_are_named_wholly(options, says, mptrain):
+    told = mptrain("run", "small.yaml", *options)
+    assert told.code == 2
+    assert says in told.err

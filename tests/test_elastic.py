@@ -1,0 +1,184 @@
+"""Which failure of many is the root, and where a process stands in its group."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from mpcli.elastic import root_cause
+from mpcli.member import facts
+from mpcli.position import first_host, position
+from mpcli.ranks import lost_peer, timed_out
+from mpcli.recipe.errors import Exit, UserError
+from mpcli.records import Heartbeat, RankFailure, StepRecord
+from mpcli.rundir import RunDirectory
+from tests.small import run_small, small_recipe
+
+
+def problem(message):
+    empty = dict.fromkeys(("file", "line", "column", "path", "hint", "finding"))
+    return {**empty, "message": message, "severity": "error"}
+
+
+def failed(rank, message="KeyError: 1", code=Exit.BUG, **more):
+    about = {"step": 12, "exit_code": code, "problems": (problem(message),), **more}
+    return rank, RankFailure(rank=rank, **about)
+
+
+def lost(rank, **more):
+    return failed(rank, "another rank", Exit.DISTRIBUTED, lost_peer=True, **more)
+
+
+def killed(rank, name="SIGKILL"):
+    return rank, RankFailure(rank=rank, step=12, exit_code=6, killed_by=name)
+
+
+def beats(*ranks, step=12):
+    return {r: Heartbeat(rank=r, pid=1, launcher=1, host="here", step=step) for r in ranks}
+
+
+def test_a_killed_rank_is_the_root_whatever_the_others_say():
+    found = dict([lost(0), killed(1), failed(2)])
+    assert root_cause(found, beats(0, 1, 2), 3) == "rank 1 was killed by SIGKILL in step 12"
+
+
+def test_nothing_is_started_again_that_was_told_to_end():
+    found = root_cause(dict([killed(1)]), beats(0, 1), 2, asked=signal.SIGTERM)
+    assert found.exit_code == Exit.PREEMPTED
+
+
+def test_a_failure_of_ones_own_is_the_root_of_lost_peers():
+    found = root_cause(dict([lost(0, timed_out=True), failed(1)]), beats(0, 1), 2)
+    assert found.exit_code == Exit.BUG
+    assert found.problems[0].what == "rank 1 in step 12: KeyError: 1"
+
+
+def test_what_all_say_is_said_once_without_a_rank():
+    told = [failed(rank, "no such data", Exit.ENVIRONMENT) for rank in (0, 1)]
+    found = root_cause(dict(told), beats(0, 1), 2)
+    assert (found.exit_code, found.problems[0].what) == (Exit.ENVIRONMENT, "no such data")
+
+
+def test_ranks_that_say_nothing_when_others_waited_in_vain_hang():
+    found = root_cause(dict([lost(0, timed_out=True), lost(2)]), beats(0, 1, 2), 4)
+    assert found.exit_code == Exit.DISTRIBUTED
+    assert found.problems[0].what.startswith(
+        "rank 1 hangs in step 12, rank 3 hangs before step 1: rank 0 waited"
+    )
+
+
+def test_lost_peers_alone_start_again():
+    assert (
+        root_cause(dict([lost(0), lost(1)]), beats(0, 1), 2) == "rank 0 in step 12 lost the others"
+    )
+
+
+@pytest.mark.parametrize(("status", "code"), [("preempted", 75), ("interrupted", 130)])
+def test_a_rank_that_was_told_to_end_before_training_ends_the_run(status, code):
+    stopped = RankFailure(rank=1, step=0, status=status, exit_code=code)
+    found = root_cause({1: stopped}, beats(0, 1, step=0), 2)
+    assert (found.status, found.exit_code) == (status, code)
+
+
+def test_errors_of_gloo_are_lost_peers_and_others_are_not():
+    closed = RuntimeError("[/gloo/transport/tcp/pair.cc:545] Connection closed by peer [::1]:1")
+    late = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms")
+    assert (lost_peer(closed), timed_out(closed)) == (True, False)
+    assert (lost_peer(late), timed_out(late)) == (True, True)
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not timed_out(ValueError("timed out"))
+
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[07-09,12],other",
+}  # fmt: skip
+
+
+def test_position_in_a_group_of_torchrun():
+    found = position(TORCHRUN)
+    assert (found.rank, found.world_size, found.local_rank) == (3, 8, 1)
+    assert (found.host, found.port, found.agent, found.restarts) == ("node1", 29500, True, 2)
+
+
+def test_position_in_a_group_of_srun():
+    found = position(SRUN)
+    assert (found.rank, found.world_size, found.local_rank) == (3, 8, 1)
+    assert (found.host, found.port, found.agent) == ("node07", 23456, False)
+    assert position(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "5"}).port == 5
+
+
+def test_a_process_is_alone_without_a_group():
+    assert position({}) is None
+    assert position({"RANK": "0"}) is None
+    assert position({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # sbatch's own script
+    assert position(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "`MASTER_ADDR` is not set"),
+        (TORCHRUN | {"RANK": "first"}, "`RANK` is `first`"),
+    ],
+)
+def test_half_a_position_is_refused(environment, says):
+    with pytest.raises(UserError, match=says):
+        position(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"), ("a,b", "a"), ("node[3,5-7]", "node3"), ("n[01-03]-ib,x", "n01-ib"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ranks_but_the_first_write_only_what_is_about_themselves(tmp_path):
+    run, _ = run_small(tmp_path)
+    other = RunDirectory.join(run.path, 1)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    (row, *_) = RunDirectory.read(run.path).steps()
+    other.append_steps([row])
+    other.write_observed({})
+    assert other.cut(2, 0) == 2
+    other.sync()
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert other.log_path.name == "log.rank1.txt"
+    assert isinstance(row, StepRecord)
+
+
+def test_a_heartbeat_is_whole_json_of_the_same_length_at_every_step(tmp_path):
+    run, _ = run_small(tmp_path)
+    rank = RunDirectory.join(run.path, 1)
+    rank.begin_heartbeat()
+    path = run.path / "attempts/1/rank1.json"
+    sizes = set()
+    for step in (1, 10, 10**9):
+        rank.at_step(step)
+        sizes.add(path.stat().st_size)
+        assert json.loads(path.read_text())["step"] == step
+    rank.end_heartbeat()
+    assert len(sizes | {path.stat().st_size}) == 1
+    beat = rank.heartbeats()[1]
+    assert (beat.pid, beat.state) == (os.getpid(), "ended")
+
+
+def test_facts_name_the_value_that_differs(tmp_path):
+    run, _ = run_small(tmp_path)
+    one, other = (
+        facts(small_recipe(tmp_path, f"optim.lr={lr}").recipe, run.plan()) for lr in (0.1, 0.2)
+    )
+    assert {name for name in one if one[name] != other[name]} == {"optim.lr"}
+    assert {"python", "torch", "numpy", "transformers", "plan.world_size"} <= one.keys()
