@@ -254,6 +254,7 @@ class _Attempt:
     ) -> None:
         self.error: Ending | None = None
         self._run = run
+        self._over = False  # whether the agent's thread has done its work
         self._processes = processes
         self._ranks: set[int] = set()  # of this machine, as far as they are known
         self._codes: dict[int, int] = {}  # exit codes other than 0, by rank
@@ -281,10 +282,10 @@ class _Attempt:
     def watch(self) -> None:
         """Until all processes are gone; what became of them is in the run directory."""
         self._thread.start()
-        while self._thread.is_alive():
+        while not self._over:  # `Thread.is_alive` is wrong after a Ctrl-C in `join`
             try:
                 self._look()
-                self._thread.join(LOOK)
+                time.sleep(LOOK)
             except KeyboardInterrupt:  # a second Ctrl-C
                 self._send(self._running(), signal.SIGINT)
                 self._deadline = min(self._deadline, time.monotonic() + GRACE)
@@ -298,6 +299,8 @@ class _Attempt:
         except Exception as error:
             what, *_ = str(error).splitlines() or [type(error).__name__]
             self.error = _ending(Exit.DISTRIBUTED, f"the processes cannot be started: {what}")
+        finally:
+            self._over = True
 
     def _look(self) -> None:
         running = self._running()

@@ -165,19 +165,22 @@ def join(
     )
     own = PrefixStore(position.attempt_key, store)
     _compare(own, rank, world_size, facts or {})
+    on_gpus = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if on_gpus else "gloo",
         store=own,
         rank=rank,
         world_size=world_size,
-        timeout=limit,
-        device_id=device if device.type == "cuda" else None,
+        # NCCL's own watchdog kills the process: the control group is to find it first, and say so.
+        timeout=limit + _WATCHDOG if on_gpus else limit,
+        device_id=device if on_gpus else None,
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, ProcessGroup)
     return Ranks(rank, world_size, position.local_rank, control, store, timeout)
 
 
+_WATCHDOG = datetime.timedelta(seconds=30)
 _LONGEST_FACT = 80  # characters of one that is told
 
 

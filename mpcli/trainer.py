@@ -28,7 +28,7 @@ from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
 from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
-from mpcli.ranks import ALONE, Ask, Ranks
+from mpcli.ranks import ALONE, Ask, Ranks, lost_peer
 from mpcli.recipe.base import parse_duration
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.recipe import Recipe
@@ -245,7 +245,13 @@ def train(
             )
         )
         stack.enter_context(saver)
-        stack.callback(_write_remaining, log, evidence, recipe, run, progress)
+
+        @stack.push
+        def _(kind: object, error: BaseException | None, trace: object) -> None:
+            # What a GPU does after the loss of a peer never ends: nobody may wait for it.
+            if not (device.type == "cuda" and error and lost_peer(error)):
+                _write_remaining(log, evidence, recipe, run, progress)
+
         display.start(plan, recipe)
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)

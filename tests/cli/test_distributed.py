@@ -115,7 +115,7 @@ def test_a_signal_to_any_of_them_stops_all_at_the_same_step(to):
             receivers = [pids[int(to[-1])]]
     for pid in receivers:
         os.kill(pid, signal.SIGTERM)
-    code, out, err = run.ended(20)
+    code, out, err = run.ended(60)
     told = json.loads(out)
     assert (code, told["status"]) == (75, "preempted"), err
     assert told["checkpoint"] == f"checkpoints/step-{told['steps_attempted']}"
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_and_ends():
     run = Several(*OUT, *LONG)
     run.in_step(1, 30)
     run.process.send_signal(signal.SIGINT)
-    code, out, err = run.ended(20)
+    code, out, err = run.ended(60)
     assert (code, json.loads(out)["status"]) == (130, "interrupted"), err
     assert json.loads(out)["checkpoint"] == f"checkpoints/step-{json.loads(out)['steps_attempted']}"
 
@@ -142,10 +142,10 @@ def test_a_second_ctrl_c_waits_for_nothing():
     run.process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert run.process.poll() is None
-    again = time.monotonic()
+    again = time.time()
     run.process.send_signal(signal.SIGINT)
-    code, out, err = run.ended(20)
-    assert time.monotonic() - again < 8
+    code, out, err = run.ended(60)
+    assert Path("out/result.json").stat().st_mtime - again < 5
     assert (code, json.loads(out)["status"]) == (130, "interrupted"), err
 
 
@@ -157,7 +157,7 @@ def test_a_signal_in_the_start_ends_it(seconds):
         time.sleep(0.01)
     time.sleep(seconds)
     run.process.send_signal(signal.SIGTERM)
-    code, out, err = run.ended(30)
+    code, out, err = run.ended(60)
     assert (code, json.loads(out)["status"]) == (75, "preempted"), err
 
 
