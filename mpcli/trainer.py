@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -23,13 +23,13 @@ from mpcli.engines.base import Engine
 from mpcli.evidence import Evidence
 from mpcli.final import write_final
 from mpcli.flight import forget_flights
+from mpcli.intervals import saves_left, step_due, timer
 from mpcli.optim import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings
 from mpcli.progress import Diverged, NonFinite, Progress, divergence, restore_newest
 from mpcli.ranks import ALONE, Ask, Ranks, lost_peer
-from mpcli.recipe.base import parse_duration
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
@@ -256,8 +256,8 @@ def train(
         logger.info("training %d steps on %s", plan.steps, plan.device)
         loss_function = functools.partial(task.loss, options)
         intervals = recipe.eval.every, recipe.output.checkpoint_every
-        evaluation_due, checkpoint_due = (_due(every, plan) for every in intervals)
-        evaluation_time, checkpoint_time = (_timer(every) for every in intervals)
+        evaluation_due, checkpoint_due = (step_due(every, plan) for every in intervals)
+        evaluation_time, checkpoint_time = (timer(every) for every in intervals)
         compared = False
         if resumed:
             finish_step(progress.attempted)  # its evaluation may have been stopped
@@ -405,7 +405,7 @@ def _saver(
             run.checkpoints_path,
             tensors,
             ranks,
-            saves=_saves_left(recipe, plan, progress.attempted),
+            saves=saves_left(recipe, plan, progress.attempted),
             keep=output.keep_last + (output.keep_best is not None),
             final_bytes=4 * plan.parameters,
         )
@@ -414,54 +414,12 @@ def _saver(
     )
 
 
-def _saves_left(recipe: Recipe, plan: Plan, attempted: int) -> int:
-    """At most, without those that signals ask for."""
-    every = recipe.output.checkpoint_every
-    number, unit = parse_duration(every) if every else (0, None)
-    if unit == "minute" or recipe.output.keep_best:
-        return plan.steps - attempted
-    if unit is None:
-        return 0
-    interval = number * (plan.steps_per_epoch if unit == "epoch" else 1)
-    first = recipe.train.on_nonfinite == "rollback" and not attempted
-    return (plan.steps - 1) // interval - attempted // interval + 1 + first
-
-
 def _compare_types(plan: Plan, engine: Engine, run: RunDirectory, progress: Progress) -> None:
     """Keep the types that the first step was computed in; warn where the plan said others."""
     observed = engine.observed or {}
     run.write_observed(observed)
     for warning in type_differences(plan.modules, observed):
         progress.warn(warning)
-
-
-def _due(every: str | None, plan: Plan) -> Callable[[int], bool]:
-    """Whether an interval such as `2 epochs` ends with a step; one of minutes never does."""
-    if every is None:
-        return lambda step: False
-    number, unit = parse_duration(every)
-    if unit == "minute":
-        return lambda step: False
-    steps = number * (plan.steps_per_epoch if unit == "epoch" else 1)
-    return lambda step: step % steps == 0
-
-
-def _timer(every: str | None) -> Callable[[], bool]:
-    """Whether an interval such as `2 minutes` has passed since it last had."""
-    number, unit = parse_duration(every) if every else (0, None)
-    if unit != "minute":
-        return lambda: False
-    last = time.monotonic()
-
-    def passed() -> bool:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < 60 * number:
-            return False
-        last = now
-        return True
-
-    return passed
 
 
 def _write_remaining(
