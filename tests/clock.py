@@ -18,6 +18,6 @@ class Clock:
 def stop_time(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of the training loop and of its records, until the test ends."""
     clock = Clock()
-    for module in ("mpcli.trainer", "mpcli.outcomes"):
+    for module in ("mpcli.trainer", "mpcli.intervals", "mpcli.outcomes"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
