@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Ask:
-    """What one rank may want that all have to do: bits of a plain number, which costs nothing."""
+    """What one rank may want that all have to do, as bits of a number."""
 
     NOTHING = 0
     TERMINATE = 1
@@ -35,9 +35,8 @@ class Ask:
     EVALUATE_BY_TIME = 8
     SAVE_BY_TIME = 16
     COLLECT = 32
-
-
-_BITS = [1 << bit for bit in range(6)]
+    STOP = TERMINATE | INTERRUPT
+    ANYTHING = 63
 
 
 class Ranks:
@@ -69,6 +68,7 @@ class Ranks:
         self.store = store
         self._control = control  # gloo: what it carries is on the host
         self._asked: tuple[dist.Work, Tensor] | None = None
+        self._kept = Ask.NOTHING
 
     @property
     def is_main(self) -> bool:
@@ -86,21 +86,25 @@ class Ranks:
             return torch.device(kind)
         return torch.device(kind, self.local_rank)
 
-    def agree(self, ask: int) -> int:
+    def agree(self, ask: int, now: int = Ask.ANYTHING) -> int:
         """What any rank asked for, the same in all of them. All have to call it equally often.
 
         Alone, that is `ask`. Otherwise it is what was asked in the call before this one, so that
         nobody waits for a message.
+
+        Args:
+            now: what the caller can do here; the rest is kept for a later call.
         """
         if self.alone:
             return ask
-        mine = torch.tensor([bool(ask & bit) for bit in _BITS], dtype=torch.int32)
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, self._control, async_op=True)
-        before, self._asked = self._asked, (work, mine)
-        if before is None:
-            return Ask.NOTHING
-        before[0].wait()
-        return sum(bit for bit, asked in zip(_BITS, before[1].tolist(), strict=True) if asked)
+        sent = torch.tensor([ask], dtype=torch.int32)
+        work = dist.all_reduce(sent, dist.ReduceOp.BOR, self._control, async_op=True)
+        before, self._asked = self._asked, (work, sent)
+        if before is not None:
+            before[0].wait()
+            self._kept |= int(before[1])
+        found, self._kept = self._kept & now, self._kept & ~now
+        return found
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, in every rank. All have to call it."""
@@ -118,13 +122,6 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._control)
         return values
-
-    def broadcast_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make tensors on the run's device those of rank 0."""
-        if self.alone:
-            return
-        for tensor in tensors.values():
-            dist.broadcast(tensor, src=0)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add a tensor on the run's device over the ranks, in place; nobody waits on the host."""

@@ -94,7 +94,7 @@ def train(
                 display.message(f"going on from step {progress.attempted:,}")
             saver = _saver(recipe, plan, run, engine, progress, ranks)
         if not ranks.alone:
-            ranks.barrier()  # from here on nobody leaves alone
+            ranks.barrier()  # from here on nobody obeys a signal alone
             stack.enter_context(shared())
         log = OutcomeLog(
             device,
@@ -365,7 +365,7 @@ def _close_board(board: TensorBoard, run: RunDirectory) -> None:
 def _until_stopped(batches: Iterator[Batch], device: torch.device, ranks: Ranks) -> Iterator[Batch]:
     """The batches on a device; a signal ends them between two."""
     for batch in batches:
-        _stop(ranks.agree(_asked()))
+        _stop(ranks.agree(_asked(), now=Ask.STOP))
         yield batch.to(device)
 
 

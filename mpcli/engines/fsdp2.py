@@ -367,6 +367,6 @@ class _Rounded:
         async_op: bool = False,
     ) -> None:
         """Of all inputs' sum this rank's part."""
-        received = output_tensor.to(self.dtype)
+        received = torch.empty_like(output_tensor, dtype=self.dtype)
         _reduce_scatter(received, input_tensor.to(self.dtype), group=group, op=op)
         output_tensor.copy_(received)
