@@ -163,10 +163,12 @@ def root_cause(
         return f"rank {first.rank} was killed by {first.killed_by} {_step(first.step)}"
     if own:
         return _own_failure(own, world_size)
-    if asked is not None or stops:
-        return stopped(preempted=asked == signal.SIGTERM or "preempted" in stops)
-    if any(failure.timed_out for failure in told):
+    if asked is not None:
+        return stopped(preempted=asked == signal.SIGTERM)
+    if any(failure.timed_out for failure in told):  # then a stop is by torch's agent, who ends all
         return _hang(told, heartbeats, world_size)
+    if stops:
+        return stopped(preempted="preempted" in stops)
     if told:
         return f"{_where(told[0].rank, told[0].step)} lost the others"
     return _ending(Exit.DISTRIBUTED, "the processes ended, and nothing says why")
@@ -185,7 +187,7 @@ def _own_failure(own: list[RankFailure], world_size: int) -> Ending:
 
 
 def _hang(told: list[RankFailure], heartbeats: Mapping[int, Heartbeat], world_size: int) -> Ending:
-    silent = [rank for rank in range(world_size) if rank not in {f.rank for f in told}]
+    silent = sorted({*range(world_size)} - {failure.rank for failure in told if failure.lost_peer})
     waited = next(failure for failure in told if failure.timed_out)
     who = f"rank {waited.rank} waited for `engine.timeout_seconds` {_step(waited.step)}"
     if not silent:

@@ -115,14 +115,14 @@ def ended_by(error: BaseException, recipe: Recipe | None = None) -> Ending:
             preempted = isinstance(error, Stopped) and error.preempted
             return stopped(preempted=preempted, error=error, together=together)
     assert isinstance(error, Exception)
-    if told := explained(error) or (recipe and plugin_error(error, recipe.task)):
-        logger.error("what was raised", exc_info=error)
-        return Ending("failed", told.exit_code, told.problems, error, together=False)
-    if lost_peer(error):
+    if lost_peer(error):  # wherever it passed through: a plug-in's file, say
         logger.error("another rank was lost", exc_info=error)
         first, *_ = str(error).splitlines() or [type(error).__name__]
         problem = Problem(f"another rank cannot be reached: {first}")
         return Ending("failed", Exit.DISTRIBUTED, (problem,), error, together=False)
+    if told := explained(error) or (recipe and plugin_error(error, recipe.task)):
+        logger.error("what was raised", exc_info=error)
+        return Ending("failed", told.exit_code, told.problems, error, together=False)
     logger.error("a bug", exc_info=error)
     problem = Problem(f"{type(error).__name__}: {error}")
     return Ending("failed", Exit.BUG, (problem,), error, together=False)

@@ -70,6 +70,13 @@ def test_ranks_that_say_nothing_when_others_waited_in_vain_hang():
     )
 
 
+def test_a_hanging_rank_that_the_agent_told_to_end_was_not_preempted():
+    told_to_end = RankFailure(rank=1, step=0, exit_code=75, status="preempted")
+    found = root_cause({0: lost(0, timed_out=True)[1], 1: told_to_end}, beats(0, 1), 2)
+    assert found.exit_code == Exit.DISTRIBUTED
+    assert found.problems[0].what.startswith("rank 1 hangs in step 12: rank 0 waited")
+
+
 def test_lost_peers_alone_start_again():
     assert (
         root_cause(dict([lost(0), lost(1)]), beats(0, 1), 2) == "rank 0 in step 12 lost the others"
