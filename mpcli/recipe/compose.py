@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpcli.recipe.errors import Place, Problem, UserError, did_you_mean, one_of
+from mpcli.recipe.fields import kinds
 from mpcli.recipe.nodes import Entry, Mapping, Node, Scalar, parse, plain
 from mpcli.recipe.packaged import packaged_dir
 from mpcli.recipe.recipe import Recipe
@@ -36,7 +37,8 @@ class Composition:
         for key, why in _outdated(base, over, path):
             gone = entries.pop(key)
             here = _join(path, key)
-            if not (isinstance(gone.node, Scalar) and gone.node.value is None):
+            # Nothing is lost with what every recipe of the old kind has: a resolved one has it all.
+            if not (_is_null(gone.node) or _is_default(gone.node, base, path, key)):
                 self.dropped[here] = visible(f"{here} ({position(gone.key)}) is dropped: {why}")
         for key, entry in over.entries.items():
             below = entries.get(key)
@@ -96,6 +98,14 @@ def _outdated(base: Mapping, over: Mapping, path: str) -> Iterator[tuple[str, st
         named = key in over.entries and other not in over.entries
         if named and other in base.entries and not _is_null(over.entries[key].node):
             yield other, f"{path}.{key} is now {_value(over, key) or 'set'}"
+
+
+def _is_default(node: Node, section: Mapping, path: str, key: str) -> bool:
+    """Whether a value in a section of the recipe is what its kind has without it."""
+    schema = Recipe.model_fields.get(path)
+    kind = kinds(schema).get(str(_value(section, "kind"))) if schema else None
+    known = kind.model_fields.get(key) if kind else None
+    return known is not None and not known.is_required() and plain(node) == known.default
 
 
 def _value(mapping: Mapping, key: str) -> object:

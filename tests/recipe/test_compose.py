@@ -192,6 +192,14 @@ def test_explicit_overrides_win_over_a_fragment_of_an_override(write: Write) -> 
     assert loaded.recipe.optim.lr == 2
 
 
+def test_what_every_recipe_of_the_old_kind_has_is_dropped_without_a_word(write: Write) -> None:
+    engine = "engine: {kind: ddp, device: auto, bucket_megabytes: 25, processes: 2}"
+    text = f"{REST}optim: {{kind: sgd, lr: 0.1}}\n{engine}\n"
+    loaded = load_recipe(write(text), ["engine.kind=local"])
+    (told,) = loaded.dropped
+    assert told.startswith("engine.processes (")
+
+
 def test_own_keys_of_the_kind_of_a_replaced_fragment_are_dropped(write: Write) -> None:
     write(SGD, "configs/optim/mine.yaml")
     loaded = load_recipe(
