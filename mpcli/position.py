@@ -39,6 +39,18 @@ def position(environment: Mapping[str, str]) -> Position | None:
     Raises:
         UserError: exit 2, one of them is missing or says nothing.
     """
+    found = _position(environment)
+    if found and not found.rank < found.world_size:
+        raise user_error(
+            f"this process has rank {found.rank}, and the group {found.world_size} processes",
+            "ranks are counted from 0",
+        )
+    if found and not 0 < found.port < 65536:
+        raise user_error(f"`MASTER_PORT` is {found.port}, which is no port", "use 1 to 65535")
+    return found
+
+
+def _position(environment: Mapping[str, str]) -> Position | None:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", "0")
         return Position(

@@ -134,6 +134,8 @@ def test_a_process_is_alone_without_a_group():
     ("environment", "says"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "`MASTER_ADDR` is not set"),
+        (TORCHRUN | {"RANK": "8"}, "this process has rank 8, and the group 8 processes"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "`MASTER_PORT` is 99999, which is no port"),
         (TORCHRUN | {"RANK": "first"}, "`RANK` is `first`"),
     ],
 )

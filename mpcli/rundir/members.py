@@ -50,8 +50,12 @@ def write_failure(folder: Path, failure: RankFailure) -> None:
     """Write it at once or not at all."""
     path = folder / f"failure.rank{failure.rank}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(failure.to_json(indent=2) + "\n", "utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(failure.to_json(indent=2) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def heartbeats(folder: Path, ranks: Collection[int] | None = None) -> dict[int, Heartbeat]:
