@@ -26,11 +26,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpcli import signals
 from mpcli.checkpoint.layout import completed
-from mpcli.launch import Ending, finish, problem_of, recorded, stopped
+from mpcli.launch import Ending, ended_by, finish, problem_of, recorded, stopped
 from mpcli.meeting import Meeting
 from mpcli.progress import Progress
 from mpcli.recipe.engine import Local
-from mpcli.recipe.errors import Exit, Problem
+from mpcli.recipe.errors import Exit, Problem, UserError
 from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import Heartbeat, Plan, RankFailure, Result
@@ -40,8 +40,10 @@ LOOK = 0.1
 """Seconds between two looks at the processes."""
 GRACE = 2.0
 """Seconds that the others have to end by themselves when one is gone."""
+_TORCHS_GRACE = 4
+"""The same for what has no heartbeat yet, so that only torch's agent can kill it."""
 
-_STOPS = {
+_ENDS = {
     signal.SIGTERM: ("preempted", Exit.PREEMPTED),
     signal.SIGINT: ("interrupted", Exit.INTERRUPTED),
 }
@@ -62,52 +64,72 @@ def supervise(
         environment: of the attempts to come.
         tell: shows a line to the person.
         meeting: with the launchers of other machines, of which this is the chief.
+    """
+    processes = plan.world_size // (meeting.nodes if meeting else 1)
+    with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
+        try:
+            ending = _attempts(run, recipe, plan, environment, tell, plugin, meeting)
+        except (UserError, KeyboardInterrupt) as error:  # of the meeting: it is over
+            ending = ended_by(error)
+        return run.result() or _finish(run, recipe, ending)
+
+
+def _attempts(
+    run: RunDirectory,
+    recipe: Recipe,
+    plan: Plan,
+    environment: Mapping[str, Any],
+    tell: Callable[[str], None],
+    plugin: PluginFile | None,
+    meeting: Meeting | None,
+) -> Ending:
+    """How the last attempt ended, unless the result of its ranks says so.
 
     Raises:
         UserError: exit 6, the other launchers did not come, or one is gone.
+        Stopped: while they came.
     """
     engine = recipe.engine
     assert not isinstance(engine, Local)
-    progress = Progress()
     restarts, newest = 0, _newest(run)
-    processes = plan.world_size // (meeting.nodes if meeting else 1)
-    with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
+    if meeting:
+        meeting.gather()
+    while True:
+        attempt = _begin(run, plan.world_size, plugin, meeting)
+        attempt.watch()
         if meeting:
-            meeting.gather()
-        while True:
-            attempt = _begin(run, plan.world_size, plugin, meeting)
-            attempt.watch()
-            if meeting:
-                meeting.finished()
-            if result := run.result():
-                return result
-            found = attempt.error or root_cause(
-                run.failures(), run.heartbeats(), plan.world_size, signals.asked()
-            )
-            if isinstance(found, str):
-                before, newest = newest, _newest(run)
-                restarts = restarts + 1 if newest == before else 1
-                if restarts <= engine.max_restarts:
-                    tell(f"{found}: the processes are started again (attempt {run.attempt + 1})")
-                    run.begin_attempt(recipe, plan, environment, [found])
-                    continue
-                what = f"{found}; `engine.max_restarts` is {engine.max_restarts}"
-                hint = "the log of each rank is in `attempts`; `mptrain run --resume` tries again"
-                found = _ending(Exit.DISTRIBUTED, what, hint)
-            if found.exit_code is Exit.BUG:
-                tell(root_traceback(run))
-            _count(run, recipe, progress)
-            return finish(run, recipe, progress, found)
+            meeting.finished()
+        if result := run.result():
+            return Ending(result.status, Exit(result.exit_code))
+        found = attempt.error or root_cause(
+            run.failures(), run.heartbeats(), plan.world_size, signals.asked()
+        )
+        if isinstance(found, str):
+            before, newest = newest, _newest(run)
+            restarts = restarts + 1 if newest == before else 1
+            if restarts <= engine.max_restarts:
+                tell(f"{found}: the processes are started again (attempt {run.attempt + 1})")
+                run.begin_attempt(recipe, plan, environment, [found])
+                continue
+            what = f"{found}; `engine.max_restarts` is {engine.max_restarts}"
+            hint = "the log of each rank is in `attempts`; `mptrain run --resume` tries again"
+            found = _ending(Exit.DISTRIBUTED, what, hint)
+        if found.exit_code is Exit.BUG:
+            tell(root_traceback(run))
+        return found
 
 
 def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> int:
     """Start and watch this machine's processes as the chief says; the exit code of the run."""
     processes = world_size // meeting.nodes
     with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
-        while "exit_code" not in (order := meeting.order()):
-            run = RunDirectory(Path(order["run"]), order["attempt"])
-            _Attempt(run, processes, plugin, order["id"], meeting).watch()
-            meeting.finished()
+        try:
+            while "exit_code" not in (order := meeting.order()):
+                run = RunDirectory(Path(order["run"]), order["attempt"])
+                _Attempt(run, processes, plugin, order["id"], meeting).watch()
+                meeting.finished()
+        except KeyboardInterrupt as error:  # while it waited for the chief
+            return ended_by(error).exit_code
         code: int = order["exit_code"]
         return code
 
@@ -134,9 +156,7 @@ def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
     if isinstance(found, str):
         found = _ending(Exit.DISTRIBUTED, found, _HANG_HINT)
     if run.rank == 0:
-        progress = Progress()
-        _count(run, recipe, progress)
-        finish(run, recipe, progress, found)
+        _finish(run, recipe, found)
     return found
 
 
@@ -220,12 +240,14 @@ def _newest(run: RunDirectory) -> int | None:
     return next((found.step for found in completed(run.checkpoints_path)), None)
 
 
-def _count(run: RunDirectory, recipe: Recipe, progress: Progress) -> None:
-    """Count from its records what a run did whose processes are gone."""
+def _finish(run: RunDirectory, recipe: Recipe, ending: Ending) -> Result:
+    """Write the result of a run whose processes are gone: its records say what they did."""
+    progress = Progress()
     for row in run.steps():
         progress.add(row, recipe.precision.loss_scale)
     for evaluation in run.evaluations():
         progress.add_evaluation(evaluation.step, evaluation.metrics, recipe.output.keep_best)
+    return finish(run, recipe, progress, ending)
 
 
 def _begin(
@@ -273,10 +295,11 @@ class _Attempt:
             local_addr=None if meeting and not meeting.is_local else "localhost",
             max_restarts=0,
             monitor_interval=LOOK,
+            shutdown_timeout=_TORCHS_GRACE,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
         arguments = ["-P", "-u", "-m", "mpcli.worker", str(run.path)]
-        arguments += ["--launcher", str(os.getpid())]
+        arguments += ["--attempt", str(run.attempt), "--launcher", str(os.getpid())]
         arguments += ["--plugin", plugin.file] if plugin else []
         # torch's agent handles signals in the main thread only, where it would end the launcher.
         self._thread = threading.Thread(target=self._launch, args=(config, arguments), daemon=True)
@@ -348,16 +371,19 @@ class _Attempt:
     def _record(self) -> None:
         """Tell of the ranks that could not do it themselves."""
         known, beats = self._run.failures(), self._run.heartbeats()
+        waited = any(failure.timed_out for failure in known.values())
         for rank, code in self._codes.items():
             if rank in known or rank in self._killed:
                 continue
+            if code == -signal.SIGKILL and waited and rank not in beats:
+                continue  # torch's agent killed it: the others waited in vain for it to come
             step = beats[rank].step if rank in beats else 0
             number = signal.SIGTERM if code == Exit.PREEMPTED else signal.SIGINT
             ended: dict[str, Any] = {"exit_code": Exit.DISTRIBUTED}
             if code < 0:
                 number = signal.Signals(-code)
             if code in (-signal.SIGTERM, -signal.SIGINT, Exit.PREEMPTED, Exit.INTERRUPTED):
-                status, exit_code = _STOPS[number]
+                status, exit_code = _ENDS[number]
                 ended = {"status": status, "exit_code": exit_code}
             elif code < 0:
                 ended["killed_by"] = number.name
@@ -368,6 +394,11 @@ class _Attempt:
 
 def _lives(pid: int) -> bool:
     """Whether a child of this process is there; one that the agent reaped is not its child."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        with suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return True
+        return False
     with suppress(ChildProcessError):
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     return False

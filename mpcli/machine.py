@@ -123,11 +123,18 @@ def versions() -> dict[str, str | None]:
     return {package: _version(package) for package in _PACKAGES}
 
 
-def detect_machine() -> Machine:
-    """Devices and the precisions that they run, without timing anything."""
+def detect_machine(local_rank: int = 0) -> Machine:
+    """Devices and the precisions that they run, without timing anything.
+
+    Args:
+        local_rank: of this process on its machine: on that GPU it tries them, and not all
+            processes on the first one, where each would take memory.
+    """
     check_installation()
     import torch
 
+    if 0 < local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     emulated, unsupported, broken_lstm = {}, {}, {}
     for device in ("cpu", "cuda"):

@@ -6,13 +6,16 @@ import datetime
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from mpcli import signals
 from mpcli.recipe.errors import Exit, UserError, user_error
 
+_LAUNCHERS = "mptrain/launchers"
 _LOOK = 0.2
 _ARRIVE = 900.0
 """Seconds that launchers wait for each other at the beginning, as torch's rendezvous does."""
@@ -40,15 +43,25 @@ class Meeting:
             )
         self.is_local = host in ("localhost", "127.0.0.1")
         self._store, self._hosts = _store(host, int(port))
-        node = self._store.add("mptrain/launchers", 1) - 1
+        node = self._store.add(_LAUNCHERS, 1) - 1
         if node >= nodes:
             raise user_error(f"{node + 1} launchers came to {endpoint}, and `--nodes` is {nodes}")
         self.is_chief = node == 0
         self._round = 0
 
     def gather(self) -> None:
-        """Wait, as the chief, until all have come."""
-        if not self._wait(lambda: self._store.add("mptrain/launchers", 0) >= self.nodes, _ARRIVE):
+        """Wait, as the chief, until all have come.
+
+        Raises:
+            UserError: exit 6, they did not.
+            Stopped: by a signal in the meantime.
+        """
+        with _reached("the machine of the endpoint"):
+            have_come = self._wait(
+                lambda: self._store.add(_LAUNCHERS, 0) >= self.nodes, _ARRIVE, after_signal=0
+            )
+        if not have_come:
+            signals.check()
             raise user_error(
                 f"not all of the {self.nodes} launchers came to {self.endpoint}",
                 "start `mptrain run` with the same options on each machine",
@@ -56,19 +69,39 @@ class Meeting:
             )
 
     def tell(self, **order: Any) -> None:
-        """Tell the others, as the chief, what is next."""
+        """Tell the others, as the chief, what is next.
+
+        Raises:
+            UserError: exit 6, they cannot be reached.
+        """
         self._round += 1
-        self._store.set(f"mptrain/order/{self._round}", json.dumps(order))
+        with _reached("the machine of the endpoint"):
+            self._store.set(f"mptrain/order/{self._round}", json.dumps(order))
+
+    def dismiss(self, exit_code: int) -> None:
+        """Tell the others, as the chief, that the run is over."""
+        with suppress(UserError):  # they know
+            self.tell(exit_code=exit_code)
 
     def order(self) -> dict[str, Any]:
-        """What the chief tells next."""
+        """What the chief tells next.
+
+        Raises:
+            UserError: exit 6, it is gone.
+            Stopped: by a signal, and the chief says nothing.
+        """
         self._round += 1
         key = f"mptrain/order/{self._round}"
-        try:
-            self._wait(lambda: bool(self._store.check([key])), float("inf"))
+        # The chief knows of the signal if processes of a run got it.
+        patience = 0 if self._round == 1 else _DEPART
+        with _reached("the launcher that leads the run"):
+            told = self._wait(
+                lambda: bool(self._store.check([key])), float("inf"), after_signal=patience
+            )
+            if not told:
+                self._store.add(_LAUNCHERS, -1)  # it may come again
+                signals.check()
             order: dict[str, Any] = json.loads(self._store.get(key))
-        except RuntimeError as error:
-            raise _gone("the launcher that leads the run") from error
         return order
 
     def finished(self) -> None:
@@ -78,8 +111,12 @@ class Meeting:
             UserError: exit 6, a launcher does not say so.
         """
         key = f"mptrain/done/{self._round}"
-        self._store.add(key, 1)
-        if self.is_chief and not self._wait(lambda: self._store.add(key, 0) >= self.nodes, _DEPART):
+        with _reached("the machine of the endpoint"):
+            self._store.add(key, 1)
+            all_are = not self.is_chief or self._wait(
+                lambda: self._store.add(key, 0) >= self.nodes, _DEPART
+            )
+        if not all_are:
             raise _gone("the launcher of a machine")
 
     def leave(self) -> None:
@@ -92,14 +129,28 @@ class Meeting:
             return
 
     @staticmethod
-    def _wait(happened: Callable[[], bool], seconds: float) -> bool:
-        """Whether something came about in a time."""
-        end = time.monotonic() + seconds
+    def _wait(
+        happened: Callable[[], bool], seconds: float, after_signal: float = float("inf")
+    ) -> bool:
+        """Whether something came about in a time, and in another one after a signal to end."""
+        end, asked = time.monotonic() + seconds, False
         while not happened():
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if signals.asked() is not None and not asked:
+                end, asked = min(end, now + after_signal), True
+            if now >= end:
                 return False
             time.sleep(_LOOK)
         return True
+
+
+@contextmanager
+def _reached(who: str) -> Iterator[None]:
+    """What the store raises means that somebody is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _gone(who) from error
 
 
 def _gone(who: str) -> UserError:

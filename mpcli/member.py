@@ -59,7 +59,8 @@ def enter(place: Position, recipe: Recipe, plan: Plan, plugin: PluginFile | None
 
 def facts(recipe: Recipe, plan: Plan, plugin_sha256: str | None = None) -> dict[str, str]:
     """What has to be the same in all ranks, by name, as text."""
-    planned = plan.model_dump(mode="json")
+    # Warnings tell of the machine too: how many CPUs it has.
+    planned = plan.model_dump(mode="json", exclude={"warnings"})
     return {
         **{name: json.dumps(value) for name, value in _leaves(recipe.model_dump(mode="json"))},
         **{f"plan.{name}": json.dumps(value) for name, value in planned.items()},
@@ -108,19 +109,21 @@ def begin_together(
         UserError: in all ranks, rank 0 could not.
     """
     run: RunDirectory | None = None
-    told: str | UserError | None = None
+    told: tuple[str, int] | UserError | None = None
     if ranks.is_main:
         try:
             run = _restarted(ranks, place, recipe, plan) or begin()[0]
-            told = str(run.path.absolute())
+            path = str(run.path.absolute())
             if place.agent and ranks.store:
-                ranks.store.set(_RUN_KEY, told)
+                ranks.store.set(_RUN_KEY, path)
+            told = path, run.attempt
         except UserError as error:
             told = error
     told = ranks.from_main(told)
     if isinstance(told, UserError):
         raise told
-    run = run or RunDirectory.join(Path(str(told)), ranks.rank)
+    assert told
+    run = run or RunDirectory.join(Path(told[0]), told[1], ranks.rank)
     run.begin_heartbeat()
     return run
 

@@ -82,7 +82,7 @@ class Ranks:
 
     def device(self, kind: str) -> torch.device:
         """This rank's device of a kind: `cpu` or `cuda`."""
-        if self.alone or kind != "cuda":
+        if self._control is None or kind != "cuda":  # a group of one has a GPU too
             return torch.device(kind)
         return torch.device(kind, self.local_rank)
 

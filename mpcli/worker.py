@@ -30,19 +30,19 @@ def main() -> NoReturn:
     signals.install(_leave)
     parser = argparse.ArgumentParser(prog="mpcli.worker")
     parser.add_argument("run", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--launcher", type=int, required=True, help="its process id")
     parser.add_argument("--plugin")
     options = parser.parse_args()
     _end_with(options.launcher)
-    run = RunDirectory.join(options.run, int(os.environ["RANK"]))
+    run = RunDirectory.join(options.run, options.attempt, int(os.environ["RANK"]))
     try:
         run.begin_heartbeat()
         _separate_output(run)
         ending = _work(run, options.plugin)
         code = Exit.DONE if run.ended else ending.exit_code
-    except UserError as error:  # not even its failure could be written
-        sys.stderr.write(f"rank {run.rank}: {error}\n")
-        code = error.exit_code
+    except Exception as error:
+        code = _failed(run, error)
     sys.stderr.flush()
     os._exit(code)  # nothing that is still going on in a library is waited for
 
@@ -67,6 +67,21 @@ def _separate_output(run: RunDirectory) -> None:
         target = os.open(run.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(target, 2)
     os.dup2(target, 1)
+    # Python's own was made for another file: whether one can seek in it, for instance.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def _failed(run: RunDirectory, error: Exception) -> Exit:
+    """Tell of what stood in the way of taking part, or of telling so; the exit code."""
+    from mpcli.launch import ended_by
+    from mpcli.member import fail
+
+    ending = ended_by(error)
+    try:
+        fail(run, ending)
+    except UserError:
+        sys.stderr.write(f"rank {run.rank}: {error}\n")
+    return ending.exit_code
 
 
 def _work(run: RunDirectory, plugin_path: str | None) -> Ending:

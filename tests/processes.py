@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 MPTRAIN = Path(sys.executable).with_name("mptrain")
 ENDLESS = ("--set", "train.steps=100000", "--set", "output.checkpoint_every=40 steps")
@@ -257,6 +258,7 @@ class Several:
     Args:
         command: before `run`; the launcher's by default.
         hook: statements of a rank at every step.
+        stdout, stderr: of the command.
         variables: of the environment.
     """
 
@@ -265,6 +267,8 @@ class Several:
         *arguments: str | Path,
         command: Sequence[str] = (sys.executable, "-m", "mpcli"),
         hook: str = PACED,
+        stdout: IO[str] | int = subprocess.PIPE,
+        stderr: IO[str] | int = subprocess.PIPE,
         **variables: str,
     ) -> None:
         self.mark = f"MPTRAIN_TEST={uuid.uuid4()}"
@@ -276,8 +280,8 @@ class Several:
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
             [*command, "run", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
             process_group=0,
             env={**inherited, "PYTHONPATH": path, name: value, **variables},

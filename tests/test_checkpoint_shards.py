@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -331,6 +332,18 @@ def test_rank_0_gives_up_waiting(folder):
     with pytest.raises(UserError, match="rank 1 has not written its part") as caught:
         writer.save(folder, 1, share(1, 0), {}, keep_last=1, writers=WORLD, patience=0.1)
     assert caught.value.exit_code == Exit.DISTRIBUTED
+    assert list(folder.iterdir()) == []
+
+
+def test_ranks_that_are_lost_are_not_waited_for(folder, monkeypatch):
+    ranks = Ranks(0, WORLD)
+    monkeypatch.setattr(ranks, "barrier", lambda: None)
+    saver = Saver(folder, 2, share(0, 0), ranks, background=True)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="gloo"), saver:
+        saver.save(1, share(1, 0), {})
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:545] Connection closed by peer")
+    assert time.monotonic() - began < ranks.timeout / 2
     assert list(folder.iterdir()) == []
 
 

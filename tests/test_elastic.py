@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 
 import pytest
+import torch
 
-from mpcli.elastic import root_cause
+from mpcli import worker
+from mpcli.elastic import _lives, root_cause
 from mpcli.member import facts
 from mpcli.position import first_host, position
-from mpcli.ranks import lost_peer, timed_out
-from mpcli.recipe.errors import Exit, UserError
+from mpcli.ranks import Ranks, lost_peer, timed_out
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.records import Heartbeat, RankFailure, StepRecord
 from mpcli.rundir import RunDirectory
 from tests.small import run_small, small_recipe
@@ -156,7 +160,7 @@ def test_the_first_host_of_a_list(nodes, first):
 
 def test_ranks_but_the_first_write_only_what_is_about_themselves(tmp_path):
     run, _ = run_small(tmp_path)
-    other = RunDirectory.join(run.path, 1)
+    other = RunDirectory.join(run.path, 1, 1)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     (row, *_) = RunDirectory.read(run.path).steps()
     other.append_steps([row])
@@ -170,7 +174,7 @@ def test_ranks_but_the_first_write_only_what_is_about_themselves(tmp_path):
 
 def test_a_heartbeat_is_whole_json_of_the_same_length_at_every_step(tmp_path):
     run, _ = run_small(tmp_path)
-    rank = RunDirectory.join(run.path, 1)
+    rank = RunDirectory.join(run.path, 1, 1)
     rank.begin_heartbeat()
     path = run.path / "attempts/1/rank1.json"
     sizes = set()
@@ -191,3 +195,39 @@ def test_facts_name_the_value_that_differs(tmp_path):
     )
     assert {name for name in one if one[name] != other[name]} == {"optim.lr"}
     assert {"python", "torch", "numpy", "transformers", "plan.world_size"} <= one.keys()
+    assert "plan.warnings" not in one  # which count the CPUs of a machine
+
+
+def test_a_rank_takes_part_in_the_attempt_that_it_is_told(tmp_path):
+    run, _ = run_small(tmp_path)
+    assert RunDirectory.join(run.path, 7, 1).attempt_path == run.path / "attempts/7"
+
+
+def test_what_stands_in_the_way_of_taking_part_is_told(tmp_path):
+    run, _ = run_small(tmp_path)
+    rank = RunDirectory.join(run.path, 1, 1)
+    assert worker._failed(rank, LookupError("nothing there")) == Exit.BUG
+    failure = rank.failures()[1]
+    assert failure.problems[0]["message"] == "LookupError: nothing there"
+    assert failure.traceback
+    shutil.rmtree(rank.attempt_path)
+    assert worker._failed(rank, user_error("no room", exit_code=Exit.STORAGE)) == 7
+
+
+def test_a_process_lives_until_it_was_waited_for(monkeypatch):
+    child = subprocess.Popen(["sleep", "60"])
+    for name in (None, "waitid"):
+        if name:
+            monkeypatch.delattr(os, name)
+        assert _lives(child.pid)
+    child.kill()
+    child.wait()
+    assert not _lives(child.pid)
+    monkeypatch.undo()
+    assert not _lives(child.pid)
+
+
+def test_a_group_of_one_has_a_gpu_of_its_own():
+    assert Ranks().device("cuda") == torch.device("cuda")
+    assert Ranks(local_rank=0, control=object()).device("cuda") == torch.device("cuda", 0)
+    assert Ranks(local_rank=3, control=object()).device("cpu") == torch.device("cpu")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpcli.checkpoint.layout import Checkpoint, Part, completed, parts_of
 from mpcli.checkpoint.writer import begin, make_folder, save, save_share
-from mpcli.ranks import ALONE, Ranks
+from mpcli.ranks import ALONE, Ranks, lost_peer
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.rundir import storage_errors
 
@@ -108,6 +108,7 @@ class Saver:
             parts = parts_of(tensors, ranks.rank)
             self._copies = {name: _host_zeros(part.tensor) for name, part in parts.items()}
         self._thread: threading.Thread | None = None
+        self._lost = threading.Event()  # the other ranks
         self._saved: Checkpoint | None = None
         self._error: BaseException | None = None
 
@@ -166,9 +167,13 @@ class Saver:
     def __enter__(self) -> None:
         """Nothing is going on yet."""
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if kind is KeyboardInterrupt:  # a second Ctrl-C waits for nothing
             return
+        if error and lost_peer(error):  # which wrote its part before it went, or never will
+            self._lost.set()
         try:
             self.finished(wait=True)
         except UserError as error:  # what ends the block is worse, and told
@@ -209,6 +214,7 @@ class Saver:
             keep=keep,
             writers=self._writers,
             patience=self.ranks.timeout,
+            lost=self._lost,
         )
 
     def _write_copies(

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ def save(
     keep: Collection[int] = (),
     writers: int = 1,
     patience: float = 600.0,
+    lost: threading.Event | None = None,
 ) -> Checkpoint:
     """Write `folder/step-<step>`, then remove what is no longer wanted.
 
@@ -79,6 +81,7 @@ def save(
         writers: ranks that have parts. If there are several, this is rank 0, `begin` was called
             before any of them wrote, and each of the others calls `save_share`.
         patience: seconds that it waits for their files when its own are written.
+        lost: set when the others can write no more: nothing is waited for from then on.
 
     Raises:
         UserError: exit 7, nothing was saved; 6, a rank does not write.
@@ -92,7 +95,7 @@ def save(
     final = temporary.with_suffix("")
     with storage_errors(folder, f"checkpoint {final.name}"):
         try:
-            _write(temporary, step, tensors, text, writers, patience)
+            _write(temporary, step, tensors, text, writers, patience, lost)
             _publish(temporary, final)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -165,12 +168,13 @@ def _write(
     state: bytes,
     writers: int,
     patience: float,
+    lost: threading.Event | None,
 ) -> None:
     """Rank 0's three files and their way to the disk, where the other ranks' files are already."""
     _write_tensors(folder / TENSORS, parts_of(tensors, 0))
     (folder / STATE).write_bytes(state)
     entries = {path.name: _file_entry(path) for path in (folder / TENSORS, folder / STATE)}
-    entries |= _collected(folder, writers, patience)
+    entries |= _collected(folder, writers, patience, lost)
     manifest = Manifest(version=VERSION, step=step, files=entries)
     (folder / MANIFEST).write_bytes(encode(manifest.model_dump()))
     for path in (folder / TENSORS, folder / STATE, folder / MANIFEST, folder):
@@ -181,14 +185,17 @@ def _file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
-def _collected(folder: Path, writers: int, patience: float) -> dict[str, FileEntry]:
-    """What the other ranks wrote. A rank that died says nothing: its group ends this process."""
+def _collected(
+    folder: Path, writers: int, patience: float, lost: threading.Event | None
+) -> dict[str, FileEntry]:
+    """What the other ranks wrote. A rank that died says nothing, but its group is lost then."""
     entries = {}
+    lost = lost or threading.Event()
     deadline = time.monotonic() + patience
     for rank in range(1, writers):
         path = _entry_path(folder, rank)
         while not path.exists():
-            if time.monotonic() > deadline:
+            if lost.is_set() or time.monotonic() > deadline:
                 raise user_error(
                     f"rank {rank} has not written its part of checkpoint {folder.stem}",
                     "it hangs, or does not share a disk with rank 0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -11,15 +12,20 @@ from typing import NoReturn
 from mpcli import signals
 
 
-def main() -> int:
-    """The `mptrain` command; its exit code. SIGTERM and Ctrl-C are handled from here on."""
+def main() -> NoReturn:
+    """The `mptrain` command and its process's end. SIGTERM and Ctrl-C are handled from here on."""
     signals.install(_leave)
     try:
         from mpcli.cli.app import main
 
-        return main()
+        code = main()
     finally:
         signals.ignore()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)  # taking the modules of torch apart would take seconds
 
 
 def _leave(preempted: bool) -> NoReturn:

@@ -58,12 +58,14 @@ def make(
     strict: bool,
     world_size: int | None = None,
     nodes: int = 1,
+    local_rank: int = 0,
 ) -> tuple[LoadedRecipe, Plan, list[Problem]]:
     """Load and plan a recipe; the problems are the plan's warnings, with their places.
 
     Args:
         world_size: of the group that this process was started in.
         nodes: machines that take part.
+        local_rank: of this process on its machine.
 
     Raises:
         UserError: every error of the recipe, or of the plan, or with `strict` every warning.
@@ -71,7 +73,10 @@ def make(
     from mpcli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides, plugin)
-    return loaded, *planned_for(loaded, strict=strict, world_size=world_size, nodes=nodes)
+    planned = planned_for(
+        loaded, strict=strict, world_size=world_size, nodes=nodes, local_rank=local_rank
+    )
+    return loaded, *planned
 
 
 def planned_for(
@@ -81,6 +86,7 @@ def planned_for(
     training: bool = True,
     world_size: int | None = None,
     nodes: int = 1,
+    local_rank: int = 0,
 ) -> tuple[Plan, list[Problem]]:
     """Plan a recipe; the problems are the plan's warnings, with their places.
 
@@ -88,13 +94,14 @@ def planned_for(
         training: whether it is to be trained, not only evaluated.
         world_size: of the group that this process was started in.
         nodes: machines that take part.
+        local_rank: of this process on its machine.
 
     Raises:
         UserError: every error of the plan, or with `strict` every warning.
     """
     from mpcli.machine import detect_machine
 
-    machine = detect_machine()  # reports a broken torch, before the next lines import it
+    machine = detect_machine(local_rank)  # reports a broken torch before the next lines import it
     try:
         with uninterrupted():
             from mpcli.plan import make_plan

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mpcli.cli.console import display, memory_text, metric_text, show_table, write
-from mpcli.cli.errors import show_problems, write_json
+from mpcli.cli.console import display, write
+from mpcli.cli.group import Group, group_of, meet, supervised, take_part
 from mpcli.cli.options import AsJson, Overrides, PluginPath, Strict
 from mpcli.cli.plan import make
 from mpcli.cli.plugin import named_plugin, plugin_of_run
-from mpcli.position import Position, position
-from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
+from mpcli.cli.result import show_result, show_warnings
+from mpcli.recipe.errors import Problem, UserError, user_error
 from mpcli.signals import held, uninterrupted
 
 if TYPE_CHECKING:
-    from mpcli.meeting import Meeting
     from mpcli.recipe.load import LoadedRecipe
-    from mpcli.records import Plan, Result, ResultProblem
+    from mpcli.records import Plan
     from mpcli.rundir import RunDirectory
 
 
@@ -76,7 +72,7 @@ def run(
 
     Processes that torchrun or srun started train together.
     """
-    group = _group(nodes, rdzv_endpoint)
+    group = group_of(nodes, rdzv_endpoint)
     if resume is not None:
         if recipe is not None or output is not None:
             other = "a recipe" if recipe is not None else "`--output`"
@@ -87,7 +83,7 @@ def run(
     if output == "":
         raise user_error("`--output` names no folder", "leave it out, or name a new folder")
     loaded, planned, warnings = make(
-        recipe, overrides, named_plugin(plugin), strict=strict, **group.sizes
+        recipe, overrides, named_plugin(plugin), strict=strict, **group.about
     )
 
     from mpcli.machine import environment
@@ -104,46 +100,11 @@ def run(
     _train(create, loaded, planned, warnings, group, as_json=as_json)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """With whom this process trains.
-
-    Attributes:
-        place: in a group that torchrun, srun or a script started.
-        nodes: machines with a launcher each, which meet at `endpoint`.
-    """
-
-    place: Position | None = None
-    nodes: int = 1
-    endpoint: str | None = None
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the plan needs to know."""
-        return {"world_size": self.place.world_size if self.place else None, "nodes": self.nodes}
-
-
-def _group(nodes: int | None, endpoint: str | None) -> _Group:
-    if nodes is None and endpoint is None:
-        place = position(os.environ)
-        if place and place.rank:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # what is printed is rank 0's
-        return _Group(place)
-    if endpoint is None and nodes != 1:
-        raise user_error(
-            f"`--nodes {nodes}` without a place where the machines meet",
-            "add `--rdzv-endpoint HOST:PORT`: one of the machines, and a free port there",
-        )
-    if nodes is None:
-        raise user_error("`--rdzv-endpoint` without `--nodes`", "add the number of machines")
-    return _Group(nodes=nodes, endpoint=endpoint if nodes > 1 else None)
-
-
 def _resume(
     path: str,
     overrides: list[str],
     plugin_path: str | None,
-    group: _Group,
+    group: Group,
     *,
     strict: bool,
     as_json: bool,
@@ -163,14 +124,14 @@ def _resume(
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
         recipe_path = str(directory.recipe_path)
         loaded, planned, warnings = make(
-            recipe_path, overrides, plugin, strict=strict, **group.sizes
+            recipe_path, overrides, plugin, strict=strict, **group.about
         )
         _check_model(directory, planned, loaded)
         result = directory.result()
         done = result and result.status == "done" and directory.final_path.exists()
         if result and done and result.steps_attempted >= planned.steps:
             write(f"the run has its {result.steps_attempted:,} steps: nothing to do", sys.stderr)
-            _show_result(result, directory, loaded, as_json=as_json)
+            show_result(result, directory, loaded, as_json=as_json)
         if done and not directory.has_checkpoints():
             raise user_error(
                 f"--resume {path}: the run is over and left no checkpoint to go on from",
@@ -195,7 +156,7 @@ def _train(
     loaded: LoadedRecipe,
     planned: Plan,
     warnings: list[Problem],
-    group: _Group,
+    group: Group,
     *,
     as_json: bool,
 ) -> NoReturn:
@@ -206,118 +167,20 @@ def _train(
     """
     distributed = loaded.recipe.engine.kind != "local"
     if distributed and group.place:
-        _take_part(begin, loaded, planned, warnings, group.place, as_json=as_json)
+        take_part(begin, loaded, planned, warnings, group.place, as_json=as_json)
     if distributed and group.endpoint:
-        _meet(begin, loaded, planned, warnings, group.endpoint, group.nodes, as_json=as_json)
+        meet(begin, loaded, planned, warnings, group.endpoint, group.nodes, as_json=as_json)
     with uninterrupted():
         from mpcli.launch import launch
 
-    _show_warnings(loaded, warnings)
+    show_warnings(loaded, warnings)
     with held():
         directory, found = begin()
         if distributed:
-            result = _supervised(directory, loaded, planned, found)
+            result = supervised(directory, loaded, planned, found)
         else:
             result = launch(directory, display(), loaded.plugin)
-        _show_result(result, directory, loaded, as_json=as_json)
-
-
-def _supervised(
-    run: RunDirectory,
-    loaded: LoadedRecipe,
-    planned: Plan,
-    environment: Mapping[str, Any],
-    meeting: Meeting | None = None,
-) -> Result:
-    from mpcli.elastic import supervise
-
-    try:
-        return supervise(
-            run,
-            loaded.recipe,
-            planned,
-            environment,
-            lambda line: write(line, sys.stderr),
-            loaded.plugin,
-            meeting,
-        )
-    finally:
-        run.close()
-
-
-def _meet(
-    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
-    loaded: LoadedRecipe,
-    planned: Plan,
-    warnings: list[Problem],
-    endpoint: str,
-    nodes: int,
-    *,
-    as_json: bool,
-) -> NoReturn:
-    """Train on several machines: the launcher that comes first leads the others."""
-    with uninterrupted():
-        from mpcli.elastic import follow
-        from mpcli.meeting import Meeting
-
-    meeting = Meeting(endpoint, nodes)
-    try:
-        if not meeting.is_chief:
-            raise typer.Exit(follow(meeting, planned.world_size, loaded.plugin))
-        code = Exit.BUG
-        try:
-            _show_warnings(loaded, warnings)
-            with held():
-                directory, found = begin()
-                result = _supervised(directory, loaded, planned, found, meeting)
-                code = Exit(result.exit_code)
-        except UserError as error:
-            code = error.exit_code
-            raise
-        finally:
-            meeting.tell(exit_code=code)
-        _show_result(result, directory, loaded, as_json=as_json)
-    finally:
-        meeting.leave()
-
-
-def _take_part(
-    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
-    loaded: LoadedRecipe,
-    planned: Plan,
-    warnings: list[Problem],
-    place: Position,
-    *,
-    as_json: bool,
-) -> NoReturn:
-    """Train as one of the processes that torchrun, srun or a script started."""
-    with uninterrupted():
-        from mpcli.elastic import conclude, root_traceback
-        from mpcli.launch import explained_loss, reported
-        from mpcli.member import Silent, begin_together, enter, take_part
-        from mpcli.ranks import leave
-
-    if place.rank == 0:
-        _show_warnings(loaded, warnings)
-    with explained_loss():
-        ranks = enter(place, loaded.recipe, planned, loaded.plugin)
-        with held():
-            run = begin_together(ranks, place, begin, loaded.recipe, planned)
-    shown = display() if ranks.is_main else Silent()
-    with held(), reported(run, shown):
-        ending = take_part(run, loaded.recipe, shown, ranks)
-        if run.ended:
-            leave()
-        else:
-            ending = conclude(run, loaded.recipe, planned.world_size)
-    result = run.result()
-    if ranks.is_main and not run.ended and place.restarts_left:
-        show_problems(ending.problems)  # the result will be another's
-    elif ranks.is_main and result:
-        if ending.exit_code is Exit.BUG:
-            write(root_traceback(run), sys.stderr)
-        _show_result(result, run, loaded, as_json=as_json)
-    raise typer.Exit(ending.exit_code)
+        show_result(result, directory, loaded, as_json=as_json)
 
 
 def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None:
@@ -334,62 +197,3 @@ def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None
         what = "the config of the model or its tokenizer is not what the run began with"
         hint = "put back the text, the tokenizer or the model that the recipe names, or begin anew"
         raise UserError(Problem(what, hint, "task", loaded.place("task")))
-
-
-def _show_warnings(loaded: LoadedRecipe, warnings: list[Problem]) -> None:
-    show_problems(warnings)
-    for message in loaded.dropped:
-        write(message, sys.stderr)
-
-
-def _show_result(
-    result: Result, directory: RunDirectory, loaded: LoadedRecipe, *, as_json: bool
-) -> NoReturn:
-    if as_json:
-        write_json(result.model_dump(mode="python"))
-    else:
-        show_table("Result", ("", ""), _summary(result, directory.path))
-    show_problems(
-        Problem(
-            p["message"],
-            p["hint"],
-            path=p["path"] or "",
-            severity=p["severity"],
-            finding=p["finding"],
-        ).at(_place(p, loaded))
-        for p in result.problems
-    )
-    if result.exit_code == Exit.NUMERICS:
-        plugin = ["--plugin", loaded.plugin.file] if loaded.plugin else []
-        write(
-            f"find out why: {shlex.join(['mptrain', 'diagnose', str(directory.path), *plugin])}",
-            sys.stderr,
-        )
-    raise typer.Exit(result.exit_code)
-
-
-def _place(problem: ResultProblem, loaded: LoadedRecipe) -> Place | None:
-    """Where a recorded problem is: in the plug-in, or in the recipe."""
-    line, column = problem["line"], problem["column"]
-    if loaded.plugin and line and column:
-        return loaded.plugin.place(line, column - 1)
-    if loaded.plugin and problem["file"]:
-        return Place(loaded.plugin.file, 0, 0)
-    return loaded.place(problem["path"] or "")
-
-
-def _summary(result: Result, path: Path) -> list[tuple[str, str]]:
-    metrics = {
-        f"{split} {name}": metric_text(name, value)
-        for split, values in result.metrics.items()
-        for name, value in values.items()
-    }
-    return [
-        ("status", result.status),
-        *([("reason", result.reason)] if result.reason and not result.problems else []),
-        ("steps", f"{result.steps_applied:,} applied, {result.steps_skipped:,} skipped"),
-        *metrics.items(),
-        ("time", f"{result.wall_seconds:.1f} s, {result.input_share:.1%} of it for input"),
-        ("peak memory", memory_text(result.peak_memory_bytes or None)),
-        ("run directory", str(path)),
-    ]

@@ -188,9 +188,12 @@ class RunDirectory:
         return cls(path, max(attempts(path), default=1))
 
     @classmethod
-    def join(cls, path: Path, rank: int) -> RunDirectory:
-        """The newest attempt of a run whose lock another process holds, as one of its ranks."""
-        return cls(path, max(attempts(path), default=1), rank)
+    def join(cls, path: Path, attempt: int, rank: int) -> RunDirectory:
+        """An attempt at a run whose lock another process holds, as one of its ranks.
+
+        The attempt is told: a list of the folder may be an old one on a disk that machines share.
+        """
+        return cls(path, attempt, rank)
 
     def begin_attempt(
         self, recipe: Recipe, plan: Plan, environment: Mapping[str, Any], changes: Sequence[str]
