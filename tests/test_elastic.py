@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
+import mpcli
 from mpcli.elastic import root_cause
 from mpcli.member import facts
 from mpcli.position import first_host, position
@@ -116,6 +119,20 @@ def test_position_in_a_group_of_srun():
     assert position(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "5"}).port == 5
 
 
+@pytest.mark.parametrize(
+    ("group", "other"),
+    [
+        (TORCHRUN, {"TORCHELASTIC_RESTART_COUNT": "3"}),
+        (TORCHRUN, {"TORCHELASTIC_RUN_ID": "y"}),
+        (SRUN, {"SLURM_JOB_ID": "123457"}),
+        (SRUN, {"SLURM_STEP_ID": "1"}),
+    ],
+)
+def test_a_group_that_is_started_again_has_a_place_of_its_own_in_the_store(group, other):
+    assert position(group).attempt_key != position(group | other).attempt_key
+    assert position(group).attempt_key == position(group | {"RANK": "4"}).attempt_key
+
+
 def test_a_process_is_alone_without_a_group():
     assert position({}) is None
     assert position({"RANK": "0"}) is None
@@ -182,3 +199,24 @@ def test_facts_name_the_value_that_differs(tmp_path):
     )
     assert {name for name in one if one[name] != other[name]} == {"optim.lr"}
     assert {"python", "torch", "numpy", "transformers", "plan.world_size"} <= one.keys()
+
+
+def test_facts_change_with_the_code(tmp_path, monkeypatch):
+    run, _ = run_small(tmp_path)
+    recipe, plan = small_recipe(tmp_path).recipe, run.plan()
+    one = facts(recipe, plan)
+    assert facts(recipe, plan) == one
+    package = tmp_path / "mpcli"
+    shutil.copytree(Path(mpcli.__file__).parent, package)
+    monkeypatch.setattr(mpcli, "__file__", str(package / "__init__.py"))
+    assert facts(recipe, plan) == one
+    with (package / "engines" / "ddp.py").open("a") as file:
+        file.write("# another line")
+    other = facts(recipe, plan)
+    assert {name for name in one if one[name] != other[name]} == {"the SHA-256 of mptrain's code"}
+
+
+def test_facts_have_the_plugin(tmp_path):
+    run, _ = run_small(tmp_path)
+    one, other = (facts(small_recipe(tmp_path).recipe, run.plan(), sha) for sha in ("a", "b"))
+    assert {name for name in one if one[name] != other[name]} == {"the plug-in's SHA-256"}
