@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_distributed import FINAL, LONG, OUT, TWO, attempts, result
-from tests.processes import Several, wait_until
+from tests.processes import Several
 
 pytestmark = pytest.mark.slow
 FSDP2 = TWO.replace("kind: ddp", "kind: fsdp2")
@@ -27,7 +28,7 @@ def rows():
 
 
 KILLED_ONCE_IN = """\
-        if rank == 1 and step in (8, 13, 18) and not os.path.exists(f"killed-{step}"):
+        if rank == 1 and step in (8, 13) and not os.path.exists(f"killed-{step}"):
             open(f"killed-{step}", "w").close()
             os.kill(os.getpid(), 9)
 """
@@ -35,14 +36,14 @@ KILLED_ONCE_IN = """\
 
 def test_a_restart_that_made_progress_is_not_counted():
     short = (
-        *("--set", "train.steps=25", "--set", "output.checkpoint_every=5 steps"),
+        *("--set", "train.steps=18", "--set", "output.checkpoint_every=5 steps"),
         *("--set", "output.async_checkpoint=false", "--set", "engine.max_restarts=1"),
     )
-    code, _, err = Several("small.yaml", "--output", "whole", *short, hook="").ended()
+    code, _, err = Several("small.yaml", "--output", "whole", *short, hook="").ended(300)
     assert code == 0, err
-    code, _, err = Several(*OUT, *short, hook=KILLED_ONCE_IN).ended()
+    code, _, err = Several(*OUT, *short, hook=KILLED_ONCE_IN).ended(300)
     assert (code, result()["status"]) == (0, "done"), err
-    assert [row["attempt"] for row in rows()] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 10
+    assert [row["attempt"] for row in rows()] == [1] * 5 + [2] * 5 + [3] * 8
     assert Path("out", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
 
 
@@ -52,12 +53,15 @@ def test_what_one_engine_began_others_go_on_with():
     saved = Path("out/checkpoints")
     assert not saved.exists() or not any(saved.iterdir())
     run.process.send_signal(signal.SIGUSR1)  # to the launcher
-    wait_until(lambda: saved.exists() and any(saved.glob("step-*[0-9]")), run.process)
+    end = time.monotonic() + 30
+    while not (by_signal := list(saved.glob("step-*[0-9]"))) and time.monotonic() < end:
+        time.sleep(0.05)
     os.kill(pid, signal.SIGTERM)
     code, out, err = run.ended(60)
     assert (code, json.loads(out)["status"]) == (75, "preempted"), err
     steps = json.loads(out)["steps_attempted"]
     assert json.loads(out)["checkpoint"] == f"checkpoints/step-{steps}"
+    assert by_signal
 
     saving = ("--set", "output.checkpoint_every=100 steps")
     for number, kind in enumerate(("local", "ddp"), 1):
