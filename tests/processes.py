@@ -247,6 +247,7 @@ if "RANK" in os.environ:
         at_step(run, step)
 {body}
     RunDirectory.at_step = hooked
+{patch}
 """
 PACED = "        time.sleep(0.05)"
 """A step takes long enough to do something to it."""
@@ -259,6 +260,7 @@ class Several:
         command: before `run`; the launcher's by default.
         hook: statements of a rank at every step.
         stdout, stderr: of the command.
+        patch: statements of a rank before it begins.
         variables: of the environment.
     """
 
@@ -269,12 +271,13 @@ class Several:
         hook: str = PACED,
         stdout: IO[str] | int = subprocess.PIPE,
         stderr: IO[str] | int = subprocess.PIPE,
+        patch: str = "",
         **variables: str,
     ) -> None:
         self.mark = f"MPTRAIN_TEST={uuid.uuid4()}"
         folder = Path(f"hook-{self.mark[13:]}").absolute()
         folder.mkdir()
-        (folder / "sitecustomize.py").write_text(_HOOK.format(body=hook))
+        (folder / "sitecustomize.py").write_text(_HOOK.format(body=hook, patch=patch))
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
         name, _, value = self.mark.partition("=")

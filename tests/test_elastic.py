@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import mpcli
 from mpcli import worker
 from mpcli.elastic import _lives, root_cause
 from mpcli.member import facts
@@ -127,6 +129,20 @@ def test_position_in_a_group_of_srun():
     assert position(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "5"}).port == 5
 
 
+@pytest.mark.parametrize(
+    ("group", "other"),
+    [
+        (TORCHRUN, {"TORCHELASTIC_RESTART_COUNT": "3"}),
+        (TORCHRUN, {"TORCHELASTIC_RUN_ID": "y"}),
+        (SRUN, {"SLURM_JOB_ID": "123457"}),
+        (SRUN, {"SLURM_STEP_ID": "1"}),
+    ],
+)
+def test_a_group_that_is_started_again_has_a_place_of_its_own_in_the_store(group, other):
+    assert position(group).attempt_key != position(group | other).attempt_key
+    assert position(group).attempt_key == position(group | {"RANK": "4"}).attempt_key
+
+
 def test_a_process_is_alone_without_a_group():
     assert position({}) is None
     assert position({"RANK": "0"}) is None
@@ -231,3 +247,24 @@ def test_a_group_of_one_has_a_gpu_of_its_own():
     assert Ranks().device("cuda") == torch.device("cuda")
     assert Ranks(local_rank=0, control=object()).device("cuda") == torch.device("cuda", 0)
     assert Ranks(local_rank=3, control=object()).device("cpu") == torch.device("cpu")
+
+
+def test_facts_change_with_the_code(tmp_path, monkeypatch):
+    run, _ = run_small(tmp_path)
+    recipe, plan = small_recipe(tmp_path).recipe, run.plan()
+    one = facts(recipe, plan)
+    assert facts(recipe, plan) == one
+    package = tmp_path / "mpcli"
+    shutil.copytree(Path(mpcli.__file__).parent, package)
+    monkeypatch.setattr(mpcli, "__file__", str(package / "__init__.py"))
+    assert facts(recipe, plan) == one
+    with (package / "engines" / "ddp.py").open("a") as file:
+        file.write("# another line")
+    other = facts(recipe, plan)
+    assert {name for name in one if one[name] != other[name]} == {"the SHA-256 of mptrain's code"}
+
+
+def test_facts_have_the_plugin(tmp_path):
+    run, _ = run_small(tmp_path)
+    one, other = (facts(small_recipe(tmp_path).recipe, run.plan(), sha) for sha in ("a", "b"))
+    assert {name for name in one if one[name] != other[name]} == {"the plug-in's SHA-256"}

@@ -26,6 +26,10 @@ TWO = RECIPE.replace(
 LONG = ("--set", "train.steps=100000")
 OUT = ("small.yaml", "--output", "out", "--json")
 FINAL = "final/model.safetensors"
+FIVE_TIMES = pytest.mark.parametrize(
+    "time_",
+    [pytest.param(n, marks=pytest.mark.verify if n else pytest.mark.slow) for n in range(5)],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +68,11 @@ def attempts():
     return sorted(path.name for path in Path("out/attempts").iterdir())
 
 
-@pytest.mark.slow
+@FIVE_TIMES
 @pytest.mark.parametrize("rank", [1, 0])
-def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint(rank, whole):
+def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint(
+    rank, time_, whole
+):
     run = Several(*OUT)
     pid = run.in_step(rank, 30)
     os.kill(pid, signal.SIGKILL)
@@ -85,8 +91,8 @@ def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint
     assert [row["attempt"] for row in steps] == [1] * 20 + [2] * 40
 
 
-@pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_and_is_named():
+@FIVE_TIMES
+def test_a_rank_that_hangs_ends_the_run_and_is_named(time_):
     run = Several(*OUT, *LONG, "--set", "engine.timeout_seconds=8")
     pid = run.in_step(1, 30)
     os.kill(pid, signal.SIGSTOP)
@@ -128,9 +134,9 @@ def test_output_may_be_a_file_beside_a_terminal():
 SIGNALS = {signal.SIGTERM: (75, "preempted"), signal.SIGINT: (130, "interrupted")}
 
 
-@pytest.mark.slow
+@FIVE_TIMES
 @pytest.mark.parametrize("to", ["rank 0", "rank 1", "the launcher", "all"])
-def test_a_signal_to_any_of_them_stops_all_at_the_same_step(to):
+def test_a_signal_to_any_of_them_stops_all_at_the_same_step(to, time_):
     run = Several(*OUT, *LONG)
     pids = [run.in_step(rank, 30) for rank in (0, 1)]
     match to:
@@ -258,15 +264,37 @@ def ranks(*recipes, **more):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_ranks_with_other_recipes_end_before_they_train():
+OTHER = """
+    if rank == 1:
+        from mpcli import member
+        versions = member.versions
+        member.versions = lambda: versions() | {"torch": "2.0.1"}
+        member._code_sha256 = lambda: "abc"
+"""
+
+
+@FIVE_TIMES
+def test_ranks_with_another_recipe_code_or_library_end_before_they_train(time_):
     Path("other.yaml").write_text(TWO.replace("lr: 0.1", "lr: 0.2"))
-    for rank, run in enumerate(ranks("small.yaml", "other.yaml")):
+    for rank, run in enumerate(ranks("small.yaml", "other.yaml", patch=OTHER)):
         code, out, err = run.ended()
         assert code == 2
         assert "optim.lr is `0.1` in rank 0 and `0.2` in rank 1" in err
+        assert "and `abc` in rank 1" in err
+        assert "and `2.0.1` in rank 1" in err
+        assert err.count("error:") == 3, err
         assert not out if rank else json.loads(out)["exit_code"] == 2
     assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_workers_with_other_code_end_before_they_train():
+    code, out, err = Several(*OUT, hook="", patch=OTHER).ended()
+    assert (code, json.loads(out)) == (2, result()), err
+    assert "mptrain's code" in result()["reason"]
+    assert "torch is" in result()["reason"]
+    assert result()["steps_attempted"] == 0
+    assert attempts() == ["1"]
 
 
 @pytest.mark.verify

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
 
 from mpcli.plan import make_plan
 from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.errors import UserError
 from tests import small
-from tests.engines.conformance import Case, make_engine, train
+from tests.engines.conformance import Case, Trained, make_engine, train
 from tests.engines.test_ddp import SGD, furthest, warned
 from tests.ranks import Group
 from tests.small import small_recipe
@@ -69,6 +70,24 @@ def test_unused_parameters(pair: Group) -> None:
     case = Case((SGD,), model="unused", micro_batch=4)
     trained = pair.run(train, replace(case, settings=(*case.settings, FSDP2)))
     assert furthest(trained[0], train(ALONE, case)) < 1e-6
+
+
+def reduce_scatters(ranks: Ranks, case: Case) -> tuple[int, Trained]:
+    """How often a run adds gradients up over the ranks, and what becomes of it."""
+    with CommDebugMode() as counted:
+        trained = train(ranks, case)
+    calls = {str(kind): count for kind, count in counted.get_comm_counts().items()}
+    return sum(count for kind, count in calls.items() if "reduce_scatter" in kind), trained
+
+
+@pytest.mark.parametrize("option", ["engine.reduce_dtype=fp32", "engine.reduce_dtype=bf16"])
+def test_accumulation_adds_up_once_a_step(pair: Group, option: str) -> None:
+    case = Case((SGD, FSDP2, option), steps=3)
+    at_once, _ = pair.run(reduce_scatters, case)
+    accumulated, _ = pair.run(reduce_scatters, replace(case, micro_batch=2))
+    assert at_once[0] == accumulated[0] == 3 * 3  # a step's two blocks and the rest
+    if "fp32" in option:
+        assert furthest(accumulated[1], at_once[1]) < 1e-6
 
 
 def test_a_single_number_is_refused(pair: Group) -> None:
