@@ -119,8 +119,12 @@ def _attempts(
         return found
 
 
-def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> int:
-    """Start and watch this machine's processes as the chief says; the exit code of the run."""
+def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> tuple[int, str | None]:
+    """Start and watch this machine's processes as the chief says.
+
+    Returns:
+        the exit code of the run, and why it is not 0.
+    """
     processes = world_size // meeting.nodes
     with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
         try:
@@ -129,9 +133,8 @@ def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> int:
                 _Attempt(run, processes, plugin, order["id"], meeting).watch()
                 meeting.finished()
         except KeyboardInterrupt as error:  # while it waited for the chief
-            return ended_by(error).exit_code
-        code: int = order["exit_code"]
-        return code
+            return ended_by(error).exit_code, None
+        return order["exit_code"], order["reason"]
 
 
 def root_traceback(run: RunDirectory) -> str:

@@ -6,14 +6,15 @@ import datetime
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from mpcli import signals
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.ranks import differences
+from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 
 _LAUNCHERS = "mptrain/launchers"
 _LOOK = 0.2
@@ -33,8 +34,9 @@ class Meeting:
         is_local: whether all of them are on one machine.
     """
 
-    def __init__(self, endpoint: str, nodes: int) -> None:
+    def __init__(self, endpoint: str, nodes: int, facts: Mapping[str, str]) -> None:
         self.endpoint, self.nodes = endpoint, nodes
+        self._facts = facts
         host, _, port = endpoint.rpartition(":")
         if not (host and port.isdigit() and 0 < int(port) < 65536):
             raise user_error(
@@ -44,6 +46,7 @@ class Meeting:
         self.is_local = host in ("localhost", "127.0.0.1")
         self._store, self._hosts = _store(host, int(port))
         node = self._store.add(_LAUNCHERS, 1) - 1
+        self._store.set(f"mptrain/facts/{node}", json.dumps(dict(facts)))
         if node >= nodes:
             raise user_error(f"{node + 1} launchers came to {endpoint}, and `--nodes` is {nodes}")
         self.is_chief = node == 0
@@ -53,7 +56,7 @@ class Meeting:
         """Wait, as the chief, until all have come.
 
         Raises:
-            UserError: exit 6, they did not.
+            UserError: exit 6, they did not; 2, one of them is to train something else.
             Stopped: by a signal in the meantime.
         """
         with _reached("the machine of the endpoint"):
@@ -68,6 +71,14 @@ class Meeting:
                 exit_code=Exit.DISTRIBUTED,
             )
 
+        with _reached("the machine of the endpoint"):
+            others = [self._store.get(f"mptrain/facts/{node}") for node in range(1, self.nodes)]
+        for node, theirs in enumerate(others, 1):
+            whose = "the first launcher", f"launcher {node + 1}"
+            if told := differences(self._facts, json.loads(theirs), whose):
+                hint = "start `mptrain run` with the same options and versions on each machine"
+                raise UserError(*(Problem(what, hint) for what in told))
+
     def tell(self, **order: Any) -> None:
         """Tell the others, as the chief, what is next.
 
@@ -78,10 +89,10 @@ class Meeting:
         with _reached("the machine of the endpoint"):
             self._store.set(f"mptrain/order/{self._round}", json.dumps(order))
 
-    def dismiss(self, exit_code: int) -> None:
-        """Tell the others, as the chief, that the run is over."""
+    def dismiss(self, exit_code: int, reason: str | None) -> None:
+        """Tell the others, as the chief, that the run is over, and why if it is not done."""
         with suppress(UserError):  # they know
-            self.tell(exit_code=exit_code)
+            self.tell(exit_code=exit_code, reason=reason)
 
     def order(self) -> dict[str, Any]:
         """What the chief tells next.

@@ -185,27 +185,36 @@ def _compare(store: PrefixStore, rank: int, world_size: int, facts: Mapping[str,
     """Rank 0 reads what all say, and all read what it found."""
     store.set(f"facts/{rank}", json.dumps(dict(facts)))
     if rank == 0:
-        found = []
+        found: list[str] = []
         for other in range(1, world_size):
             theirs = json.loads(store.get(f"facts/{other}"))
-            for name in sorted({*facts, *theirs}, key=lambda name: (name not in facts, name)):
-                values = [known.get(name, "nothing") for known in (facts, theirs)]
-                if values[0] != values[1]:
-                    mine, other_value = _shortened(*values)
-                    found.append(f"{name} is {mine} in rank 0 and {other_value} in rank {other}")
+            found += differences(facts, theirs, ("rank 0", f"rank {other}"))
         store.set("differences", json.dumps(found))
-    differences = json.loads(store.get("differences"))
+    told = json.loads(store.get("differences"))
     if rank == 0:
         for other in range(1, world_size):  # the store ends with rank 0
             store.get(f"read/{other}")
     else:
         store.set(f"read/{rank}", "")
-    if differences:
+    if told:
         hint = "start all ranks with the same recipe, code and library versions"
-        raise UserError(*(Problem(what, hint) for what in differences[:_MOST_DIFFERENCES]))
+        raise UserError(*(Problem(what, hint) for what in told))
 
 
 _MOST_DIFFERENCES = 8
+
+
+def differences(
+    one: Mapping[str, str], other: Mapping[str, str], whose: tuple[str, str]
+) -> list[str]:
+    """The first of the facts that are not the same, in words."""
+    found = []
+    for name in sorted({*one, *other}, key=lambda name: (name not in one, name)):
+        values = [known.get(name, "nothing") for known in (one, other)]
+        if values[0] != values[1]:
+            mine, theirs = _shortened(*values)
+            found.append(f"{name} is {mine} in {whose[0]} and {theirs} in {whose[1]}")
+    return found[:_MOST_DIFFERENCES]
 
 
 def _shortened(one: str, other: str) -> tuple[str, str]:

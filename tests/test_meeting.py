@@ -59,7 +59,7 @@ def _asked(monkeypatch):
 
 def second(store):
     store.counts["mptrain/launchers"] = 1
-    return Meeting("node1:29400", 2)
+    return Meeting("node1:29400", 2, {"optim.lr": "0.1"})
 
 
 def lead(tmp_path, chief):
@@ -73,32 +73,40 @@ def lead(tmp_path, chief):
 
 def test_launchers_that_do_not_come_end_the_run(tmp_path, store, monkeypatch):
     monkeypatch.setattr(meeting, "_ARRIVE", 0.1)
-    result = lead(tmp_path, Meeting("node1:29400", 2))
+    result = lead(tmp_path, Meeting("node1:29400", 2, {"optim.lr": "0.1"}))
     assert (result.status, result.exit_code) == ("failed", Exit.DISTRIBUTED)
     assert result.reason == "not all of the 2 launchers came to node1:29400"
 
 
+def test_launchers_that_are_to_train_something_else_end_the_run(tmp_path, store):
+    chief = Meeting("node1:29400", 2, {"optim.lr": "0.1"})
+    Meeting("node1:29400", 2, {"optim.lr": "0.3"})
+    result = lead(tmp_path, chief)
+    assert (result.status, result.exit_code) == ("failed", Exit.USAGE)
+    assert result.reason == "optim.lr is `0.1` in the first launcher and `0.3` in launcher 2"
+
+
 def test_a_store_that_is_gone_ends_the_run(tmp_path, store):
-    chief = Meeting("node1:29400", 2)
+    chief = Meeting("node1:29400", 2, {"optim.lr": "0.1"})
     store.gone = True
     assert lead(tmp_path, chief).reason == "the machine of the endpoint is gone"
     for call in (chief.gather, chief.finished, lambda: chief.tell(attempt=1)):
         with pytest.raises(UserError, match="is gone") as raised:
             call()
         assert raised.value.exit_code is Exit.DISTRIBUTED
-    chief.dismiss(Exit.DONE)
+    chief.dismiss(Exit.DONE, None)
     chief.leave()
 
 
 @pytest.mark.usefixtures("_asked")
 def test_a_chief_that_waits_for_others_obeys_a_signal(tmp_path, store):
-    result = lead(tmp_path, Meeting("node1:29400", 2))
+    result = lead(tmp_path, Meeting("node1:29400", 2, {"optim.lr": "0.1"}))
     assert (result.status, result.exit_code) == ("preempted", 75)
 
 
 @pytest.mark.usefixtures("_asked")
 def test_a_launcher_that_waits_for_the_chief_obeys_a_signal_and_may_come_again(store):
-    assert follow(second(store), 2, None) == 75
+    assert follow(second(store), 2, None) == (75, None)
     assert store.counts["mptrain/launchers"] == 1
 
 

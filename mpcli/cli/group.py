@@ -108,23 +108,28 @@ def meet(
     with uninterrupted():
         from mpcli.elastic import follow
         from mpcli.meeting import Meeting
+        from mpcli.member import facts
 
-    meeting = Meeting(endpoint, nodes)
+    write(f"waiting for the launchers of {nodes} machines at {endpoint}", sys.stderr)
+    plugin_sha256 = loaded.plugin.sha256 if loaded.plugin else None
+    meeting = Meeting(endpoint, nodes, facts(loaded.recipe, planned, plugin_sha256))
     try:
         if not meeting.is_chief:
-            raise typer.Exit(follow(meeting, planned.world_size, loaded.plugin))
-        code = Exit.BUG
+            ended, why = follow(meeting, planned.world_size, loaded.plugin)
+            show_problems([Problem(why)] if why else [])
+            raise typer.Exit(ended)
+        code, reason = Exit.BUG, None
         try:
             show_warnings(loaded, warnings)
             with held():
                 directory, found = begin()
                 result = supervised(directory, loaded, planned, found, meeting)
-                code = Exit(result.exit_code)
+                code, reason = Exit(result.exit_code), result.reason
         except UserError as error:
-            code = error.exit_code
+            code, reason = error.exit_code, error.problems[0].what
             raise
         finally:
-            meeting.dismiss(code)
+            meeting.dismiss(code, reason)
         show_result(result, directory, loaded, as_json=as_json)
     finally:
         meeting.leave()
