@@ -208,7 +208,7 @@ def test_a_signal_that_a_library_makes_an_error_of_is_still_a_signal(
         kill_at(patch, 4)
         run = killed_run(tmp_path, EVERY_OTHER)
 
-    def load(found: Checkpoint) -> Any:
+    def load(found: Checkpoint, *, hashes: bool) -> Any:
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:
