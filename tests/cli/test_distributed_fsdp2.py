@@ -64,8 +64,10 @@ def test_what_one_engine_began_others_go_on_with():
     assert by_signal
 
     saving = ("--set", "output.checkpoint_every=100 steps")
-    for number, kind in enumerate(("local", "ddp"), 1):
-        more = ("--set", f"engine.kind={kind}", "--set", f"train.steps={steps + 3 * number}")
+    two = ("--set", "engine.processes=2")  # local has forgotten how many there were
+    for number, (kind, processes) in enumerate([("local", ()), ("ddp", two)], 1):
+        steps_now = ("--set", f"train.steps={steps + 3 * number}")
+        more = ("--set", f"engine.kind={kind}", *processes, *steps_now)
         run = Several("--resume", "out", *more, *saving, "--json", hook="")
         code, out, err = run.ended()
         assert (code, json.loads(out)["steps_attempted"]) == (0, steps + 3 * number), err
