@@ -66,12 +66,13 @@ def supervise(
         meeting: with the launchers of other machines, of which this is the chief.
     """
     processes = plan.world_size // (meeting.nodes if meeting else 1)
+    began = time.monotonic()
     with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
         try:
             ending = _attempts(run, recipe, plan, environment, tell, plugin, meeting)
         except (UserError, KeyboardInterrupt) as error:  # of the meeting: it is over
             ending = ended_by(error)
-        return run.result() or _finish(run, recipe, ending)
+        return run.result() or _finish(run, recipe, ending, began)
 
 
 def _attempts(
@@ -146,10 +147,13 @@ def root_traceback(run: RunDirectory) -> str:
     return "\n".join([f"{_where(first.rank, first.step)}:", *first.traceback])
 
 
-def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
+def conclude(run: RunDirectory, recipe: Recipe, world_size: int, began: float) -> Ending:
     """How a run ended whose ranks something else started, as one of them that failed.
 
     Rank 0 writes the result.
+
+    Args:
+        began: when this rank began, by the monotonic clock.
     """
     end = time.monotonic() + GRACE
     while time.monotonic() < end and len(run.failures()) < world_size:
@@ -159,7 +163,7 @@ def conclude(run: RunDirectory, recipe: Recipe, world_size: int) -> Ending:
     if isinstance(found, str):
         found = _ending(Exit.DISTRIBUTED, found, _HANG_HINT)
     if run.rank == 0:
-        _finish(run, recipe, found)
+        _finish(run, recipe, found, began)
     return found
 
 
@@ -186,10 +190,10 @@ def root_cause(
         return f"rank {first.rank} was killed by {first.killed_by} {_step(first.step)}"
     if own:
         return _own_failure(own, world_size)
-    if asked is not None:
-        return stopped(preempted=asked == signal.SIGTERM)
     if any(failure.timed_out for failure in told):  # then a stop is by torch's agent, who ends all
         return _hang(told, heartbeats, world_size)
+    if asked is not None:
+        return stopped(preempted=asked == signal.SIGTERM)
     if stops:
         return stopped(preempted="preempted" in stops)
     if told:
@@ -243,9 +247,13 @@ def _newest(run: RunDirectory) -> int | None:
     return next((found.step for found in completed(run.checkpoints_path)), None)
 
 
-def _finish(run: RunDirectory, recipe: Recipe, ending: Ending) -> Result:
-    """Write the result of a run whose processes are gone: its records say what they did."""
-    progress = Progress()
+def _finish(run: RunDirectory, recipe: Recipe, ending: Ending, began: float) -> Result:
+    """Write the result of a run whose processes are gone: its records say what they did.
+
+    Args:
+        began: when they were started, by the monotonic clock.
+    """
+    progress = Progress(started=began)
     for row in run.steps():
         progress.add(row, recipe.precision.loss_scale)
     for evaluation in run.evaluations():
@@ -374,12 +382,11 @@ class _Attempt:
     def _record(self) -> None:
         """Tell of the ranks that could not do it themselves."""
         known, beats = self._run.failures(), self._run.heartbeats()
-        waited = any(failure.timed_out for failure in known.values())
         for rank, code in self._codes.items():
             if rank in known or rank in self._killed:
                 continue
-            if code == -signal.SIGKILL and waited and rank not in beats:
-                continue  # torch's agent killed it: the others waited in vain for it to come
+            if code == -signal.SIGKILL and known and rank not in beats:
+                continue  # torch's agent killed it, which had not come yet when others ended
             step = beats[rank].step if rank in beats else 0
             number = signal.SIGTERM if code == Exit.PREEMPTED else signal.SIGINT
             ended: dict[str, Any] = {"exit_code": Exit.DISTRIBUTED}

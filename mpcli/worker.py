@@ -7,6 +7,7 @@ the run directory.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import os
 import signal
@@ -43,7 +44,10 @@ def main() -> NoReturn:
         code = Exit.DONE if run.ended else ending.exit_code
     except Exception as error:
         code = _failed(run, error)
-    sys.stderr.flush()
+    if code == Exit.DONE:
+        atexit._run_exitfuncs()  # temporary folders, say; what is broken may wait for ever
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(code)  # nothing that is still going on in a library is waited for
 
 

@@ -56,6 +56,11 @@ def test_nothing_is_started_again_that_was_told_to_end():
     assert found.exit_code == Exit.PREEMPTED
 
 
+def test_a_rank_that_hangs_is_told_also_where_the_run_was_told_to_end():
+    found = root_cause({0: lost(0, timed_out=True)[1]}, beats(0, 1), 2, asked=signal.SIGTERM)
+    assert found.exit_code == Exit.DISTRIBUTED
+
+
 def test_a_failure_of_ones_own_is_the_root_of_lost_peers():
     found = root_cause(dict([lost(0, timed_out=True), failed(1)]), beats(0, 1), 2)
     assert found.exit_code == Exit.BUG

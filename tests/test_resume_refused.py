@@ -81,6 +81,21 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_with_a_warning(
     assert_same_run(run, whole)
 
 
+def test_one_flipped_bit_of_a_weight_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        run = killed_run(tmp_path, "train.steps=7", EVERY_OTHER)
+    (tensors,) = (run.checkpoints_path / "step-4").glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    result = resume_small(run)
+    assert "SHA-256" in result.problems[0]["message"]
+    assert result.status == "done"
+
+
 def test_without_a_valid_checkpoint_it_exits_4(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,7 +205,8 @@ def _collected(
         text = path.read_bytes()
         if not text:
             what = f"rank {rank} cannot write its part of checkpoint {folder.stem}"
-            raise user_error(what, f"rank {rank} says why", exit_code=Exit.STORAGE)
+            # Which the other rank tells of: this one has lost it.
+            raise user_error(what, f"rank {rank} says why", exit_code=Exit.DISTRIBUTED)
         entries[shard_name(rank)] = FileEntry.model_validate_json(text)
         path.unlink()
     return entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,7 @@ def take_part(
         from mpcli.member import Silent, begin_together, enter, take_part
         from mpcli.ranks import leave
 
+    began = time.monotonic()
     if place.rank == 0:
         show_warnings(loaded, warnings)
     with explained_loss():
@@ -163,7 +165,7 @@ def take_part(
         if run.ended:
             leave()
         else:
-            ending = conclude(run, loaded.recipe, planned.world_size)
+            ending = conclude(run, loaded.recipe, planned.world_size, began)
     result = run.result()
     if ranks.is_main and not run.ended and place.restarts_left:
         show_problems(ending.problems)  # the result will be another's

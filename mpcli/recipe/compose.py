@@ -37,8 +37,9 @@ class Composition:
         for key, why in _outdated(base, over, path):
             gone = entries.pop(key)
             here = _join(path, key)
-            # Nothing is lost with what every recipe of the old kind has: a resolved one has it all.
-            if not (_is_null(gone.node) or _is_default(gone.node, base, path, key)):
+            # Nothing is lost with what every recipe of the old kind has, unless one of the new kind
+            # has something else there: a resolved recipe has it all.
+            if not (_is_null(gone.node) or _is_default(gone.node, base, over, path, key)):
                 self.dropped[here] = visible(f"{here} ({position(gone.key)}) is dropped: {why}")
         for key, entry in over.entries.items():
             below = entries.get(key)
@@ -100,12 +101,16 @@ def _outdated(base: Mapping, over: Mapping, path: str) -> Iterator[tuple[str, st
             yield other, f"{path}.{key} is now {_value(over, key) or 'set'}"
 
 
-def _is_default(node: Node, section: Mapping, path: str, key: str) -> bool:
-    """Whether a value in a section of the recipe is what its kind has without it."""
+def _is_default(node: Node, base: Mapping, over: Mapping, path: str, key: str) -> bool:
+    """Whether a value is what its kind has without it, and the new kind has no other."""
     schema = Recipe.model_fields.get(path)
-    kind = kinds(schema).get(str(_value(section, "kind"))) if schema else None
-    known = kind.model_fields.get(key) if kind else None
-    return known is not None and not known.is_required() and plain(node) == known.default
+    fields = [
+        kind.model_fields.get(key)
+        for section in (base, over)
+        if schema and (kind := kinds(schema).get(str(_value(section, "kind"))))
+    ]
+    known = [field.default for field in fields if field is not None]
+    return bool(fields and fields[0]) and all(plain(node) == default for default in known)
 
 
 def _value(mapping: Mapping, key: str) -> object:

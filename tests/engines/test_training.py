@@ -83,7 +83,7 @@ class Fault:
 
 def take_part(ranks: Ranks, path: Path, fault: Fault | None = None) -> Told:
     """Train what a run directory says, as one of the ranks or alone."""
-    run = RunDirectory.join(path, ranks.rank)
+    run = RunDirectory.join(path, RunDirectory.read(path).attempt, ranks.rank)
     recipe = load_recipe(run.recipe_path).recipe
     told = Told()
     accumulate = LocalEngine.accumulate

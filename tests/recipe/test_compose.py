@@ -200,6 +200,13 @@ def test_what_every_recipe_of_the_old_kind_has_is_dropped_without_a_word(write: 
     assert told.startswith("engine.processes (")
 
 
+def test_a_default_that_the_new_kind_has_not_is_told(write: Write) -> None:
+    text = f"{REST}optim: {{kind: adamw, lr: 0.1, weight_decay: 0.01, eps: 1e-8}}\n"
+    loaded = load_recipe(write(text), ["optim.kind=sgd", "optim.lr=0.1"])
+    (told,) = loaded.dropped  # sgd has no eps, and another weight_decay without a word
+    assert told.startswith("optim.weight_decay (")
+
+
 def test_own_keys_of_the_kind_of_a_replaced_fragment_are_dropped(write: Write) -> None:
     write(SGD, "configs/optim/mine.yaml")
     loaded = load_recipe(
