@@ -76,6 +76,9 @@ class Fsdp2Engine(LocalEngine):
         }
         mesh = init_device_mesh(self.device.type, (self.ranks.world_size,))
         islands = outermost_islands(model, fp32_modules) if meaning.half_weights else set()
+        for parameter in model.parameters():
+            # By rows, so not channels last; activations keep the layout that the inputs have.
+            parameter.data = parameter.data.contiguous()
         _divide(model, mesh, options, meaning.weights, islands)
         divided: dict[str, Any] = dict(model.named_parameters())
         self._divided: dict[str, DTensor] = divided

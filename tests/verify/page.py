@@ -33,12 +33,14 @@ def machine() -> str:
     )
 
 
-def run(folder: Path, recipe: str, *overrides: str) -> tuple[dict[str, Any], list[float]]:
-    """`mptrain run` in a process of its own, on every core: its result and its losses."""
+def run(
+    folder: Path, recipe: str, *overrides: str, processes: int = 1
+) -> tuple[dict[str, Any], list[float]]:
+    """`mptrain run` on every core, which its processes share: its result and its losses."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
     process = subprocess.run(
         [MPTRAIN, "run", ROOT / "recipes" / recipe, "--json", "--output", folder, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
+        env={**os.environ, "OMP_NUM_THREADS": str((os.cpu_count() or 1) // processes)},
         stdout=subprocess.PIPE,
         check=True,
     )

@@ -9,7 +9,7 @@ import pytest
 from tests.verify.page import Rows, machine, run, write
 
 pytestmark = pytest.mark.verify
-STEPS, WINDOW, FIRST = 300, 50, 10
+STEPS, WINDOW, FIRST = 100, 25, 10
 TWO = ("engine.processes=2", "engine.device=cpu")
 
 
@@ -28,7 +28,13 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, shared_data: Path) 
     length = (f"train.steps={STEPS}", "output.checkpoint_every=null")
     curves, accuracy = {}, {}
     for number, (name, overrides) in enumerate(engines.items()):
-        result, curves[name] = run(tmp_path / str(number), "cifar10-fp32.yaml", *length, *overrides)
+        result, curves[name] = run(
+            tmp_path / str(number),
+            "cifar10-fp32.yaml",
+            *length,
+            *overrides,
+            processes=2 if "engine.processes=2" in overrides else 1,
+        )
         accuracy[name] = result["metrics"]["eval"]["accuracy"]
     same_cut = curves["one process, micro-batches of 64"]
     rows: Rows = []
