@@ -101,6 +101,12 @@ def make_model(name: str) -> nn.Module:
             model = SmallNet()
             model.number = nn.Parameter(torch.ones(()))
             return model
+        case "channels last":
+            block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+            model = nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1), block, nn.Flatten(), nn.Linear(256, 3)
+            )
+            return model.to(memory_format=torch.channels_last)
         case "sequential":
             return nn.Sequential(
                 nn.Conv2d(1, 4, 3, padding=1),

@@ -150,6 +150,8 @@ VARIANTS: dict[str, tuple[str, Case, tuple[str, ...]]] = {
     "ddp, uneven": ("ddp", Case((SGD,), batch=5, micro_batch=2), ()),
     "fsdp2, uneven": ("fsdp2", Case((SGD,), batch=5, micro_batch=3), ()),
     "fsdp2, in place": ("fsdp2", Case((SGD,), model="in place"), ()),
+    "ddp, channels last": ("ddp", Case((SGD,), model="channels last"), ()),
+    "fsdp2, channels last": ("fsdp2", Case((SGD,), model="channels last"), ()),
     "ddp, tied": ("ddp", Case((SGD,), model="tied"), ()),
     "fsdp2, tied": ("fsdp2", Case((SGD,), model="tied", micro_batch=4), ()),
     "fsdp2, tied island": (

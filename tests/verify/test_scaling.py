@@ -9,7 +9,7 @@ import pytest
 from tests.verify.page import Rows, machine, run, write
 
 pytestmark = pytest.mark.verify
-STEPS, WINDOW, FIRST = 100, 25, 10
+STEPS, WINDOW, FIRST = 100, 25, 3
 TWO = ("engine.processes=2", "engine.device=cpu")
 
 
@@ -17,7 +17,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, shared_data: Path) 
     """`cifar10-fp32`, whose BatchNorm sees 128 images in one process and 64 in each of two.
 
     So beside one process there is one that cuts its batches as two do: from that, two differ only
-    by the order of sums, until that has grown (a hundred steps or so).
+    by the order of sums, which at this learning rate grows threefold in a step.
     """
     engines = {
         "one process": (),
@@ -51,5 +51,5 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, shared_data: Path) 
         )
         assert end == pytest.approx(sum(same_cut[-WINDOW:]) / WINDOW, rel=0.05)
         if name.startswith(("ddp", "fsdp2")):
-            assert max(apart[:FIRST]) < 1e-5
+            assert max(apart[:FIRST]) < 1e-6
     write("scaling", rows, machine())
