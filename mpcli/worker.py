@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -47,7 +48,8 @@ def main() -> NoReturn:
     if code == Exit.DONE:
         atexit._run_exitfuncs()  # temporary folders, say; what is broken may wait for ever
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            stream.flush()
     os._exit(code)  # nothing that is still going on in a library is waited for
 
 

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mpcli.engines.local import LocalEngine
 from mpcli.precision.formats import DTYPES
 from mpcli.precision.numerics import Numerics
-from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.engine import Ddp
 from mpcli.recipe.recipe import Recipe
 
@@ -36,26 +35,18 @@ class DdpEngine(LocalEngine):
     averaged. BatchNorm's running statistics are rank 0's: others differ and are not used.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: nn.Module,
-        device: torch.device,
-        steps: int,
-        fp32_modules: Collection[str] = (),
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def _take_over(self, recipe: Recipe, meaning: Numerics, fp32_modules: Collection[str]) -> None:
         options = recipe.engine
         assert isinstance(options, Ddp)
         if options.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        super().__init__(recipe, model, device, steps, fp32_modules, ranks)
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        super()._take_over(recipe, meaning, fp32_modules)
         with warnings.catch_warnings():
             # What torch 2.14 wants instead is not there before.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self.ddp = DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 bucket_cap_mb=options.bucket_megabytes,
                 find_unused_parameters=options.find_unused_parameters,

@@ -200,6 +200,22 @@ def test_the_metrics_of_rank_0_count_in_all(pair: Group, tmp_path: Path, engine:
     assert one.progress.best == other.progress.best
 
 
+def take_part_and_ask_for_a_save(ranks: Ranks, path: Path) -> Told:
+    """As a SIGUSR1 that reaches rank 1 alone, in step 2."""
+    asked = iter([False, ranks.rank == 1])
+    with patch("mpcli.trainer.save_asked", lambda: next(asked, False)):
+        return take_part(ranks, path)
+
+
+def test_a_save_is_made_though_every_step_is_followed_by_an_evaluation(
+    pair: Group, tmp_path: Path
+) -> None:
+    no_others = "output={checkpoint_every: null}"
+    path = begin(tmp_path, "ddp", "train.steps=6", "eval.every=1 steps", no_others)
+    pair.run(take_part_and_ask_for_a_save, path)
+    assert [saved.step for saved in completed(path / "checkpoints")] == [3]
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_rows_come_at_the_same_steps_whichever_rank_is_slow(
     pair: Group, tmp_path: Path, slow: int
