@@ -42,8 +42,9 @@ def install(leave: Callable[[bool], NoReturn] | None = None) -> None:
         leave: ends the process wherever no block holds signals, given whether it is preempted.
             Without it they raise `Stopped` there, which a half imported module may swallow.
     """
-    global _asked, _save_asked, _holds, _leave
-    _asked, _save_asked, _holds, _leave = None, False, 0, leave
+    global _holds, _leave
+    _holds, _leave = 0, leave
+    _forget()
     for number in _NUMBERS:
         if signal.getsignal(number) in _DEFAULTS:
             signal.signal(number, _note)
@@ -83,6 +84,7 @@ def handled() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # None: not one of Python's
                 signal.signal(number, handler)
+        _forget()  # whoever trains next in this program was not asked to end
 
 
 @contextmanager
@@ -159,6 +161,11 @@ def save_asked() -> bool:
     global _save_asked
     asked, _save_asked = _save_asked, False
     return asked
+
+
+def _forget() -> None:
+    global _asked, _save_asked
+    _asked, _save_asked = None, False
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -20,6 +20,8 @@ def _handled() -> Iterator[None]:
         yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signals.asked() is None
+    assert not signals.save_asked()
 
 
 @BOTH
@@ -45,6 +47,13 @@ def test_a_released_block_within_a_held_one_ends_where_it_is(number: int) -> Non
             signal.raise_signal(number)
         with pytest.raises(Stopped), released():
             raise AssertionError("a signal that came before does not let it begin")
+
+
+def test_a_signal_to_save_is_told_once_and_not_to_who_comes_later() -> None:
+    signal.raise_signal(signal.SIGUSR1)
+    assert signals.save_asked()
+    assert not signals.save_asked()
+    signal.raise_signal(signal.SIGUSR1)
 
 
 def test_a_second_ctrl_c_is_not_held() -> None:

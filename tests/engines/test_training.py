@@ -25,7 +25,7 @@ from mpcli.recipe.changes import allowed_changes
 from mpcli.recipe.load import load_recipe
 from mpcli.records import EvalRecord, StepRecord
 from mpcli.rundir import RunDirectory
-from mpcli.signals import held
+from mpcli.signals import handled, held
 from tests import small
 from tests.ranks import Group
 from tests.small import small_recipe
@@ -106,6 +106,7 @@ def take_part(ranks: Ranks, path: Path, fault: Fault | None = None) -> Told:
     with (
         patch.object(LocalEngine, "accumulate", watched),
         patch.object(outcomes, "MAX_SECONDS", late),
+        handled(),
         held(),
     ):
         ending = trained(recipe, run, Display(told), told.progress, ranks)
