@@ -120,13 +120,16 @@ def _attempts(
         return found
 
 
-def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> tuple[int, str | None]:
+def follow(
+    meeting: Meeting, world_size: int, plugin: PluginFile | None
+) -> tuple[Exit, str | None, RunDirectory | None]:
     """Start and watch this machine's processes as the chief says.
 
     Returns:
-        the exit code of the run, and why it is not 0.
+        the exit code of the run, why it is not 0, and the run if there was one.
     """
     processes = world_size // meeting.nodes
+    run: RunDirectory | None = None
     with signals.handled(), signals.held(), _quiet_torch(), _variables(processes):
         try:
             while "exit_code" not in (order := meeting.order()):
@@ -134,8 +137,8 @@ def follow(meeting: Meeting, world_size: int, plugin: PluginFile | None) -> tupl
                 _Attempt(run, processes, plugin, order["id"], meeting).watch()
                 meeting.finished()
         except KeyboardInterrupt as error:  # while it waited for the chief
-            return ended_by(error).exit_code, None
-        return order["exit_code"], order["reason"]
+            return ended_by(error).exit_code, None, run
+        return Exit(order["exit_code"]), order["reason"], run
 
 
 def root_traceback(run: RunDirectory) -> str:

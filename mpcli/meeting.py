@@ -20,6 +20,7 @@ _LAUNCHERS = "mptrain/launchers"
 _LOOK = 0.2
 _ARRIVE = 900.0
 """Seconds that launchers wait for each other at the beginning, as torch's rendezvous does."""
+_CHIEF = "the launcher that leads the run"
 _DEPART = 60.0
 """Seconds that the first one waits for the others at the end of an attempt."""
 
@@ -103,15 +104,16 @@ class Meeting:
         """
         self._round += 1
         key = f"mptrain/order/{self._round}"
-        # The chief knows of the signal if processes of a run got it.
-        patience = 0 if self._round == 1 else _DEPART
-        with _reached("the launcher that leads the run"):
+        # It waits for the others itself. It knows of a signal if processes of a run got it.
+        seconds, patience = (_ARRIVE, 0.0) if self._round == 1 else (_DEPART, _DEPART)
+        with _reached(_CHIEF):
             told = self._wait(
-                lambda: bool(self._store.check([key])), float("inf"), after_signal=patience
+                lambda: bool(self._store.check([key])), seconds + _DEPART, after_signal=patience
             )
             if not told:
                 self._store.add(_LAUNCHERS, -1)  # it may come again
                 signals.check()
+                raise _gone(_CHIEF)
             order: dict[str, Any] = json.loads(self._store.get(key))
         return order
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_a_chief_that_waits_for_others_obeys_a_signal(tmp_path, store):
 
 @pytest.mark.usefixtures("_asked")
 def test_a_launcher_that_waits_for_the_chief_obeys_a_signal_and_may_come_again(store):
-    assert follow(second(store), 2, None) == (75, None)
+    assert follow(second(store), 2, None) == (75, None, None)
     assert store.counts["mptrain/launchers"] == 1
 
 
@@ -117,3 +118,23 @@ def test_after_a_signal_the_chief_is_waited_for_between_attempts(store):
     store.told["mptrain/order/2"] = json.dumps({"exit_code": 75})
     assert other.order() == {"attempt": 1}
     assert other.order() == {"exit_code": 75}
+
+
+def test_a_chief_that_says_nothing_is_not_waited_for_for_ever(store, monkeypatch):
+    """It was killed, and the store is on another machine."""
+    monkeypatch.setattr(meeting, "_DEPART", 0.1)
+    other = second(store)
+    store.told["mptrain/order/1"] = json.dumps({"attempt": 1})
+    other.order()
+    with pytest.raises(UserError, match="the launcher that leads the run is gone") as raised:
+        other.order()
+    assert raised.value.exit_code is Exit.DISTRIBUTED
+
+
+def test_launchers_are_given_time_to_come_before_the_chief_says_anything(store, monkeypatch):
+    monkeypatch.setattr(meeting, "_DEPART", 0.1)
+    monkeypatch.setattr(meeting, "_ARRIVE", 0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="is gone"):
+        second(store).order()
+    assert time.monotonic() - began >= 0.6

@@ -57,11 +57,14 @@ def guarded(
         return fail([problem], Exit.BUG, as_json=as_json)
 
 
+_STATUS = {Exit.INTERRUPTED: "interrupted", Exit.PREEMPTED: "preempted"}
+
+
 def fail(problems: Iterable[Problem], exit_code: Exit, *, as_json: bool) -> int:
     """Report why a command fails, and return its exit code."""
     show_problems(problems)
     if as_json:
-        status = "interrupted" if exit_code is Exit.INTERRUPTED else "failed"
+        status = _STATUS.get(exit_code, "failed")
         write_json({"status": status, "exit_code": exit_code, "problems": as_records(problems)})
     return exit_code
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from mpcli.cli.console import display, write
-from mpcli.cli.errors import show_problems
+from mpcli.cli.errors import fail, show_problems, write_json
 from mpcli.cli.result import show_result, show_warnings
 from mpcli.position import Position, position
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
@@ -116,9 +116,14 @@ def meet(
     meeting = Meeting(endpoint, nodes, facts(loaded.recipe, planned, plugin_sha256))
     try:
         if not meeting.is_chief:
-            ended, why = follow(meeting, planned.world_size, loaded.plugin)
-            show_problems([Problem(why)] if why else [])
-            raise typer.Exit(ended)
+            ended, why, followed = follow(meeting, planned.world_size, loaded.plugin)
+            problems = [Problem(why)] if why else []
+            if result := followed and followed.result():
+                show_problems(problems)
+                if as_json:
+                    write_json(result.model_dump(mode="python"))
+                raise typer.Exit(ended)
+            raise typer.Exit(fail(problems, ended, as_json=as_json))
         code, reason = Exit.BUG, None
         try:
             show_warnings(loaded, warnings)
