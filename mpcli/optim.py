@@ -12,11 +12,14 @@ from torch import Tensor
 from mpcli.precision.formats import HALF
 from mpcli.precision.rounding import round_stochastically
 from mpcli.recipe.optim import (
+    Adafactor,
     Adam,
     AdamW,
+    AdamW8bit,
     Constant,
     Cosine,
     Linear,
+    Muon,
     OneCycle,
     Optim,
     Schedule,
@@ -112,6 +115,8 @@ def build_optimizer(
             optimizer = torch.optim.AdamW(
                 groups, lr=learning_rate, betas=optim.betas, eps=optim.eps, fused=True
             )
+        case AdamW8bit() | Adafactor() | Muon():
+            raise NotImplementedError
         case _:
             assert_never(optim)
     for parameter in parameters:

@@ -91,6 +91,25 @@ class PlanWarning(Record):
     hint: str | None
 
 
+class MemoryPlan(Record):
+    """Bytes that one rank needs in its device's memory while it trains, beside its program.
+
+    The parts are what lies there all the time; `peak` is what is there at once at most.
+    """
+
+    weights: int = Field(ge=0, description="as the forward uses them")
+    masters: int = Field(ge=0, description="fp32 copies of half weights")
+    gradients: int = Field(ge=0)
+    optimizer: int = Field(ge=0, description="the optimizer's state")
+    average: int = Field(ge=0, description="of the weights, with `train.ema`")
+    buffers: int = Field(ge=0, description="such as running statistics, and their copies")
+    activations: int = Field(ge=0, description="most that backward waits for, of a micro-batch")
+    temporary: int = Field(ge=0, description="the rest of the peak: what comes and goes")
+    peak: int = Field(ge=0)
+    peak_at: Literal["forward", "backward", "update"]
+    host: int = Field(default=0, ge=0, description="offloaded to the machine's memory instead")
+
+
 class Plan(Record):
     """Everything derived from (Recipe, Machine) before a tensor is made."""
 

@@ -26,6 +26,8 @@ def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
             return ddp.mode_problems(meaning)
         case sections.Fsdp2():
             return fsdp2.mode_problems(meaning)
+        case sections.DeepSpeed():
+            raise NotImplementedError
         case _:
             assert_never(engine)
 
@@ -57,5 +59,7 @@ def build_engine(
             return ddp.DdpEngine(recipe, model, device, steps, fp32_modules, ranks)
         case sections.Fsdp2():
             return fsdp2.Fsdp2Engine(recipe, model, device, steps, fp32_modules, ranks)
+        case sections.DeepSpeed():
+            raise NotImplementedError
         case _:
             assert_never(recipe.engine)

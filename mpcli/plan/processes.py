@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mpcli.data.batch import micro_batch_sizes
 from mpcli.machine import Machine
-from mpcli.recipe.engine import Ddp, Fsdp2, Local
+from mpcli.recipe.engine import Ddp, DeepSpeed, Fsdp2, Local
 from mpcli.recipe.errors import Exit, Problem
 from mpcli.recipe.recipe import Recipe
 
@@ -53,7 +53,8 @@ def processes(
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:
     """The most samples of one forward: of a process's whole share, or as the recipe says."""
     share = math.ceil(recipe.train.global_batch_size / world_size)
-    return min(recipe.train.micro_batch_size or share, share)
+    size = recipe.train.micro_batch_size
+    return min(size, share) if isinstance(size, int) else share
 
 
 def _local_problems(group: Group) -> Iterator[Problem]:
@@ -66,7 +67,7 @@ def _local_problems(group: Group) -> Iterator[Problem]:
         )
 
 
-def _group_problems(engine: Ddp | Fsdp2, group: Group) -> Iterator[Problem]:
+def _group_problems(engine: Ddp | Fsdp2 | DeepSpeed, group: Group) -> Iterator[Problem]:
     if group.world_size is None or engine.processes == "auto":
         return
     wanted = engine.processes * group.nodes
@@ -80,7 +81,7 @@ def _group_problems(engine: Ddp | Fsdp2, group: Group) -> Iterator[Problem]:
 
 
 def _device_problems(
-    engine: Ddp | Fsdp2, machine: Machine, device: torch.device, each: int
+    engine: Ddp | Fsdp2 | DeepSpeed, machine: Machine, device: torch.device, each: int
 ) -> Iterator[Problem]:
     """What this machine lacks for `each` processes."""
     if device.type == "cuda" and not dist.is_nccl_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mpcli.recipe.base import Count, Section, mistake
 
@@ -116,4 +116,42 @@ class Fsdp2(_Distributed):
         return compile
 
 
-Engine = Annotated[Local | Ddp | Fsdp2, Field(discriminator="kind")]
+class DeepSpeed(_Distributed):
+    """Optimizer state, gradients and weights divided among the processes by DeepSpeed (ZeRO)."""
+
+    kind: Literal["deepspeed"]
+    compile: bool = Field(default=False, description="`false`: not with this engine")
+    stage: Literal[1, 2, 3] = Field(
+        default=2,
+        description="what is divided: 1 optimizer state, 2 gradients too, 3 weights too",
+    )
+    offload: bool = Field(
+        default=False,
+        description="ZeRO-Offload: optimizer state and fp32 masters live and step on the CPU",
+    )
+    offload_parameters: bool = Field(
+        default=False, description="weights wait on the CPU too; stage 3 only"
+    )
+
+    @field_validator("compile")
+    @classmethod
+    def _not_compiled(cls, compile: bool) -> bool:
+        if compile:
+            raise mistake(
+                "engine `deepspeed` does not compile models, found `true`",
+                "write `compile: false`, or use `kind: ddp`",
+            )
+        return compile
+
+    @model_validator(mode="after")
+    def _parameters_are_divided(self) -> DeepSpeed:
+        if self.offload_parameters and not (self.stage == 3 and self.offload):
+            raise mistake(
+                "weights can wait on the CPU where they are divided and stepped there",
+                "add `stage: 3` and `offload: true`, or write `offload_parameters: false`",
+                "offload_parameters",
+            )
+        return self
+
+
+Engine = Annotated[Local | Ddp | Fsdp2 | DeepSpeed, Field(discriminator="kind")]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpcli.recipe.base import Fraction, NonNegative, Positive, Section, mistake
+from mpcli.recipe.base import Count, Fraction, NonNegative, Positive, Section, mistake
 
 Warmup = Annotated[Fraction, Field(description="share of the run over which the rate rises")]
 
@@ -90,4 +90,48 @@ class AdamW(_Optimizer):
     weight_decay: NonNegative = Field(default=0.01, description="not on norms and biases")
 
 
-Optim = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
+class AdamW8bit(_Optimizer):
+    """AdamW whose moments are stored in 8 bits, by blocks (Dettmers et al. 2022)."""
+
+    kind: Literal["adamw8bit"]
+    implementation: Literal["bitsandbytes", "torchao"] = Field(
+        default="bitsandbytes", description="package that steps it, an extra of mptrain"
+    )
+    min_8bit_size: Count = Field(
+        default=4096, description="elements of a weight from which on its moments have 8 bits"
+    )
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of both moment estimates")
+    eps: Epsilon = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(default=0.01, description="not on norms and biases")
+
+
+class Adafactor(_Optimizer):
+    """Adafactor (Shazeer & Stern 2018): the second moment of a matrix is its rows' and columns'."""
+
+    kind: Literal["adafactor"]
+    beta2_decay: Annotated[float, Field(gt=-1, lt=0)] = Field(
+        default=-0.8, description="the second moment decays by 1 - step^beta2_decay"
+    )
+    eps: Annotated[tuple[Positive, Positive], Field(strict=False)] = Field(
+        default=(1e-30, 1e-3),
+        description="added to squared gradients; least root mean square that a weight counts as",
+    )
+    clipping_threshold: Positive = Field(
+        default=1.0, description="largest root mean square of an update"
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="not on norms and biases")
+
+
+class Muon(_Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, scaled to AdamW's step (Liu et al. 2025);
+    AdamW for embeddings, the last layer and whatever is no matrix."""
+
+    kind: Literal["muon"]
+    momentum: Fraction = Field(default=0.95, description="share of the last update kept")
+    nesterov: bool = Field(default=True, description="look ahead along the momentum")
+    betas: Betas = Field(default=(0.9, 0.999), description="of AdamW's moment estimates")
+    eps: Epsilon = Field(default=1e-8, description="of AdamW")
+    weight_decay: NonNegative = Field(default=0.1, description="not on norms and biases")
+
+
+Optim = Annotated[Sgd | Adam | AdamW | AdamW8bit | Adafactor | Muon, Field(discriminator="kind")]

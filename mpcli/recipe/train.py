@@ -46,10 +46,10 @@ class Train(Section):
     epochs: Count | None = Field(default=None, description="passes over the training data")
     steps: Count | None = Field(default=None, description="attempted optimizer steps")
     global_batch_size: Count = Field(description="samples per optimizer step, over everything")
-    micro_batch_size: Count | None = Field(
+    micro_batch_size: Count | Literal["auto"] | None = Field(
         default=None,
         description="most samples per forward, in evaluation too; null: the whole batch. "
-        "Smaller values accumulate",
+        "Smaller values accumulate; `auto`: as many as fit the memory",
     )
     clip: Clip | None = Field(default=None, description="clipping of unscaled gradients")
     on_nonfinite: Literal["skip", "stop", "rollback"] = Field(
