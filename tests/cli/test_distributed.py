@@ -26,10 +26,18 @@ TWO = RECIPE.replace(
 LONG = ("--set", "train.steps=100000")
 OUT = ("small.yaml", "--output", "out", "--json")
 FINAL = "final/model.safetensors"
-FIVE_TIMES = pytest.mark.parametrize(
-    "time_",
-    [pytest.param(n, marks=pytest.mark.verify if n else pytest.mark.slow) for n in range(5)],
-)
+
+
+def five_times(name, first, *others):
+    """Each value five times in a row; the first one once in `make test-slow`."""
+    values = [(value, time_) for time_ in range(5) for value in (first, *others)]
+    return pytest.mark.parametrize(
+        (name, "time_"),
+        [
+            pytest.param(*value, marks=pytest.mark.verify if number else pytest.mark.slow)
+            for number, value in enumerate(values)
+        ],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +76,7 @@ def attempts():
     return sorted(path.name for path in Path("out/attempts").iterdir())
 
 
-@FIVE_TIMES
-@pytest.mark.parametrize("rank", [1, 0])
+@five_times("rank", 1, 0)
 def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint(
     rank, time_, whole
 ):
@@ -91,17 +98,17 @@ def test_a_killed_rank_is_noticed_and_all_start_again_from_the_newest_checkpoint
     assert [row["attempt"] for row in steps] == [1] * 20 + [2] * 40
 
 
-@FIVE_TIMES
-def test_a_rank_that_hangs_ends_the_run_and_is_named(time_):
+@five_times("rank", 1)
+def test_a_rank_that_hangs_ends_the_run_and_is_named(rank, time_):
     run = Several(*OUT, *LONG, "--set", "engine.timeout_seconds=8")
-    pid = run.in_step(1, 30)
+    pid = run.in_step(rank, 30)
     os.kill(pid, signal.SIGSTOP)
     stopped = time.time()
-    step = json.loads(Path("out/attempts/1/rank1.json").read_text())["step"]
+    step = json.loads(Path(f"out/attempts/1/rank{rank}.json").read_text())["step"]
     code, out, err = run.ended()
     assert time.time() - stopped < 8 + 5
     assert code == 6
-    assert f"rank 1 hangs in step {step}" in err
+    assert f"rank {rank} hangs in step {step}" in err
     assert result() == json.loads(out)
     assert attempts() == ["1"]
 
@@ -134,8 +141,7 @@ def test_output_may_be_a_file_beside_a_terminal():
 SIGNALS = {signal.SIGTERM: (75, "preempted"), signal.SIGINT: (130, "interrupted")}
 
 
-@FIVE_TIMES
-@pytest.mark.parametrize("to", ["rank 0", "rank 1", "the launcher", "all"])
+@five_times("to", "rank 1", "rank 0", "the launcher", "all")
 def test_a_signal_to_any_of_them_stops_all_at_the_same_step(to, time_):
     run = Several(*OUT, *LONG)
     pids = [run.in_step(rank, 30) for rank in (0, 1)]
@@ -273,10 +279,10 @@ OTHER = """
 """
 
 
-@FIVE_TIMES
-def test_ranks_with_another_recipe_code_or_library_end_before_they_train(time_):
-    Path("other.yaml").write_text(TWO.replace("lr: 0.1", "lr: 0.2"))
-    for rank, run in enumerate(ranks("small.yaml", "other.yaml", patch=OTHER)):
+@five_times("recipe", "other.yaml")
+def test_ranks_with_another_recipe_code_or_library_end_before_they_train(recipe, time_):
+    Path(recipe).write_text(TWO.replace("lr: 0.1", "lr: 0.2"))
+    for rank, run in enumerate(ranks("small.yaml", recipe, patch=OTHER)):
         code, out, err = run.ended()
         assert code == 2
         assert "optim.lr is `0.1` in rank 0 and `0.2` in rank 1" in err

@@ -13,7 +13,6 @@ import pytest
 from tests.cli.test_distributed import FINAL, LONG, OUT, TWO, attempts, result
 from tests.processes import Several
 
-pytestmark = pytest.mark.slow
 FSDP2 = TWO.replace("kind: ddp", "kind: fsdp2")
 
 
@@ -34,6 +33,7 @@ KILLED_ONCE_IN = """\
 """
 
 
+@pytest.mark.verify
 def test_a_restart_that_made_progress_is_not_counted():
     short = (
         *("--set", "train.steps=18", "--set", "output.checkpoint_every=5 steps"),
@@ -47,6 +47,7 @@ def test_a_restart_that_made_progress_is_not_counted():
     assert Path("out", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_one_engine_began_others_go_on_with():
     run = Several(*OUT, *LONG, "--set", "output.checkpoint_every=null")
     pid = run.in_step(1, 30)
