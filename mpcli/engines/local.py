@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import sys
@@ -18,7 +19,7 @@ from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
-from mpcli.optim import build_optimizer, weights_apart
+from mpcli.optim import build_optimizer, held_state_bytes, weights_apart
 from mpcli.optim.half_storage import HalfStorageStep
 from mpcli.optim.schedule import learning_rate_table
 from mpcli.precision.clipping import clip_
@@ -34,6 +35,8 @@ from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 from mpcli.records import ModuleTypes
+
+logger = logging.getLogger(__name__)
 
 _NOTHING = contextlib.nullcontext()
 
@@ -94,6 +97,7 @@ class LocalEngine:
         named = list(zip(self.names, self.masters, strict=True))
         apart = weights_apart(recipe.optim, model)
         self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()), apart)
+        logger.info("optimizer state: %d bytes", held_state_bytes(self.optimizer))
         self.half_storage: HalfStorageStep | None = None
         if meaning.half_weights and not meaning.masters:
             seed = recipe.train.seed if recipe.precision.stochastic_rounding else None
@@ -339,6 +343,9 @@ class LocalEngine:
         attempted, applied = state.get("attempted"), int(tensors["applied"])
         if type(attempted) is not int or not 0 <= applied <= attempted:
             raise foreign(f"{applied} of {attempted} steps are applied")
+        for name in own:
+            if name.startswith("optimizer.step.") and not 0 <= tensors[name].item() <= applied:
+                raise foreign(f"`{name}` is {tensors[name].item()} after {applied} steps")
 
         scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
         self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
@@ -355,8 +362,8 @@ class LocalEngine:
         """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
 
         Weights are the exact ones, so the masters of a mode that has any, rounded once to the types
-        here. State of the optimizer goes over where its name and shape are the same. What is not
-        given begins as the recipe says, such as a loss scale.
+        here. An optimizer's state of a weight goes over where it is of the same names and shapes.
+        What is not given begins as the recipe says, such as a loss scale.
 
         Args:
             tensors: of `checkpoint`; without `scaler.*` for another policy.
@@ -365,8 +372,17 @@ class LocalEngine:
         Raises:
             UserError: exit 4, a weight or a buffer is missing, or of another shape.
         """
-        for name, value in self._state().items():
+        own = self._state()
+        fresh = {  # weights whose state is of another optimizer
+            _weight_of(name)
+            for name in own.keys() | tensors.keys()
+            if name.startswith("optimizer.")
+            and (name not in own or name not in tensors or own[name].shape != tensors[name].shape)
+        }
+        for name, value in own.items():
             part, _, bare = name.partition(".")
+            if part == "optimizer" and _weight_of(name) in fresh:
+                continue
             is_weight = part in ("model", "master")
             exact = f"master.{bare}" if f"master.{bare}" in tensors else f"model.{bare}"
             given = tensors.get(exact if is_weight else name)
@@ -477,6 +493,11 @@ def foreign(what: str) -> UserError:
         "a checkpoint fits only the recipe that it was saved with",
         exit_code=Exit.CHECKPOINT,
     )
+
+
+def _weight_of(key: str) -> str:
+    """Whose a tensor of the optimizer's state is: `optimizer.<key>.<weight>`."""
+    return key.split(".", 2)[2]
 
 
 def _random_key(name: str, rank: int) -> str:
