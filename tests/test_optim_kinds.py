@@ -27,7 +27,7 @@ from mpcli.tasks import task_of
 from tests import small
 from tests.engines.test_local import make_batch, make_loss, state_hash
 from tests.host_reads import HostReads
-from tests.small import run_small, small_recipe
+from tests.small import resume_small, run_small, small_recipe
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -433,6 +433,16 @@ def test_a_run_logs_the_bytes_of_its_state(tmp_path: Path, kind: str) -> None:
     assert result.status == "done"
     log = (run.attempt_path / "log.rank0.txt").read_text()
     assert "optimizer state: " in log
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "adafactor"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: str) -> None:
+    optim = f"optim={KINDS[kind]}"
+    whole, _ = run_small(tmp_path, optim, "train.steps=6", name="whole")
+    parts, _ = run_small(tmp_path, optim, "train.steps=3", name="parts")
+    assert resume_small(parts, "train.steps=6").status == "done"
+    losses = [[row.loss for row in run.steps()] for run in (whole, parts)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
