@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, assert_never
 
@@ -53,10 +53,11 @@ def build_optimizer(
             eight, others = _divided(named, partial(has_8bit_state, optim, apart))
             host_read = HostRead(named, learning_rate)
             if eight:
-                package = bitsandbytes_adamw
-                if optim.implementation == "torchao":
-                    package = torchao_adamw
-                host_read.add(*package(optim, _groups(optim, eight), learning_rate))
+                groups = _groups(optim, eight)
+                if optim.implementation == "bitsandbytes":
+                    host_read.add(*bitsandbytes_adamw(optim, groups))
+                else:
+                    host_read.add(*torchao_adamw(optim, groups, learning_rate))
             if others:
                 host_read.add(_fused(torch.optim.AdamW, optim, others, learning_rate))
             return host_read
@@ -117,7 +118,7 @@ def hidden_matrices(model: nn.Module) -> list[str]:
 
 
 def host_reads(optim: Optim, num_weights: int) -> int:
-    """Device values that the host waits for in each step; of a skipped step only the first.
+    """How often the host waits for the device in each step; in a skipped one only the first time.
 
     `torch.optim.Adafactor` reads the norms of each weight and of its update.
     """
@@ -227,7 +228,7 @@ def _is_hidden_matrix(apart: Collection[str], name: str, weight: Tensor) -> bool
     return weight.ndim == 2 and name not in apart
 
 
-def _divided(named: Named, belongs: Any) -> tuple[Named, Named]:
+def _divided(named: Named, belongs: Callable[[str, Tensor], bool]) -> tuple[Named, Named]:
     """Those for which `belongs(name, weight)` is true, and the others."""
     chosen = [(name, weight) for name, weight in named if belongs(name, weight)]
     names = {name for name, _ in chosen}

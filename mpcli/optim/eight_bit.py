@@ -33,7 +33,7 @@ def has_8bit_state(optim: AdamW8bit, apart: Collection[str], name: str, weight: 
 
 
 def bitsandbytes_adamw(
-    optim: AdamW8bit, groups: Groups, learning_rate: Tensor
+    optim: AdamW8bit, groups: Groups
 ) -> tuple[torch.optim.Optimizer, State, list[Tensor]]:
     """bitsandbytes' AdamW, its state and the tables of its codes, which all weights share."""
     from bitsandbytes.optim import AdamW8bit as Theirs
