@@ -124,6 +124,9 @@ class Plan(Record):
     steps_per_epoch: int
     micro_batch_size: int = Field(ge=1)
     accumulation: int = Field(ge=1, description="micro-batches per optimizer step")
+    host_reads: int = Field(
+        default=0, ge=0, description="times that the host waits for the device in each step"
+    )
     parameters: int
     modules: tuple[ModulePrecision, ...]
     fp32_modules: tuple[str, ...] = Field(

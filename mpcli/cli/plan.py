@@ -170,6 +170,7 @@ def _summary(recipe: Recipe, planned: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{planned.parameters:,}"),
         ("steps", f"{planned.steps:,} ({planned.steps_per_epoch:,} an epoch)"),
         ("micro-batch", micro_batch),
+        ("host reads", f"{planned.host_reads:,} per step"),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import sys
@@ -18,7 +19,9 @@ from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
-from mpcli.optim import HalfStorageStep, build_optimizer, learning_rate_table
+from mpcli.optim import build_optimizer, held_state_bytes, weights_apart
+from mpcli.optim.half_storage import HalfStorageStep
+from mpcli.optim.schedule import learning_rate_table
 from mpcli.precision.clipping import clip_
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numerics
@@ -32,6 +35,8 @@ from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 from mpcli.records import ModuleTypes
+
+logger = logging.getLogger(__name__)
 
 _NOTHING = contextlib.nullcontext()
 
@@ -90,7 +95,9 @@ class LocalEngine:
         self.applied = torch.zeros(1, dtype=torch.int64, device=self.home)
         self.lr = torch.zeros(1, dtype=torch.float32, device=self.home)
         named = list(zip(self.names, self.masters, strict=True))
-        self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()))
+        apart = weights_apart(recipe.optim, model)
+        self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()), apart)
+        logger.info("optimizer state: %d bytes", held_state_bytes(self.optimizer))
         self.half_storage: HalfStorageStep | None = None
         if meaning.half_weights and not meaning.masters:
             seed = recipe.train.seed if recipe.precision.stochastic_rounding else None
@@ -199,7 +206,7 @@ class LocalEngine:
             self._clip(self.clip, gradients, grad_norm)
 
         torch.index_select(self.learning_rates, 0, self.applied, out=self.lr)
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by fused kernels
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # a fused kernel reads it
         self._update(gradients)
         self.applied += found_inf.logical_not()
         self._keep_or_restore_buffers(found_inf)
@@ -336,6 +343,9 @@ class LocalEngine:
         attempted, applied = state.get("attempted"), int(tensors["applied"])
         if type(attempted) is not int or not 0 <= applied <= attempted:
             raise foreign(f"{applied} of {attempted} steps are applied")
+        for name in own:
+            if name.startswith("optimizer.step.") and not 0 <= tensors[name].item() <= applied:
+                raise foreign(f"`{name}` is {tensors[name].item()} after {applied} steps")
 
         scaler = {name: f"scaler.{name}" for name in self.scaler.tensors()}
         self.scaler.restore({name: tensors[key] for name, key in scaler.items()}, attempted)
@@ -352,8 +362,8 @@ class LocalEngine:
         """Go on from a checkpoint of another mode or optimizer, as nearly as this one can.
 
         Weights are the exact ones, so the masters of a mode that has any, rounded once to the types
-        here. State of the optimizer goes over where its name and shape are the same. What is not
-        given begins as the recipe says, such as a loss scale.
+        here. An optimizer's state of a weight goes over where it is of the same names and shapes.
+        What is not given begins as the recipe says, such as a loss scale.
 
         Args:
             tensors: of `checkpoint`; without `scaler.*` for another policy.
@@ -362,8 +372,17 @@ class LocalEngine:
         Raises:
             UserError: exit 4, a weight or a buffer is missing, or of another shape.
         """
-        for name, value in self._state().items():
+        own = self._state()
+        fresh = {  # weights whose state is of another optimizer
+            _weight_of(name)
+            for name in own.keys() | tensors.keys()
+            if name.startswith("optimizer.")
+            and (name not in own or name not in tensors or own[name].shape != tensors[name].shape)
+        }
+        for name, value in own.items():
             part, _, bare = name.partition(".")
+            if part == "optimizer" and _weight_of(name) in fresh:
+                continue
             is_weight = part in ("model", "master")
             exact = f"master.{bare}" if f"master.{bare}" in tensors else f"model.{bare}"
             given = tensors.get(exact if is_weight else name)
@@ -474,6 +493,11 @@ def foreign(what: str) -> UserError:
         "a checkpoint fits only the recipe that it was saved with",
         exit_code=Exit.CHECKPOINT,
     )
+
+
+def _weight_of(key: str) -> str:
+    """Whose a tensor of the optimizer's state is: `optimizer.<key>.<weight>`."""
+    return key.split(".", 2)[2]
 
 
 def _random_key(name: str, rank: int) -> str:

@@ -12,7 +12,9 @@ import torch
 from mpcli.data.batch import Batch, micro_batch_sizes
 from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
+from mpcli.optim import host_reads
 from mpcli.plan.dangers import dangers
+from mpcli.plan.optim import matrix_problems, optim_problems
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
@@ -54,6 +56,7 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
     problems = list(_machine_problems(recipe, machine))
     if training:
         problems += _mode_problems(recipe)
+        problems += optim_problems(recipe, _device(recipe, machine))
     device = _device(recipe, machine)
     task = task_of(recipe.task)
     try:
@@ -81,6 +84,8 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
             for part in micro_batch_sizes(batch, rank, world_size, micro_batch)
         )
         precision = plan_precision(recipe, data, device, machine, smallest)
+        if training:
+            problems += matrix_problems(recipe, precision.hidden_matrices)
     except UserError as error:
         problems += error.problems
     warnings = list(dangers(recipe, machine, device, precision, steps, world_size, micro_batch))
@@ -99,6 +104,7 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         micro_batch_size=micro_batch,
         accumulation=len(micro_batch_sizes(batch, 0, world_size, micro_batch)),
         parameters=precision.parameters,
+        host_reads=host_reads(recipe.optim, precision.weights),
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
         model_sha256=precision.model_sha256,

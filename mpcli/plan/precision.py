@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 
 from mpcli.data.batch import Batch
 from mpcli.machine import Machine
+from mpcli.optim import hidden_matrices
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numeric_settings, numerics
 from mpcli.precision.observe import LOSS, TypesObserver, types_of
@@ -54,6 +55,8 @@ class PrecisionPlan:
     modules: tuple[ModulePrecision, ...]
     fp32_modules: tuple[str, ...]
     parameters: int
+    weights: int  # tensors that learn
+    hidden_matrices: int  # of those, what Muon is for
     half_norms: int  # norm layers that compute in half
     model_sha256: str | None
 
@@ -98,6 +101,8 @@ def plan_precision(
         modules=modules,
         fp32_modules=tuple(islands),
         parameters=parameters,
+        weights=sum(p.requires_grad for p in model.parameters()),
+        hidden_matrices=len(hidden_matrices(model)),
         half_norms=sum(row.name in norms and row.computed != "fp32" for row in modules),
         model_sha256=model_sha256(model, data.info) if isinstance(recipe.task, TextTask) else None,
     )

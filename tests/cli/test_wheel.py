@@ -54,7 +54,12 @@ def test_its_metadata_has_lower_bounds_only_and_the_extras(wheel):
     requirements = metadata.get_all("Requires-Dist", [])
     core = {r.partition(">=")[0] for r in requirements if "extra ==" not in r}
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"tensorboard", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "tensorboard",
+        "bitsandbytes",
+        "torchao",
+        "dev",
+    }
     assert core >= {"torch", "torchvision", "typer", "pyyaml", "pydantic", "rich", "scikit-learn"}
     for requirement in requirements:
         bound = requirement.partition(";")[0]
