@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,9 @@ def _summary(recipe: Recipe, planned: Plan) -> list[tuple[str, str]]:
     """The plan's totals, as label and value."""
     processes = f"{planned.world_size:,} ({recipe.engine.kind})"
     micro_batch = f"{planned.micro_batch_size:,} x {planned.accumulation} per step"
+    if recipe.train.micro_batch_size == "auto":
+        whole = math.ceil(recipe.train.global_batch_size / planned.world_size)
+        micro_batch += f" (auto: {planned.micro_batch_size:,} of {whole:,})"
     if planned.world_size > 1:
         batch = recipe.train.global_batch_size
         smallest, more = divmod(batch, planned.world_size)

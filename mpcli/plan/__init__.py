@@ -13,6 +13,7 @@ from mpcli.data.batch import Batch, micro_batch_sizes
 from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
+from mpcli.plan.micro_batch import fitting
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
@@ -81,6 +82,18 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
             for part in micro_batch_sizes(batch, rank, world_size, micro_batch)
         )
         precision = plan_precision(recipe, data, device, machine, smallest)
+        if recipe.train.micro_batch_size == "auto" and not problems:
+            micro_batch = fitting(
+                recipe,
+                data,
+                device,
+                machine,
+                world_size,
+                group.nodes,
+                steps,
+                precision,
+                training=training,
+            )
     except UserError as error:
         problems += error.problems
     warnings = list(dangers(recipe, machine, device, precision, steps, world_size, micro_batch))

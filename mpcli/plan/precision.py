@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,6 +45,11 @@ _NO_VALUES = (
 
 MAX_DIFFERENCES = 5
 """Modules named when a run's types differ from the plan's."""
+
+
+def has_batch_norm(modules: Iterable[ModulePrecision]) -> bool:
+    """Whether what a model computes depends on which samples share a forward."""
+    return any("BatchNorm" in row.type for row in modules)
 
 
 @dataclass(frozen=True)
