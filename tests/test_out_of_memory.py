@@ -172,7 +172,6 @@ def planned(folder: Path, *settings: str) -> tuple[Any, Plan]:
     [
         ("local", (16, 16), [16, 8, 4, 2]),
         ("local", (15, 15), [15, 8, 4]),  # of seven times 2 BatchNorm would have one sample left
-        ("local", (13, 13), [13, 7, 3]),  # 4, 4, 4 and 1
         ("ddp, processes: 2", (16, 5), [5, 3, 2]),
         ("fsdp2, processes: 3", (20, 7), [7, 4]),  # 7 and 6 are as many parts of 4, not of less
     ],
