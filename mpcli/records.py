@@ -136,6 +136,7 @@ class Plan(Record):
     memory: MemoryPlan | None = Field(
         default=None, description="of the rank that needs most; null: not known, or no training"
     )
+    memory_unknown: str | None = Field(default=None, description="why its memory is not known")
     warnings: tuple[PlanWarning, ...] = ()
 
 

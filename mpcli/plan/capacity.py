@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mpcli.plan.memory import MemoryPlan
 from mpcli.recipe.recipe import Recipe
+from mpcli.records import MemoryPlan
 
 PlanFor = Callable[[Sequence[str]], MemoryPlan]
 """`--set` values -> memory of the recipe with them.

@@ -75,8 +75,9 @@ def plan_precision(
     parameters = sum(p.numel() for p in model.parameters())
     islands = fp32_islands(recipe.precision, model, device, machine)
     convert(model, meaning, device, islands)
+    example = data.example(num_samples)
     with FakeTensorMode() as mode, numeric_settings(recipe.precision, device):
-        batch = make_fake(model, data.example(num_samples), device, mode)
+        batch = make_fake(model, example, device, mode)
         observer = _traced(recipe, model, batch, meaning, device)
     _check_softmax(recipe, model, observer)
     _check_that_islands_run(recipe, model, observer, islands)
