@@ -6,24 +6,29 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from mpcli.checkpoint.layout import completed
-from mpcli.machine import environment
-from mpcli.plan.micro_batch import halved, out_of_memory, release_memory
+from mpcli.machine import detect_machine, environment
+from mpcli.plan import make_plan
+from mpcli.plan.capacity import changes
+from mpcli.plan.memory import UnknownMemory
+from mpcli.plan.memory_text import changes_text, parts_text
+from mpcli.plan.micro_batch import halved, out_of_memory, release_memory, smaller
 from mpcli.plan.precision import has_batch_norm
+from mpcli.plan.processes import Group
 from mpcli.progress import Diverged, Progress
 from mpcli.ranks import ALONE, Ranks, lost_peer
 from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
-from mpcli.recipe.plugin import PluginFile, plugin_error
+from mpcli.recipe.plugin import Plugin, PluginFile, plugin_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
 from mpcli.recipe.task import Task
-from mpcli.records import Plan, Result, ResultProblem, Status
+from mpcli.records import MemoryPlan, Plan, Result, ResultProblem, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held
 from mpcli.trainer import Display, train
@@ -77,11 +82,11 @@ def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None
             with _logged(run, display):
                 progress = Progress()
                 ending = trained(recipe, run, display, progress)
-                smaller = smaller_after(ending, recipe, run.plan())
-                if smaller is None:
+                tried_next = smaller_after(ending, recipe, run.plan())
+                if tried_next is None:
                     result = finish(run, recipe, progress, ending)
                     break
-                plan, why = smaller
+                plan, why = tried_next
                 logger.warning("%s (attempt %d)", why, run.attempt + 1)
             release_memory()
             run.begin_attempt(recipe, plan, environment(), [why])
@@ -97,14 +102,14 @@ def smaller_after(ending: Ending, recipe: Recipe, plan: Plan) -> tuple[Plan, str
         None where it ended otherwise, or there is no smaller micro-batch.
     """
     problem = ending.too_large
-    smaller = halved(recipe, plan) if problem else None
-    if problem is None or smaller is None:
+    half = halved(recipe, plan) if problem else None
+    if problem is None or half is None:
         return None
-    size = smaller.micro_batch_size
+    size = half.micro_batch_size
     why = f"{problem.what}; micro-batches of {size:,} instead of {plan.micro_batch_size:,}"
     if has_batch_norm(plan.modules):
         why += f", and BatchNorm's statistics are of {size:,} samples from here on"
-    return smaller, why
+    return half, why
 
 
 @contextlib.contextmanager
@@ -205,6 +210,8 @@ def stopped(
 
 def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
     """Write `result.json`."""
+    if any(problem.finding == OUT_OF_MEMORY for problem in ending.problems):
+        ending = replace(ending, problems=tuple(_helped(ending.problems, recipe, run)))
     reason = "; ".join(problem.what for problem in ending.problems) or None
     told = (*ending.problems, *progress.warnings, *filter(None, [run.lost]))
     newest = next((found.step for found in completed(run.checkpoints_path)), None)
@@ -227,6 +234,42 @@ def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending
     logger.info("%s%s", ending.status, f": {reason}" if reason else "")
     run.write_result(result)
     return result
+
+
+def _helped(problems: Iterable[Problem], recipe: Recipe, run: RunDirectory) -> Iterator[Problem]:
+    """The same, with what helps where there was no memory: in the recipe, and by how much."""
+    plan = run.plan()
+    size = smaller(recipe, plan)
+    for problem in problems:
+        if problem.finding != OUT_OF_MEMORY:
+            yield problem
+        elif size and problem.path == "train.micro_batch_size":
+            hint = f"use `train.micro_batch_size: {size}`: it accumulates to the same global batch"
+            yield replace(problem, hint=hint)
+        else:
+            yield replace(problem, hint=_less_memory(recipe, plan, run))
+
+
+def _less_memory(recipe: Recipe, plan: Plan, run: RunDirectory) -> str | None:
+    """What was planned to need how much, and which changes of the recipe need less."""
+    if plan.memory is None:
+        return "use `engine.activation_checkpointing: true`, half weights, or a smaller model"
+    release_memory()
+    plugin = recipe.task.plugin if isinstance(recipe.task, Plugin) else None
+    machine, group = detect_machine(), Group(plan.world_size)
+
+    def plan_for(settings: Sequence[str]) -> MemoryPlan:
+        same = f"train.micro_batch_size={plan.micro_batch_size}"
+        changed = load_recipe(run.recipe_path, [same, *settings], plugin).recipe
+        memory = make_plan(changed, machine, group=group).memory
+        if memory is None:
+            raise UnknownMemory
+        return memory
+
+    helps = ""
+    with contextlib.suppress(UserError, UnknownMemory):  # what was planned before can be no more
+        helps = changes_text(plan.memory, changes(recipe, plan.micro_batch_size, plan_for))
+    return "; ".join(filter(None, (parts_text(plan.memory), helps)))
 
 
 def recorded(problem: Problem) -> ResultProblem:

@@ -56,7 +56,7 @@ def enter(place: Position, recipe: Recipe, plan: Plan, plugin: PluginFile | None
         torch.cuda.set_device(device)
     same = facts(recipe, plan, plugin.sha256 if plugin else None)
     if recipe.train.micro_batch_size == "auto":  # each found its own: see `agreed`
-        for name in ("micro_batch_size", "accumulation"):
+        for name in ("micro_batch_size", "accumulation", "memory"):
             del same[f"plan.{name}"]
     return join(place, device, engine.timeout_seconds, same)
 

@@ -24,7 +24,7 @@ from mpcli.evidence import Evidence
 from mpcli.final import write_final
 from mpcli.flight import forget_flights
 from mpcli.intervals import saves_left, step_due, timer
-from mpcli.optim import learning_rate
+from mpcli.optim.schedule import learning_rate
 from mpcli.outcomes import OutcomeLog
 from mpcli.plan.precision import type_differences
 from mpcli.precision.numerics import numeric_settings

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpcli import optim
-from mpcli.optim import HalfStorageStep, build_optimizer
+from mpcli.optim import build_optimizer, half_storage
+from mpcli.optim.half_storage import HalfStorageStep
 from mpcli.recipe.optim import AdamW, Optim, Sgd
 
 SHAPES = [(3, 5), (7,), (4, 4), (2,), (6, 3)]
@@ -43,7 +43,7 @@ def make_step(
 def test_a_step_is_an_fp32_step_rounded_once(
     kind: Optim, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "CHUNK", 20)
+    monkeypatch.setattr(half_storage, "CHUNK", 20)
     weights = make_weights(dtype)
     weights[2] = weights[2].float()  # of an fp32 island
     half_step, optimizer = make_step(kind, weights)

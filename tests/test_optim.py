@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mpcli.optim import build_optimizer, learning_rate, learning_rate_table
+from mpcli.optim import build_optimizer
+from mpcli.optim.schedule import learning_rate, learning_rate_table
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.optim import Adam, AdamW, Constant, Cosine, Linear, OneCycle, Optim, Schedule, Sgd
 from tests.small import small_recipe

@@ -15,6 +15,8 @@ from mpcli.engines.local import LocalEngine
 from mpcli.launch import launch
 from mpcli.machine import Machine, _cgroup_room, detect_machine
 from mpcli.plan import make_plan, micro_batch
+from mpcli.plan.capacity import Change
+from mpcli.plan.memory_text import size_text
 from mpcli.plan.micro_batch import halved, trial
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
@@ -42,6 +44,7 @@ PLENTY = 1000
 def _no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the precisions, which takes a second for each attempt."""
     monkeypatch.setattr("mpcli.launch.environment", dict)
+    monkeypatch.setattr("mpcli.launch.changes", lambda *_: [])
 
 
 class Heard(Silent):
@@ -142,11 +145,50 @@ def test_nothing_of_the_attempt_without_memory_is_left_in_memory(
     assert alive == [0, 0, 0]
 
 
-def test_memory_that_one_sample_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+def test_memory_that_one_sample_does_not_fit_ends_the_run_with_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changes(recipe: Any, size: int, plan_for: Any) -> list[Change]:
+        settings = ("train.global_batch_size=8",)
+        return [Change("a smaller batch", settings, plan_for(settings))]
+
+    monkeypatch.setattr("mpcli.launch.changes", changes)
     run, result, _ = short_run(tmp_path, 0)
     assert (result.status, result.exit_code) == ("failed", 3)
     assert [plan.micro_batch_size for plan in plans(run)] == [16, 8, 4, 2, 1]
     assert (result.reason or "").startswith("out of memory: ")
+    (problem,) = result.problems
+    assert (problem["path"], problem["finding"]) == ("train.micro_batch_size", "out-of-memory")
+    memory = plans(run)[-1].memory
+    assert memory and memory.weights == 4 * plans(run)[-1].parameters
+    hint = problem["hint"] or ""
+    assert hint.startswith(f"planned: weights {size_text(memory.weights)}, ")
+    assert f"peak {size_text(memory.peak)} in {memory.peak_at}" in hint
+    assert "`train.global_batch_size=8` saves " in hint
+
+
+def test_an_attempt_with_less_has_the_memory_of_less(tmp_path: Path) -> None:
+    run, _, _ = short_run(tmp_path, 4)
+    activations = [plan.memory.activations for plan in plans(run) if plan.memory]
+    assert len(activations) == 3
+    assert activations[0] > activations[1] > activations[2]
+
+
+def test_what_a_cpu_lacks_is_told_by_its_allocator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(engine: LocalEngine) -> None:
+        raise RuntimeError("[enforce fail at alloc] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(LocalEngine, "step", full)
+    run, result, _ = short_run(tmp_path, PLENTY, "train.micro_batch_size=2")
+    assert (result.exit_code, len(plans(run))) == (3, 2)
+
+
+def test_sizes_are_read_at_a_glance() -> None:
+    assert [size_text(n) for n in (0, 1000, 2**20, 1234567890)] == [
+        *("0B", "1000B", "1MiB", "1.15GiB"),
+    ]  # fmt: skip
 
 
 def test_memory_that_is_missing_before_the_first_step_is_not_the_micro_batchs(

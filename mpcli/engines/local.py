@@ -18,7 +18,9 @@ from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
-from mpcli.optim import HalfStorageStep, build_optimizer, learning_rate_table
+from mpcli.optim import build_optimizer, weights_apart
+from mpcli.optim.half_storage import HalfStorageStep
+from mpcli.optim.schedule import learning_rate_table
 from mpcli.precision.clipping import clip_
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numerics
@@ -88,9 +90,10 @@ class LocalEngine:
         self.scaler = LossScaler(recipe.precision.loss_scale, self.home)
         self.learning_rates = learning_rate_table(recipe.optim, steps, self.home)
         self.applied = torch.zeros(1, dtype=torch.int64, device=self.home)
-        self.lr = torch.zeros(1, dtype=torch.float32, device=self.home)
+        self.lr = torch.tensor([0.0], dtype=torch.float32, device=self.home)
         named = list(zip(self.names, self.masters, strict=True))
-        self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()))
+        apart = weights_apart(recipe.optim, model)
+        self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()), apart)
         self.half_storage: HalfStorageStep | None = None
         if meaning.half_weights and not meaning.masters:
             seed = recipe.train.seed if recipe.precision.stochastic_rounding else None
@@ -199,7 +202,7 @@ class LocalEngine:
             self._clip(self.clip, gradients, grad_norm)
 
         torch.index_select(self.learning_rates, 0, self.applied, out=self.lr)
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by fused kernels
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # a fused kernel reads it
         self._update(gradients)
         self.applied += found_inf.logical_not()
         self._keep_or_restore_buffers(found_inf)

@@ -13,6 +13,7 @@ from mpcli.data.batch import Batch, micro_batch_sizes
 from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.plan.dangers import dangers
+from mpcli.plan.memory import UnknownMemory, plan_memory
 from mpcli.plan.micro_batch import fitting
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
@@ -100,6 +101,16 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
     if problems or precision is None:
         raise UserError(*problems, *warnings)
 
+    accumulation = len(micro_batch_sizes(batch, 0, world_size, micro_batch))
+    memory, unknown = None, None
+    if training:
+        try:
+            memory = plan_memory(
+                recipe, data, device, world_size, micro_batch, accumulation, precision.fp32_modules
+            )
+        except UnknownMemory as error:
+            unknown = str(error)
+
     return Plan(
         device=device.type,
         world_size=world_size,
@@ -110,11 +121,13 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         micro_batch_size=micro_batch,
-        accumulation=len(micro_batch_sizes(batch, 0, world_size, micro_batch)),
+        accumulation=accumulation,
         parameters=precision.parameters,
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
         model_sha256=precision.model_sha256,
+        memory=memory,
+        memory_unknown=unknown,
         warnings=tuple(
             PlanWarning(finding=w.finding, path=w.path, message=w.what, hint=w.hint)
             for w in warnings

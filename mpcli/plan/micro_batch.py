@@ -15,12 +15,13 @@ import torch
 from mpcli.data.batch import micro_batch_sizes
 from mpcli.engines.local import LocalEngine
 from mpcli.machine import Machine
-from mpcli.plan.memory import plan_memory
+from mpcli.plan.memory import UnknownMemory, plan_memory
+from mpcli.plan.memory_text import parts_text, size_text
 from mpcli.plan.precision import PrecisionPlan, has_batch_norm
 from mpcli.plan.processes import batch_problems, micro_batch_size
 from mpcli.precision.numerics import numeric_settings
 from mpcli.recipe.engine import Ddp, Local
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, ModulePrecision, Plan
 from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
@@ -67,42 +68,62 @@ def fitting(
         training: whether it is to be trained: to evaluate, the smallest is tried in any case.
 
     Raises:
-        UserError: exit 3, there is no memory for the smallest.
+        UserError: exit 3, there is no memory for the smallest, or nobody knows how much it needs.
     """
     free = machine.available_memory.get(device.type)
     is_tried = training and device.type == "cuda" and isinstance(recipe.engine, Local | Ddp)
     if free is not None and device.type == "cpu":
         free //= world_size // nodes
     room = free if free is None or is_tried else int(SHARE * free)
+    fp32_modules = precision.fp32_modules
     for size in _candidates(recipe, world_size, precision.modules):
-        needed = plan_at(recipe, data, device, world_size, size, precision.fp32_modules)
-        if room is not None and needed.peak > room:
+        needed = _memory(recipe, data, device, world_size, size, fp32_modules)
+        if needed is None and training and not is_tried:
+            raise user_error(
+                "how much memory a step needs cannot be planned for this model",
+                "name a `micro_batch_size`: what has no memory is tried again with half of it",
+                path="train.micro_batch_size",
+                exit_code=Exit.ENVIRONMENT,
+            )
+        if needed and room is not None and needed.peak > room:
             continue
-        if not is_tried or trial(recipe, device, world_size, size, steps, precision.fp32_modules):
+        if not is_tried or trial(recipe, device, world_size, size, steps, fp32_modules):
             return size
     if not training:
         return size
-    raise user_error(
-        f"no micro-batch fits the memory: one of {size:,} needs about {needed.peak:,} bytes, and "
-        f"{free:,} are free on this {device.type}",
-        "",
-        path="train.micro_batch_size",
-        exit_code=Exit.ENVIRONMENT,
-    )
+    raise _nothing_fits(size, needed, free, device)
 
 
-def plan_at(
+def _nothing_fits(
+    size: int, needed: MemoryPlan | None, free: int | None, device: torch.device
+) -> UserError:
+    samples = f"{size} samples" if size > 1 else "1 sample"
+    what = f"out of memory: this {device.type} has none for a micro-batch of {samples}"
+    if needed:
+        what += f" ({parts_text(needed)})"
+    hint = None
+    if free is not None:
+        what += f"; {size_text(free)} are free for each process"
+        settings = f"--set train.micro_batch_size={size} --capacity {size_text(free)}"
+        hint = f"`mptrain plan` with `{settings}` shows what makes it fit"
+    return user_error(what, hint, path="train.micro_batch_size", exit_code=Exit.ENVIRONMENT)
+
+
+def _memory(
     recipe: Recipe,
     data: Dataset,
     device: torch.device,
     world_size: int,
     micro_batch: int,
     fp32_modules: tuple[str, ...],
-) -> MemoryPlan:
-    """What the process with the largest share needs with another micro-batch."""
+) -> MemoryPlan | None:
+    """Of the process with the largest share; None: nobody knows."""
     batch = recipe.train.global_batch_size
-    accumulation = len(micro_batch_sizes(batch, 0, world_size, micro_batch))
-    return plan_memory(recipe, data, device, world_size, micro_batch, accumulation, fp32_modules)
+    parts = len(micro_batch_sizes(batch, 0, world_size, micro_batch))
+    try:
+        return plan_memory(recipe, data, device, world_size, micro_batch, parts, fp32_modules)
+    except UnknownMemory:
+        return None
 
 
 def trial(
@@ -185,11 +206,26 @@ def _half(
     return None
 
 
+def smaller(recipe: Recipe, plan: Plan) -> int | None:
+    """Half of a plan's micro-batch; None: there is no smaller one."""
+    return _half(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
+
+
 def halved(recipe: Recipe, plan: Plan) -> Plan | None:
     """The same plan with half the micro-batch; None: there is no smaller one."""
-    size = _half(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
+    size = smaller(recipe, plan)
     if size is None:
         return None
     batch = recipe.train.global_batch_size
-    accumulation = len(micro_batch_sizes(batch, 0, plan.world_size, size))
-    return plan.model_copy(update={"micro_batch_size": size, "accumulation": accumulation})
+    memory = None
+    if plan.memory:
+        data, device = task_of(recipe.task).load_data(recipe.task, recipe.data), plan.device
+        memory = _memory(
+            recipe, data, torch.device(device), plan.world_size, size, plan.fp32_modules
+        )
+    changed = {
+        "micro_batch_size": size,
+        "accumulation": len(micro_batch_sizes(batch, 0, plan.world_size, size)),
+        "memory": memory,
+    }
+    return plan.model_copy(update=changed)

@@ -69,6 +69,7 @@ class Sgd(_Optimizer):
 
 
 Epsilon = Annotated[float, Field(ge=1e-30, le=1e30)]  # not zero in fp32
+RootEpsilon = Annotated[float, Field(ge=1e-18, le=1e18)]  # nor is its square
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 
 
@@ -112,11 +113,11 @@ class Adafactor(_Optimizer):
     beta2_decay: Annotated[float, Field(gt=-1, lt=0)] = Field(
         default=-0.8, description="the second moment decays by 1 - step^beta2_decay"
     )
-    eps: Annotated[tuple[Positive, Positive], Field(strict=False)] = Field(
-        default=(1e-30, 1e-3),
-        description="added to squared gradients; least root mean square that a weight counts as",
+    eps: Annotated[tuple[RootEpsilon, Epsilon], Field(strict=False)] = Field(
+        default=(1e-15, 1e-3),
+        description="least root of a second moment; least root mean square that a weight counts as",
     )
-    clipping_threshold: Positive = Field(
+    clipping_threshold: Annotated[float, Field(ge=1, le=1e30)] = Field(
         default=1.0, description="largest root mean square of an update"
     )
     weight_decay: NonNegative = Field(default=0.0, description="not on norms and biases")
