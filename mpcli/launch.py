@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ from typing import cast
 from mpcli.checkpoint.layout import completed
 from mpcli.machine import detect_machine, environment
 from mpcli.plan import make_plan
-from mpcli.plan.capacity import changes
+from mpcli.plan.capacity import Change, changes
 from mpcli.plan.memory import UnknownMemory
 from mpcli.plan.memory_text import changes_text, parts_text
 from mpcli.plan.micro_batch import halved, out_of_memory, release_memory, smaller
@@ -210,10 +210,9 @@ def stopped(
 
 def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
     """Write `result.json`."""
-    if any(problem.finding == OUT_OF_MEMORY for problem in ending.problems):
-        ending = replace(ending, problems=tuple(_helped(ending.problems, recipe, run)))
     reason = "; ".join(problem.what for problem in ending.problems) or None
-    told = (*ending.problems, *progress.warnings, *filter(None, [run.lost]))
+    problems = (told for problem in ending.problems for told in _helped(problem, recipe, run))
+    told = (*problems, *progress.warnings, *filter(None, [run.lost]))
     newest = next((found.step for found in completed(run.checkpoints_path)), None)
     result = Result(
         status=ending.status,
@@ -236,25 +235,33 @@ def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending
     return result
 
 
-def _helped(problems: Iterable[Problem], recipe: Recipe, run: RunDirectory) -> Iterator[Problem]:
-    """The same, with what helps where there was no memory: in the recipe, and by how much."""
+def _helped(problem: Problem, recipe: Recipe, run: RunDirectory) -> Iterator[Problem]:
+    """A problem, and where there was no memory what helps: in the recipe, and by how much."""
+    if problem.finding != OUT_OF_MEMORY:
+        yield problem
+        return
     plan = run.plan()
     size = smaller(recipe, plan)
-    for problem in problems:
-        if problem.finding != OUT_OF_MEMORY:
-            yield problem
-        elif size and problem.path == "train.micro_batch_size":
-            hint = f"use `train.micro_batch_size: {size}`: it accumulates to the same global batch"
-            yield replace(problem, hint=hint)
-        else:
-            yield replace(problem, hint=_less_memory(recipe, plan, run))
-
-
-def _less_memory(recipe: Recipe, plan: Plan, run: RunDirectory) -> str | None:
-    """What was planned to need how much, and which changes of the recipe need less."""
+    if size and problem.path == "train.micro_batch_size":
+        hint = f"use `micro_batch_size: {size}`: it accumulates to the same global batch"
+        yield replace(problem, hint=hint)
+        return
     if plan.memory is None:
-        return "use `engine.activation_checkpointing: true`, half weights, or a smaller model"
+        hint = "use `engine.activation_checkpointing: true`, half weights, or a smaller model"
+        yield replace(problem, hint=hint)
+        return
+    yield replace(problem, hint=None)
     release_memory()
+    helps = ""
+    try:
+        helps = changes_text(plan.memory, _changes(recipe, plan, run))
+    except Exception:  # the result is worth more than advice
+        logger.info("what would help is not known", exc_info=True)
+    yield Problem(parts_text(plan.memory), helps or None, severity="warning")
+
+
+def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
+    """Of the recipe, with what is planned to be needed then."""
     plugin = recipe.task.plugin if isinstance(recipe.task, Plugin) else None
     machine, group = detect_machine(), Group(plan.world_size)
 
@@ -266,10 +273,7 @@ def _less_memory(recipe: Recipe, plan: Plan, run: RunDirectory) -> str | None:
             raise UnknownMemory
         return memory
 
-    helps = ""
-    with contextlib.suppress(UserError, UnknownMemory):  # what was planned before can be no more
-        helps = changes_text(plan.memory, changes(recipe, plan.micro_batch_size, plan_for))
-    return "; ".join(filter(None, (parts_text(plan.memory), helps)))
+    return changes(recipe, plan.micro_batch_size, plan_for)
 
 
 def recorded(problem: Problem) -> ResultProblem:

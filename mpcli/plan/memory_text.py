@@ -9,15 +9,13 @@ _PARTS = (
     *("weights", "masters", "gradients", "optimizer", "average", "buffers"),
     *("batch", "activations"),
 )
-_MOST = 4
-"""Changes that are told."""
 
 
 def size_text(num_bytes: int) -> str:
-    """Bytes for people, to three digits, as `--capacity` takes them: `1.2GiB`."""
+    """Bytes for people, as `--capacity` takes them: `1.2GiB`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.3g}{unit}"
+            return f"{num_bytes / size:.4g}{unit}"
     return f"{num_bytes}B"
 
 
@@ -29,9 +27,7 @@ def parts_text(memory: MemoryPlan) -> str:
 
 
 def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
-    """Changes of the recipe, and what each of them saves of the peak."""
-    told = (
-        f"`{', '.join(change.settings)}` saves {size_text(memory.peak - change.memory.peak)}"
-        for change in changes[:_MOST]
-    )
+    """Changes of the recipe that need less, and what each of them saves of the peak."""
+    saved = [(memory.peak - change.memory.peak, change.what) for change in changes]
+    told = (f"{what}: {size_text(num)} less" for num, what in saved if num > 0)
     return "; ".join(told)
