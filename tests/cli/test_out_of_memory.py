@@ -51,8 +51,10 @@ def test_a_run_goes_on_with_half_the_micro_batch_in_one_line():
 @pytest.mark.slow
 def test_memory_for_not_even_one_sample_ends_with_what_would_help():
     recipe(0, "{kind: local, device: cpu}")
-    code, out, err = Several(*OUT, hook="").ended()
+    code, out, err = Several(*OUT, "--set", "train.micro_batch_size=2", hook="").ended()
     assert (code, json.loads(out)) == (3, result()), err
+    assert [planned(number) for number in attempts()] == [(2, 8), (1, 16)]
+    assert "warning: planned: weights " in err
     assert (result()["status"], result()["exit_code"]) == ("failed", 3)
     assert "Traceback" not in err
     said = subprocess.run(
