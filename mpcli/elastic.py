@@ -26,7 +26,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpcli import signals
 from mpcli.checkpoint.layout import completed
-from mpcli.launch import Ending, ended_by, finish, problem_of, recorded, stopped
+from mpcli.launch import (
+    Ending,
+    ended_by,
+    finish,
+    problem_of,
+    recorded,
+    smaller_after,
+    stopped,
+)
 from mpcli.meeting import Meeting
 from mpcli.progress import Progress
 from mpcli.recipe.engine import Local
@@ -105,6 +113,11 @@ def _attempts(
         found = attempt.error or root_cause(
             run.failures(), run.heartbeats(), plan.world_size, signals.asked()
         )
+        if isinstance(found, Ending) and (smaller := smaller_after(found, recipe, plan)):
+            plan, why = smaller
+            tell(f"{why} (attempt {run.attempt + 1})")
+            run.begin_attempt(recipe, plan, environment, [why])
+            continue
         if isinstance(found, str):
             before, newest = newest, _newest(run)
             restarts = restarts + 1 if newest == before else 1

@@ -5,28 +5,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from mpcli.checkpoint.layout import completed
+from mpcli.machine import detect_machine, environment
+from mpcli.plan import make_plan
+from mpcli.plan.capacity import Change, changes
+from mpcli.plan.memory import UnknownMemory
+from mpcli.plan.memory_text import changes_text, parts_text
+from mpcli.plan.micro_batch import halved, out_of_memory, release_memory, smaller
+from mpcli.plan.precision import has_batch_norm
+from mpcli.plan.processes import Group
 from mpcli.progress import Diverged, Progress
 from mpcli.ranks import ALONE, Ranks, lost_peer
 from mpcli.recipe.errors import Exit, Place, Problem, UserError, user_error
 from mpcli.recipe.load import load_recipe
-from mpcli.recipe.plugin import PluginFile, plugin_error
+from mpcli.recipe.plugin import Plugin, PluginFile, plugin_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.render import problem_json
 from mpcli.recipe.task import Task
-from mpcli.records import Result, ResultProblem, Status
+from mpcli.records import MemoryPlan, Plan, Result, ResultProblem, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held
 from mpcli.trainer import Display, train
 
 logger = logging.getLogger("mpcli")
+
+OUT_OF_MEMORY = "out-of-memory"
+"""Id of the finding."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,20 @@ class Ending:
     error: BaseException | None = None
     together: bool = True
 
+    @property
+    def too_large(self) -> Problem | None:
+        """That there was no memory for a micro-batch."""
+        path = "train.micro_batch_size"
+        return next(
+            (p for p in self.problems if (p.finding, p.path) == (OUT_OF_MEMORY, path)), None
+        )
+
 
 def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None) -> Result:
     """Train in this process what the run directory says, and write `result.json`.
 
     A later attempt goes on from the newest valid checkpoint, or from step 0 where there is none.
+    Such an attempt is begun here when there was no memory for a micro-batch: with half of it.
 
     Args:
         plugin: the file whose task the run has.
@@ -57,19 +76,60 @@ def launch(run: RunDirectory, display: Display, plugin: PluginFile | None = None
         Exception: a bug (after `result.json` said `failed`, exit 1), or a `UserError` where
             even the result cannot be written.
     """
-    progress = Progress()
-    with handled(), held(), reported(run, display):
+    with handled(), held(), _closing(run, display):
         recipe = load_recipe(run.recipe_path, plugin=plugin).recipe
-        ending = trained(recipe, run, display, progress)
-        result = finish(run, recipe, progress, ending)
+        while True:
+            with _logged(run, display):
+                progress = Progress()
+                ending = trained(recipe, run, display, progress)
+                tried_next = smaller_after(ending, recipe, run.plan())
+                if tried_next is None:
+                    result = finish(run, recipe, progress, ending)
+                    break
+                plan, why = tried_next
+                logger.warning("%s (attempt %d)", why, run.attempt + 1)
+            release_memory()
+            run.begin_attempt(recipe, plan, environment(), [why])
     if ending.error and ending.exit_code is Exit.BUG:
         raise ending.error
     return result
 
 
+def smaller_after(ending: Ending, recipe: Recipe, plan: Plan) -> tuple[Plan, str] | None:
+    """What is tried after an attempt that had no memory for a micro-batch, and why, in words.
+
+    Returns:
+        None where it ended otherwise, or there is no smaller micro-batch.
+    """
+    problem = ending.too_large
+    half = halved(recipe, plan) if problem else None
+    if problem is None or half is None:
+        return None
+    size = half.micro_batch_size
+    why = f"{problem.what}; micro-batches of {size:,} instead of {plan.micro_batch_size:,}"
+    if has_batch_norm(plan.modules):
+        why += f", and BatchNorm's statistics are of {size:,} samples from here on"
+    return half, why
+
+
 @contextlib.contextmanager
 def reported(run: RunDirectory, display: Display) -> Iterator[None]:
     """Write the log of this process in a block; afterwards run and display are closed."""
+    with _closing(run, display), _logged(run, display):
+        yield
+
+
+@contextlib.contextmanager
+def _closing(run: RunDirectory, display: Display) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        run.close()
+        display.close()
+
+
+@contextlib.contextmanager
+def _logged(run: RunDirectory, display: Display) -> Iterator[None]:
     with storage_errors(run.path):
         to_file = _LogFile(run.log_path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -80,8 +140,6 @@ def reported(run: RunDirectory, display: Display) -> Iterator[None]:
     try:
         yield
     finally:
-        run.close()
-        display.close()
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
@@ -95,11 +153,17 @@ def trained(
         train(recipe, run.plan(), run, display, progress, resume=run.attempt > 1, ranks=ranks)
         return Ending("done", Exit.DONE)
     except (Exception, KeyboardInterrupt) as error:
-        return ended_by(error, recipe)
+        return ended_by(error, recipe, training=run.step > 0)
 
 
-def ended_by(error: BaseException, recipe: Recipe | None = None) -> Ending:
-    """What it means that something was raised; the log has it all."""
+def ended_by(
+    error: BaseException, recipe: Recipe | None = None, *, training: bool = False
+) -> Ending:
+    """What it means that something was raised; the log has it all.
+
+    Args:
+        training: whether a step had begun.
+    """
     match error:
         case Diverged():
             hint = (
@@ -120,6 +184,10 @@ def ended_by(error: BaseException, recipe: Recipe | None = None) -> Ending:
         first, *_ = str(error).splitlines() or [type(error).__name__]
         problem = Problem(f"another rank cannot be reached: {first}")
         return Ending("failed", Exit.DISTRIBUTED, (problem,), error, together=False)
+    if out_of_memory(error):
+        # As text, for the error's frames hold all that was trained.
+        logger.info("what was raised\n%s", "".join(traceback.format_exception(error)))
+        return Ending("failed", Exit.ENVIRONMENT, (_no_memory(error, training),), together=False)
     if told := explained(error) or (recipe and plugin_error(error, recipe.task)):
         logger.error("what was raised", exc_info=error)
         return Ending("failed", told.exit_code, told.problems, error, together=False)
@@ -143,7 +211,8 @@ def stopped(
 def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
     """Write `result.json`."""
     reason = "; ".join(problem.what for problem in ending.problems) or None
-    told = (*ending.problems, *progress.warnings, *filter(None, [run.lost]))
+    problems = (told for problem in ending.problems for told in _helped(problem, recipe, run))
+    told = (*problems, *progress.warnings, *filter(None, [run.lost]))
     newest = next((found.step for found in completed(run.checkpoints_path)), None)
     result = Result(
         status=ending.status,
@@ -164,6 +233,47 @@ def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending
     logger.info("%s%s", ending.status, f": {reason}" if reason else "")
     run.write_result(result)
     return result
+
+
+def _helped(problem: Problem, recipe: Recipe, run: RunDirectory) -> Iterator[Problem]:
+    """A problem, and where there was no memory what helps: in the recipe, and by how much."""
+    if problem.finding != OUT_OF_MEMORY:
+        yield problem
+        return
+    plan = run.plan()
+    size = smaller(recipe, plan)
+    if size and problem.path == "train.micro_batch_size":
+        hint = f"use `micro_batch_size: {size}`: it accumulates to the same global batch"
+        yield replace(problem, hint=hint)
+        return
+    if plan.memory is None:
+        hint = "use `engine.activation_checkpointing: true`, half weights, or a smaller model"
+        yield replace(problem, hint=hint)
+        return
+    yield replace(problem, hint=None)
+    release_memory()
+    helps = ""
+    try:
+        helps = changes_text(plan.memory, _changes(recipe, plan, run))
+    except Exception:  # the result is worth more than advice
+        logger.info("what would help is not known", exc_info=True)
+    yield Problem(parts_text(plan.memory), helps or None, severity="warning")
+
+
+def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
+    """Of the recipe, with what is planned to be needed then."""
+    plugin = recipe.task.plugin if isinstance(recipe.task, Plugin) else None
+    machine, group = detect_machine(), Group(plan.world_size)
+
+    def plan_for(settings: Sequence[str]) -> MemoryPlan:
+        same = f"train.micro_batch_size={plan.micro_batch_size}"
+        changed = load_recipe(run.recipe_path, [same, *settings], plugin).recipe
+        memory = make_plan(changed, machine, group=group).memory
+        if memory is None:
+            raise UnknownMemory
+        return memory
+
+    return changes(recipe, plan.micro_batch_size, plan_for)
 
 
 def recorded(problem: Problem) -> ResultProblem:
@@ -239,16 +349,24 @@ def explained_loss() -> Iterator[None]:
         ) from error
 
 
+def _no_memory(error: BaseException, training: bool = True) -> Problem:
+    """What torch had no memory for; before a step that is no micro-batch."""
+    what, *_ = str(error).splitlines() or [type(error).__name__]
+    hint = "lower `train.micro_batch_size`: gradients accumulate to the same global batch"
+    return Problem(
+        f"out of memory: {what}",
+        hint if training else None,
+        path="train.micro_batch_size" if training else "engine.device",
+        finding=OUT_OF_MEMORY,
+        exit_code=Exit.ENVIRONMENT,
+    )
+
+
 def explained(error: Exception) -> UserError | None:
     """What torch raises through no fault of the program, with its remedy."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return user_error(
-            f"out of memory: {text.splitlines()[0]}",
-            "lower `train.micro_batch_size`: gradients accumulate to the same global batch",
-            path="train.micro_batch_size",
-            exit_code=Exit.ENVIRONMENT,
-        )
+    if out_of_memory(error):
+        return UserError(_no_memory(error))
     if missing := re.search(r'"(\w+)" not implemented for \'(Half|BFloat16)\'', text):
         kernel, half = missing.groups()
         return user_error(

@@ -75,6 +75,8 @@ class Machine:
     # half precisions in which nn.LSTM fails under autocast
     broken_lstm: Mapping[str, frozenset[str]] = field(default_factory=dict)
     cpus: int | None = None  # that this process may use; None: nobody counted them
+    # bytes that are free; None or missing: nobody knows
+    available_memory: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def check_installation() -> None:
@@ -144,7 +146,11 @@ def detect_machine(local_rank: int = 0) -> Machine:
         broken_lstm[device] = frozenset(
             p for p in runs & {"fp16", "bf16"} if _lstm_fails(device, p)
         )
-    return Machine(tuple(names), emulated, unsupported, broken_lstm, _cpu_count())
+    memory = {
+        "cpu": _available_memory(),
+        "cuda": torch.cuda.mem_get_info()[0] if names else None,
+    }
+    return Machine(tuple(names), emulated, unsupported, broken_lstm, _cpu_count(), memory)
 
 
 def environment() -> dict[str, Any]:
@@ -215,6 +221,55 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _available_memory() -> int | None:
+    """Bytes of the host's memory that this process and those it starts may still use."""
+    rooms = [_cgroup_room()]
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(1024 * int(line.split()[1]))
+    return min((room for room in rooms if room is not None), default=None)
+
+
+# Controller of a control group -> its folder, its files of limit and usage, and its counter of what
+# is only cached: of version 2, which names none, and of version 1.
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}
+
+
+def _cgroup_room(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What this process's control group and those above it leave of their limits; None: no limit.
+
+    Files that the kernel only caches for a group it gives up when memory is needed.
+    """
+    try:
+        rows = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    rooms = []
+    for _, controllers, path in rows:
+        for name in controllers.split(","):
+            if name not in _CGROUP_FILES:
+                continue
+            folder, limit, usage, cached = _CGROUP_FILES[name]
+            top = root / folder
+            group = top / path.strip("/")
+            for place in (group, *(above for above in group.parents if above.is_relative_to(top))):
+                with suppress(OSError, ValueError):  # a file that is not there, `max`
+                    free = int((place / limit).read_text()) - int((place / usage).read_text())
+                    counters = (place / "memory.stat").read_text().split()
+                    may_go = int(counters[counters.index(cached) + 1])
+                    rooms.append(max(0, free + may_go))
+    return min(rooms, default=None)
 
 
 def _redact(name: str, value: str) -> str:

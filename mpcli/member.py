@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import mpcli
-from mpcli.launch import Ending, ended_by, finish, recorded, trained
+from mpcli.launch import OUT_OF_MEMORY, Ending, ended_by, finish, recorded, trained
 from mpcli.machine import environment, versions
+from mpcli.plan.micro_batch import halved
 from mpcli.position import Position
 from mpcli.progress import Progress
 from mpcli.ranks import Ranks, join, lost_peer, timed_out
@@ -54,7 +55,15 @@ def enter(place: Position, recipe: Recipe, plan: Plan, plugin: PluginFile | None
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     same = facts(recipe, plan, plugin.sha256 if plugin else None)
+    if recipe.train.micro_batch_size == "auto":  # each found its own: see `agreed`
+        for name in ("micro_batch_size", "accumulation", "memory"):
+            del same[f"plan.{name}"]
     return join(place, device, engine.timeout_seconds, same)
+
+
+def agreed(ranks: Ranks, plan: Plan) -> Plan:
+    """One plan of all that ranks made by themselves: of that with the smallest micro-batch."""
+    return min(ranks.gathered(plan), key=lambda one: one.micro_batch_size)
 
 
 def facts(recipe: Recipe, plan: Plan, plugin_sha256: str | None = None) -> dict[str, str]:
@@ -94,7 +103,7 @@ _RUN_KEY = "mptrain/run"
 def begin_together(
     ranks: Ranks,
     place: Position,
-    begin: Callable[[], tuple[RunDirectory, Mapping[str, Any]]],
+    begin: Callable[[Plan], tuple[RunDirectory, Mapping[str, Any]]],
     recipe: Recipe,
     plan: Plan,
 ) -> RunDirectory:
@@ -112,7 +121,7 @@ def begin_together(
     told: tuple[str, int] | UserError | None = None
     if ranks.is_main:
         try:
-            run = _restarted(ranks, place, recipe, plan) or begin()[0]
+            run = _restarted(ranks, place, recipe, plan) or begin(plan)[0]
             path = str(run.path.absolute())
             if place.agent and ranks.store:
                 ranks.store.set(_RUN_KEY, path)
@@ -133,8 +142,16 @@ def _restarted(ranks: Ranks, place: Position, recipe: Recipe, plan: Plan) -> Run
         return None
     run = RunDirectory.open(Path(ranks.store.get(_RUN_KEY).decode()))
     why = f"the processes were started again by torchrun (restart {place.restarts})"
+    before = run.plan()
+    if before.world_size == plan.world_size:  # what it found out holds
+        ended_so = any(_ran_out_of_memory(failure) for failure in run.failures().values())
+        plan = (halved(recipe, before) if ended_so else None) or before
     run.begin_attempt(recipe, plan, environment(), [why])
     return run
+
+
+def _ran_out_of_memory(failure: RankFailure) -> bool:
+    return any(problem["finding"] == OUT_OF_MEMORY for problem in failure.problems)
 
 
 def take_part(run: RunDirectory, recipe: Recipe, display: Display, ranks: Ranks) -> Ending:

@@ -103,8 +103,9 @@ class MemoryPlan(Record):
     optimizer: int = Field(ge=0, description="the optimizer's state")
     average: int = Field(ge=0, description="of the weights, with `train.ema`")
     buffers: int = Field(ge=0, description="such as running statistics, and their copies")
+    batch: int = Field(default=0, ge=0, description="the samples of a step")
     activations: int = Field(ge=0, description="most that backward waits for, of a micro-batch")
-    temporary: int = Field(ge=0, description="the rest of the peak: what comes and goes")
+    temporary: int = Field(ge=0, description="at the peak, beside those parts that are there")
     peak: int = Field(ge=0)
     peak_at: Literal["forward", "backward", "update"]
     host: int = Field(default=0, ge=0, description="offloaded to the machine's memory instead")
@@ -135,6 +136,10 @@ class Plan(Record):
     model_sha256: str | None = Field(
         default=None, description="of the config and the tokenizer that a model of text has"
     )
+    memory: MemoryPlan | None = Field(
+        default=None, description="of the rank that needs most; null: not known, or no training"
+    )
+    memory_unknown: str | None = Field(default=None, description="why its memory is not known")
     warnings: tuple[PlanWarning, ...] = ()
 
 

@@ -260,6 +260,7 @@ def train(
         evaluation_time, checkpoint_time = (timer(every) for every in intervals)
         compared = False
         if resumed:
+            run.at_step(progress.attempted)
             finish_step(progress.attempted)  # its evaluation may have been stopped
         elif recipe.train.on_nonfinite == "rollback":
             save(0)

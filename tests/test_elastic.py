@@ -15,7 +15,7 @@ import torch
 import mpcli
 from mpcli import worker
 from mpcli.elastic import _lives, root_cause
-from mpcli.member import facts
+from mpcli.member import agreed, facts
 from mpcli.position import first_host, position
 from mpcli.ranks import Ranks, lost_peer, timed_out
 from mpcli.recipe.errors import Exit, UserError, user_error
@@ -30,7 +30,7 @@ def problem(message):
 
 
 def failed(rank, message="KeyError: 1", code=Exit.BUG, **more):
-    about = {"step": 12, "exit_code": code, "problems": (problem(message),), **more}
+    about = {"step": 12, "exit_code": code, "problems": (problem(message),)} | more
     return rank, RankFailure(rank=rank, **about)
 
 
@@ -273,3 +273,27 @@ def test_facts_have_the_plugin(tmp_path):
     run, _ = run_small(tmp_path)
     one, other = (facts(small_recipe(tmp_path).recipe, run.plan(), sha) for sha in ("a", "b"))
     assert {name for name in one if one[name] != other[name]} == {"the plug-in's SHA-256"}
+
+
+def test_ranks_that_plan_for_themselves_take_the_smallest_micro_batch(tmp_path):
+    run, _ = run_small(tmp_path)
+    plans = [run.plan().model_copy(update={"micro_batch_size": size}) for size in (8, 2, 4)]
+
+    class Gathering(Ranks):
+        def gathered(self, value):
+            return plans
+
+    assert agreed(Gathering(), plans[0]) == plans[1]
+
+
+def test_a_rank_without_memory_is_the_root_and_says_what_to_make_smaller():
+    full = problem("out of memory: x") | {
+        "path": "train.micro_batch_size", "finding": "out-of-memory",
+    }  # fmt: skip
+    found = root_cause(
+        dict([lost(0), failed(1, code=Exit.ENVIRONMENT, problems=(full,))]), beats(0, 1), 2
+    )
+    assert found.too_large.what == "rank 1 in step 12: out of memory: x"
+    before = full | {"path": "engine.device"}  # before the first step
+    found = root_cause(dict([failed(1, problems=(before,))]), beats(0, 1), 2)
+    assert found.too_large is None

@@ -85,10 +85,12 @@ def test_a_gpu_without_tensor_cores_for_it_emulates_bf16_and_lacks_tf32(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * 2**30, 8 * 2**30))
     monkeypatch.setattr(machine, "_small_step", lambda device, precision, size: None)
     monkeypatch.setattr(machine, "_lstm_fails", lambda device, precision: False)
     found = detect_machine()
     assert found.emulated["cuda"] == emulated
+    assert found.available_memory["cuda"] == 5 * 2**30
     assert found.unsupported["cuda"] == unsupported
 
 

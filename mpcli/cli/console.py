@@ -219,6 +219,8 @@ class BarDisplay:
         """Say what begins, and draw the empty bar."""
         self._facts = _Facts(plan, recipe)
         self.message(self._facts.heading)
+        for before in self._progress.task_ids:  # an attempt that ended
+            self._progress.remove_task(before)
         self._task = self._progress.add_task(f"step 0/{plan.steps}", total=plan.steps)
         self._draw(self._progress.start)
 

@@ -96,7 +96,7 @@ def supervised(
 
 
 def meet(
-    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    begin: Callable[[Plan], tuple[RunDirectory, dict[str, Any]]],
     loaded: LoadedRecipe,
     planned: Plan,
     warnings: list[Problem],
@@ -128,7 +128,7 @@ def meet(
         try:
             show_warnings(loaded, warnings)
             with held():
-                directory, found = begin()
+                directory, found = begin(planned)
                 result = supervised(directory, loaded, planned, found, meeting)
                 code, reason = Exit(result.exit_code), result.reason
         except UserError as error:
@@ -142,7 +142,7 @@ def meet(
 
 
 def take_part(
-    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    begin: Callable[[Plan], tuple[RunDirectory, dict[str, Any]]],
     loaded: LoadedRecipe,
     planned: Plan,
     warnings: list[Problem],
@@ -154,7 +154,7 @@ def take_part(
     with uninterrupted():
         from mpcli.elastic import conclude, root_traceback
         from mpcli.launch import explained_loss, reported
-        from mpcli.member import Silent, begin_together, enter, take_part
+        from mpcli.member import Silent, agreed, begin_together, enter, take_part
         from mpcli.ranks import leave
 
     began = time.monotonic()
@@ -162,6 +162,7 @@ def take_part(
         show_warnings(loaded, warnings)
     with explained_loss():
         ranks = enter(place, loaded.recipe, planned, loaded.plugin)
+        planned = agreed(ranks, planned)
         with held():
             run = begin_together(ranks, place, begin, loaded.recipe, planned)
     shown = display() if ranks.is_main else Silent()

@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mpcli.cli.console import show_table, write
+import typer
+
+from mpcli.cli.console import memory_text, show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, RecipePath, Strict
 from mpcli.cli.plugin import named_plugin
-from mpcli.recipe.errors import Problem, UserError
+from mpcli.recipe.errors import Problem, UserError, user_error
 from mpcli.signals import uninterrupted
 
 if TYPE_CHECKING:
+    from mpcli.plan.capacity import Change, Fit
     from mpcli.recipe.load import LoadedRecipe
     from mpcli.recipe.plugin import PluginFile
     from mpcli.recipe.recipe import Recipe
-    from mpcli.records import Plan
+    from mpcli.records import MemoryPlan, Plan
+
+Capacity = Annotated[
+    str | None,
+    typer.Option(
+        "--capacity",
+        metavar="SIZE",
+        help="Say whether it fits a device of this memory, such as 24GiB, and what would make it.",
+        show_default=False,
+    ),
+]
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def plan(
     recipe: RecipePath,
     overrides: Overrides,
     plugin: PluginPath = None,
+    capacity: Capacity = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, and every problem.
 
     Each value of the recipe with its origin, the precision of each module, the number of
-    parameters, processes and steps.
+    parameters, processes and steps, the memory of a process.
     """
-    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
+    room = None if capacity is None else _bytes(capacity)
+    file = named_plugin(plugin)
+    loaded, planned, warnings = make(recipe, overrides, file, strict=strict)
+    fit = None
+    if room is not None:
+
+        def plan_for(settings: Sequence[str]) -> MemoryPlan:
+            return _memory(make(recipe, [*overrides, *settings], file, strict=False)[1])
+
+        from mpcli.plan.capacity import answer
+
+        fit = answer(loaded.recipe, planned, plan_for, room)
     if as_json:
         write_json(
             {
@@ -42,12 +73,71 @@ def plan(
                 "origins": dict(loaded.origins),
                 "dropped": list(loaded.dropped),
                 "plan": planned.model_dump(mode="json"),
+                **({} if fit is None else _fit_record(fit)),
                 "problems": as_records(warnings),
             }
         )
     else:
         _show(loaded, planned)
+        if fit is not None:
+            _show_fit(fit)
         show_problems(warnings)
+
+
+def _bytes(text: str) -> int:
+    """Of a size such as `24GiB`.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise user_error(f"--capacity is a size, found `{text}`", "write it as 24GiB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _memory(planned: Plan) -> MemoryPlan:
+    from mpcli.plan.memory import UnknownMemory
+
+    if planned.memory is None:
+        raise UnknownMemory(planned.memory_unknown)
+    return planned.memory
+
+
+def _fit_record(fit: Fit) -> dict[str, Any]:
+    least = fit.least
+    return {
+        "capacity_bytes": fit.capacity,
+        "fits": fit.fits,
+        "changes": [_change_record(change) for change in fit.changes],
+        "least": None if least is None else _change_record(least),
+    }
+
+
+def _change_record(change: Change) -> dict[str, Any]:
+    memory = change.memory.model_dump(mode="json")
+    return {"what": change.what, "set": list(change.settings), "memory": memory}
+
+
+def _show_fit(fit: Fit) -> None:
+    """The answer to `--capacity`, with changes as they are typed."""
+    size = memory_text(fit.capacity)
+    if fit.fits is None:
+        write(f"Whether it fits {size} is not known.")
+        return
+    if fit.fits:
+        write(f"It fits {size}: at most {memory_text(fit.peak)} are needed at once.")
+        return
+    write(f"It does not fit {size}: {memory_text(fit.peak)} are needed at once.")
+    if fit.changes:
+        write("It fits with:" if len(fit.changes) == 1 else "It fits with any of these:")
+    elif fit.least:
+        write(f"Nothing here makes it fit: at least {memory_text(fit.least.memory.peak)}, with")
+    else:
+        write("Nothing here makes it fit.")
+    for change in fit.changes or ([fit.least] if fit.least else []):
+        write(f"  {change.what}: {memory_text(change.memory.peak)}")
+        write("    " + " ".join(f"--set {shlex.quote(setting)}" for setting in change.settings))
 
 
 def make(
@@ -149,12 +239,42 @@ def _show(loaded: LoadedRecipe, planned: Plan) -> None:
         ],
     )
     show_table("Run", ("", ""), _summary(loaded.recipe, planned))
+    if planned.memory:
+        show_table("Memory of a process", ("part", "bytes", "when"), _memory_rows(planned))
+    elif planned.memory_unknown:
+        write(f"memory: not known ({planned.memory_unknown})")
+
+
+def _memory_rows(planned: Plan) -> list[tuple[str, str, str]]:
+    memory = planned.memory
+    assert memory is not None
+    always, peak_at = "always", f"at the peak, in {memory.peak_at}"
+    rows = [
+        ("weights", memory.weights, always),
+        ("fp32 masters", memory.masters, always),
+        ("optimizer state", memory.optimizer, always),
+        ("averaged weights", memory.average, always),
+        ("buffers", memory.buffers, always),
+        ("batch", memory.batch, always),
+        ("gradients", memory.gradients, "from backward to the update"),
+        ("activations", memory.activations, "from forward to backward, of a micro-batch"),
+        ("temporary", memory.temporary, peak_at),
+        ("in host memory", memory.host, "always, offloaded"),
+    ]
+    shown = [(part, memory_text(size), when) for part, size, when in rows if size]
+    where = f"{planned.device}, in {memory.peak_at}"
+    if memory.host and planned.device == "cpu":
+        where += "; a CPU's memory is the host's, so it is in it"
+    return [*shown, ("peak", memory_text(memory.peak), where)]
 
 
 def _summary(recipe: Recipe, planned: Plan) -> list[tuple[str, str]]:
     """The plan's totals, as label and value."""
     processes = f"{planned.world_size:,} ({recipe.engine.kind})"
     micro_batch = f"{planned.micro_batch_size:,} x {planned.accumulation} per step"
+    if recipe.train.micro_batch_size == "auto":
+        whole = math.ceil(recipe.train.global_batch_size / planned.world_size)
+        micro_batch += f" (auto: {planned.micro_batch_size:,} of {whole:,})"
     if planned.world_size > 1:
         batch = recipe.train.global_batch_size
         smallest, more = divmod(batch, planned.world_size)

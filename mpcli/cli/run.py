@@ -93,9 +93,9 @@ def run(
 
     folder = None if output is None else Path(output)
 
-    def create() -> tuple[RunDirectory, dict[str, Any]]:
+    def create(plan: Plan) -> tuple[RunDirectory, dict[str, Any]]:
         found = environment()
-        return RunDirectory.create(loaded, planned, found, folder), found
+        return RunDirectory.create(loaded, plan, found, folder), found
 
     _train(create, loaded, planned, warnings, group, as_json=as_json)
 
@@ -140,10 +140,10 @@ def _resume(
 
         from mpcli.machine import environment
 
-        def go_on() -> tuple[RunDirectory, dict[str, Any]]:
+        def go_on(plan: Plan) -> tuple[RunDirectory, dict[str, Any]]:
             found = environment()
             opened = directory if alone else RunDirectory.open(Path(path))
-            opened.begin_attempt(loaded.recipe, planned, found, changes)
+            opened.begin_attempt(loaded.recipe, plan, found, changes)
             return opened, found
 
         _train(go_on, loaded, planned, warnings, group, as_json=as_json)
@@ -152,7 +152,7 @@ def _resume(
 
 
 def _train(
-    begin: Callable[[], tuple[RunDirectory, dict[str, Any]]],
+    begin: Callable[[Plan], tuple[RunDirectory, dict[str, Any]]],
     loaded: LoadedRecipe,
     planned: Plan,
     warnings: list[Problem],
@@ -163,7 +163,7 @@ def _train(
     """Train in this process, in some that it starts, or as one that something else started.
 
     Args:
-        begin: makes an attempt, and says in what environment.
+        begin: makes an attempt of a plan, and says in what environment.
     """
     distributed = loaded.recipe.engine.kind != "local"
     if distributed and group.place:
@@ -175,7 +175,7 @@ def _train(
 
     show_warnings(loaded, warnings)
     with held():
-        directory, found = begin()
+        directory, found = begin(planned)
         if distributed:
             result = supervised(directory, loaded, planned, found)
         else:

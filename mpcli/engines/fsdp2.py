@@ -288,13 +288,13 @@ def _divide(
     reshard = options.reshard_after_forward
     names = {module: type(module).__name__ for module in model.modules()}
     in_order = [module for module in model.modules() if module in islands]
-    shared = [island for island in in_order if _shares(model, island)]
+    shared = [island for island in in_order if shares(model, island)]
     for group in ([shared] if shared else []) + [[i] for i in in_order if i not in shared]:
         if any(True for module in group for _ in module.parameters()):
             divide(group, torch.float32, reshard=reshard)
     inside = {module for island in islands for module in island.modules()}
-    for block in _blocks(model):
-        if block is not model and block not in inside and not _shares(model, block):
+    for block in blocks(model):
+        if block is not model and block not in inside and not shares(model, block):
             divide([block], dtype, reshard=reshard)
     # Its backward begins with what its forward ended with.
     divide([model], torch.float32 if model in inside else dtype, reshard=False)
@@ -315,20 +315,20 @@ def _own_memory(module: nn.Module, inputs: object, output: Any) -> Any:
     return tree_map(own, output)
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
     """What the outermost lists of modules hold and has parameters."""
     if isinstance(module, nn.ModuleList | nn.Sequential):
         for child in module:
             if type(child).forward is nn.Module.forward:  # a list in a list
-                yield from _blocks(child)
+                yield from blocks(child)
             elif any(True for _ in child.parameters()):
                 yield child
     else:
         for child in module.children():
-            yield from _blocks(child)
+            yield from blocks(child)
 
 
-def _shares(model: nn.Module, part: nn.Module) -> bool:
+def shares(model: nn.Module, part: nn.Module) -> bool:
     """Whether a part of a model has a parameter that is also outside of it."""
     inside = set(part.modules())
     outside = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}

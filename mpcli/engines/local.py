@@ -93,7 +93,7 @@ class LocalEngine:
         self.scaler = LossScaler(recipe.precision.loss_scale, self.home)
         self.learning_rates = learning_rate_table(recipe.optim, steps, self.home)
         self.applied = torch.zeros(1, dtype=torch.int64, device=self.home)
-        self.lr = torch.zeros(1, dtype=torch.float32, device=self.home)
+        self.lr = torch.tensor([0.0], dtype=torch.float32, device=self.home)
         named = list(zip(self.names, self.masters, strict=True))
         apart = weights_apart(recipe.optim, model)
         self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()), apart)

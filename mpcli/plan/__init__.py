@@ -14,6 +14,8 @@ from mpcli.engines import clip_problems, mode_problems
 from mpcli.machine import Machine
 from mpcli.optim import host_reads
 from mpcli.plan.dangers import dangers
+from mpcli.plan.memory import UnknownMemory, plan_memory
+from mpcli.plan.micro_batch import fitting
 from mpcli.plan.optim import matrix_problems, optim_problems
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
@@ -86,11 +88,33 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         precision = plan_precision(recipe, data, device, machine, smallest)
         if training:
             problems += matrix_problems(recipe, precision.hidden_matrices)
+        if recipe.train.micro_batch_size == "auto" and not problems:
+            micro_batch = fitting(
+                recipe,
+                data,
+                device,
+                machine,
+                world_size,
+                group.nodes,
+                steps,
+                precision,
+                training=training,
+            )
     except UserError as error:
         problems += error.problems
     warnings = list(dangers(recipe, machine, device, precision, steps, world_size, micro_batch))
     if problems or precision is None:
         raise UserError(*problems, *warnings)
+
+    accumulation = len(micro_batch_sizes(batch, 0, world_size, micro_batch))
+    memory, unknown = None, None
+    if training:
+        try:
+            memory = plan_memory(
+                recipe, data, device, world_size, micro_batch, accumulation, precision.fp32_modules
+            )
+        except UnknownMemory as error:
+            unknown = str(error)
 
     return Plan(
         device=device.type,
@@ -102,12 +126,14 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         micro_batch_size=micro_batch,
-        accumulation=len(micro_batch_sizes(batch, 0, world_size, micro_batch)),
+        accumulation=accumulation,
         parameters=precision.parameters,
         host_reads=host_reads(recipe.optim, precision.weights),
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
         model_sha256=precision.model_sha256,
+        memory=memory,
+        memory_unknown=unknown,
         warnings=tuple(
             PlanWarning(finding=w.finding, path=w.path, message=w.what, hint=w.hint)
             for w in warnings

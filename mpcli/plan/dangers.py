@@ -9,7 +9,7 @@ from typing import assert_never
 import torch
 
 from mpcli.machine import Machine
-from mpcli.plan.precision import PrecisionPlan
+from mpcli.plan.precision import PrecisionPlan, has_batch_norm
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import Numerics, numerics
 from mpcli.recipe.engine import Ddp, Engine, Fsdp2
@@ -125,7 +125,7 @@ def _batchnorm_warnings(
     """Statistics of few samples, or of those of one process alone."""
     engine = recipe.engine
     synchronised = isinstance(engine, Ddp) and engine.sync_batch_norm
-    if not any("BatchNorm" in row.type for row in precision.modules):
+    if not has_batch_norm(precision.modules):
         if synchronised:
             what, hint = "the model has no BatchNorm", "use `sync_batch_norm: false`"
             yield _warning(None, "engine.sync_batch_norm", what, hint)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 from mpcli.data.batch import Batch
 from mpcli.machine import Machine
 from mpcli.optim import hidden_matrices
+from mpcli.plan.fake import make_fake, meta_model
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast, numeric_settings, numerics
 from mpcli.precision.observe import LOSS, TypesObserver, types_of
@@ -34,7 +34,7 @@ from mpcli.recipe.precision import Precision
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.task import ImageClassification, TextTask, TorchvisionModel
 from mpcli.records import ModulePrecision, ModuleTypes
-from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
+from mpcli.tasks import Dataset, task_of
 from mpcli.tasks.torchvision_models import has_cifar_stem
 from mpcli.tasks.transformers_models import model_sha256
 
@@ -46,6 +46,11 @@ _NO_VALUES = (
 
 MAX_DIFFERENCES = 5
 """Modules named when a run's types differ from the plan's."""
+
+
+def has_batch_norm(modules: Iterable[ModulePrecision]) -> bool:
+    """Whether what a model computes depends on which samples share a forward."""
+    return any("BatchNorm" in row.type for row in modules)
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,13 @@ def plan_precision(
             match nothing.
     """
     meaning = numerics(recipe.precision.mode)
-    # Constructors may read numbers, which meta tensors allow and fake ones do not.
-    with torch.device("meta"):
-        model = task_of(recipe.task).build_model(recipe.task, data.info)
-    if recipe.engine.activation_checkpointing:
-        apply_activation_checkpointing(model)
+    model = meta_model(recipe, data)
     parameters = sum(p.numel() for p in model.parameters())
     islands = fp32_islands(recipe.precision, model, device, machine)
     convert(model, meaning, device, islands)
     example = data.example(num_samples)
-    with FakeTensorMode(), numeric_settings(recipe.precision, device):
-        # Fake tensors of a device that is absent (said already) cannot be made.
-        place = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-        model._apply(partial(_fake, device=place))
-        batch = Batch(
-            {name: _fake(tensor, place) for name, tensor in example.tensors.items()},
-            example.weights,
-        )
+    with FakeTensorMode() as mode, numeric_settings(recipe.precision, device):
+        batch = make_fake(model, example, device, mode)
         observer = _traced(recipe, model, batch, meaning, device)
     _check_softmax(recipe, model, observer)
     _check_that_islands_run(recipe, model, observer, islands)
@@ -106,12 +101,6 @@ def plan_precision(
         half_norms=sum(row.name in norms and row.computed != "fp32" for row in modules),
         model_sha256=model_sha256(model, data.info) if isinstance(recipe.task, TextTask) else None,
     )
-
-
-def _fake(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor with a shape, a type and a device, but no memory."""
-    shape, stride = tensor.shape, tensor.stride()
-    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
 
 
 def fp32_islands(

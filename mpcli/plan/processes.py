@@ -46,7 +46,7 @@ def processes(
     return world_size, [
         *_group_problems(engine, group),
         *_device_problems(engine, machine, device, world_size // group.nodes),
-        *_batch_problems(recipe, world_size),
+        *batch_problems(recipe, world_size),
     ]
 
 
@@ -109,7 +109,7 @@ def _device_problems(
         )
 
 
-def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+def batch_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     """Why a global batch cannot be divided: every process has to take as many micro-batches."""
     batch = recipe.train.global_batch_size
     if batch < world_size:

@@ -219,7 +219,7 @@ class RunDirectory:
             (self.path / name).rename(self.path / "attempts" / str(attempt))
             sync(self.path / "attempts")
             (self.path / "result.json").unlink(missing_ok=True)
-        self.attempt = attempt
+        self.attempt, self.step = attempt, 0
 
     def foreign(self) -> ForeignRun | None:
         """What was recorded, where the run is not ours."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from mpcli.diagnose import remedies
 from mpcli.diagnose.evidence import Evidence
 from mpcli.diagnose.finding import Finding, Suggestion
+from mpcli.plan.micro_batch import smaller
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit
 from mpcli.recipe.optim import Sgd
@@ -83,8 +84,8 @@ def _changes(recipe: Recipe, plan: Plan, parts: dict[str, int], others: int) -> 
     Where no peak is known, fewer activations come first: only they can have been any number.
     """
     saving: list[tuple[float, Suggestion]] = []
-    if plan.micro_batch_size > 1:
-        saving.append((others / 2, remedies.smaller_micro_batch(plan.micro_batch_size // 2)))
+    if size := smaller(recipe, plan):
+        saving.append((others / 2, remedies.smaller_micro_batch(size)))
     if not recipe.engine.activation_checkpointing:  # of the rest the blocks' inputs stay
         saving.append((others / 3, remedies.activation_checkpointing()))
     meaning = numerics(recipe.precision.mode)
