@@ -34,7 +34,14 @@ def make_fake(
     """Make a model's tensors fake in place, and those of a batch; `mode` is entered."""
     # Fake tensors of a device that is absent (said already) cannot be made.
     place = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     model._apply(partial(_fake, device=place))
+    for first, *others in names.values():  # `_apply` gives each module its own
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = model.get_parameter(first)
     # What torch remembers of them would keep `convert` from replacing them.
     mode.fake_tensor_converter.tensor_memo.clear()
     tensors = {name: _fake(tensor, place) for name, tensor in example.tensors.items()}
