@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import TOLERANCE, Cell, cells, measured_peak, with_data
+from mpcli.cli.plan import size_in_bytes
 from mpcli.plan import make_plan
 from mpcli.plan.capacity import answer, fitting, together
 from mpcli.plan.memory import UnknownMemory
+from mpcli.recipe.errors import UserError
 from mpcli.records import MemoryPlan, Plan
 from tests.small import CPU, small_recipe
-
-MLP = "task.model={kind: smallnet, width: 16}"
 
 
 def planned(folder: Path, *overrides: str) -> Plan:
@@ -95,8 +95,9 @@ def check(one: Cell) -> None:
     assert abs(one.error) <= TOLERANCE, (one.planned, one.measured)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("mode", ["fp32", "bf16-master", "bf16-pure"])
+@pytest.mark.parametrize(
+    ("mode", "accumulation"), [("fp32", 1), ("fp32", 3), ("bf16-master", 3), ("bf16-pure", 1)]
+)
 def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulation: int) -> None:
     overrides = (
         "task.model={kind: vit, patch_size: 2, layers: 3, width: 64, heads: 2, mlp_width: 128}",
@@ -155,32 +156,61 @@ def test_divided_engines_need_less_the_more_ranks_there_are(tmp_path: Path) -> N
     assert offloaded.host >= peaks[0].weights + peaks[0].optimizer
 
 
-def plan_for(folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
-    def plan(settings: Sequence[str]) -> MemoryPlan:
-        if any("deepspeed" in setting for setting in settings):
-            raise UnknownMemory("not here")
-        return memory(folder, *overrides, *settings)
+def needs(**parts: int) -> MemoryPlan:
+    """Of a recipe whose other parts are nothing."""
+    empty = dict.fromkeys(
+        ("weights", "masters", "gradients", "optimizer", "average", "buffers", "temporary"), 0
+    )
+    return MemoryPlan(**{**empty, "activations": 0, **parts}, peak_at="backward")
 
-    return plan
+
+def plan_for(settings: Sequence[str]) -> MemoryPlan:
+    """100 bytes of weights, 20 for each sample and 800 of the optimizer's state."""
+    values = dict(setting.split("=", 1) for setting in settings)
+    samples = int(values.get("train.micro_batch_size", 16))
+    if "engine.kind" in values:
+        raise UnknownMemory("not here")
+    state = 200 if "optim" in values else 800
+    return needs(peak=100 + 20 * samples + state)
 
 
 def test_changes_that_fit_come_smallest_first(tmp_path: Path) -> None:
-    loaded = small_recipe(tmp_path, MLP)
-    plan = make_plan(loaded.recipe, CPU)
-    assert plan.memory is not None
-    capacity = plan.memory.peak * 2 // 3
-    found = fitting(loaded.recipe, 16, plan_for(tmp_path, MLP), capacity)
-    assert found[0].settings == ("train.micro_batch_size=8",)
-    assert all(change.memory.peak <= capacity for change in found)
-    assert answer(loaded.recipe, plan, plan_for(tmp_path, MLP), plan.memory.peak).fits
+    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
+    found = fitting(recipe, 16, plan_for, 1000)
+    assert [change.settings[0].partition("=")[0] for change in found] == [
+        "train.micro_batch_size",
+        "optim",
+    ]
+    assert found[0].settings == ("train.micro_batch_size=4",)
+    assert "kind: adamw8bit" in found[1].settings[0] and "lr: 0.1" in found[1].settings[0]
+
+
+def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
+    assert fitting(recipe, 16, plan_for, 330) == []
+    change = together(recipe, 16, plan_for, 330)
+    assert change is not None and change.memory.peak == 320
+    assert [s.partition("=")[0] for s in change.settings] == ["train.micro_batch_size", "optim"]
 
 
 def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
-    loaded = small_recipe(tmp_path, MLP)
+    loaded = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}")
     plan = make_plan(loaded.recipe, CPU)
-    assert plan.memory is not None
-    fit = answer(loaded.recipe, plan, plan_for(tmp_path, MLP), 1024)
+    fit = answer(loaded.recipe, plan, plan_for, 300)
     assert (fit.fits, fit.changes) == (False, ())
-    assert fit.least is not None and 1024 < fit.least.memory.peak < plan.memory.peak
-    best = together(loaded.recipe, 16, plan_for(tmp_path, MLP), fit.least.memory.peak)
-    assert best is not None and best.memory.peak <= fit.least.memory.peak
+    assert fit.least is not None and fit.least.memory.peak == 320
+    assert plan.memory is not None
+    assert answer(loaded.recipe, plan, plan_for, plan.memory.peak).fits
+
+
+@pytest.mark.parametrize("size", ["24", "GiB", "0GiB", "-1GiB", "many"])
+def test_a_capacity_is_a_size(size: str) -> None:
+    with pytest.raises(UserError, match="size"):
+        size_in_bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [("24GiB", 24 * 2**30), ("1.5 GB", 15 * 10**8), ("500mib", 500 * 2**20)]
+)
+def test_sizes_are_binary_or_decimal(size: str, number: int) -> None:
+    assert size_in_bytes(size) == number
