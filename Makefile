@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-diagnose clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -48,6 +48,9 @@ bench-probe: $(INSTALLED)
 
 bench-scaling: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py
+
+bench-memory: $(INSTALLED)
+	$(BIN)/python -m benchmarks.memory
 
 bench-diagnose: $(INSTALLED)
 	$(BIN)/python -m benchmarks.diagnose

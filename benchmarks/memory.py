@@ -6,11 +6,13 @@ profiler recorded it. So both are bytes of tensors, and of what kernels take thr
 allocator; the program, the data set and what libraries take by themselves are in neither.
 
     make bench-memory
+    python -m benchmarks.memory --bert     # what BERT needs: planned, of every engine
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from mpcli.engines.local import LocalEngine
 from mpcli.machine import Machine
 from mpcli.plan import make_plan
+from mpcli.plan.fake import meta_model
+from mpcli.plan.memory import memory_of
+from mpcli.plan.precision import fp32_islands
+from mpcli.plan.step import run_step
 from mpcli.precision.numerics import numeric_settings
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.recipe import Recipe
@@ -121,6 +127,54 @@ def cells() -> Iterator[Cell]:
                 yield cell(model, mode, batch)
 
 
+ENGINES = {
+    "local": (1, "engine={kind: local, device: cpu}"),
+    "ddp": (8, "engine={kind: ddp, device: cpu, processes: 8}"),
+    "fsdp2": (8, "engine={kind: fsdp2, device: cpu, processes: 8}"),
+    "fsdp2, cpu_offload": (1, "engine={kind: fsdp2, device: cpu, cpu_offload: true}"),
+    "deepspeed 2": (8, "engine={kind: deepspeed, device: cpu, stage: 2, processes: 8}"),
+    "deepspeed 3": (8, "engine={kind: deepspeed, device: cpu, stage: 3, processes: 8}"),
+    "deepspeed 2, offload": (1, "engine={kind: deepspeed, device: cpu, stage: 2, offload: true}"),
+}
+
+
+def bert() -> None:
+    """Print what BERT needs on a device, by engine, mode and optimizer."""
+    device = torch.device("meta")  # beside a host whose memory is another one
+    print("| Model | Optimizer | Mode | Engine | Ranks | Parts | Activations | Peak | Host |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for model, optim, mode in itertools.product(
+        ("bert-base", "bert-large"), ("adamw", "adamw8bit"), MODES
+    ):
+        recipes = {}
+        for name, (_, engine) in ENGINES.items():
+            overrides = (
+                f"task.model.name={model}",
+                f"precision={{mode: {mode}}}",
+                f"optim={{kind: {optim}, lr: 1e-4}}",
+                "train={steps: 1, global_batch_size: 16}",
+                "data={kind: text, sequence_length: 128}",
+                "task.model.values={vocab_size: 30522}",
+                engine,
+            )
+            recipes[name] = load_recipe("recipes/bert-base-mlm.yaml", overrides).recipe
+        local = recipes["local"]
+        data = task_of(local.task).load_data(local.task, local.data)
+        cpu = torch.device("cpu")
+        fp32 = fp32_islands(local.precision, meta_model(local, data), cpu, CPU)
+        step = run_step(local, data, cpu, 16, fp32)
+        for name, (ranks, _) in ENGINES.items():
+            if optim == "adamw8bit" and name not in ("local", "ddp"):
+                continue  # its state is of whole weights
+            if mode == "bf16-master" and name == "ddp":
+                continue  # see docs/precision.md
+            memory = memory_of(step, recipes[name], data, device, ranks, 1, fp32)
+            always = memory.weights + memory.masters + memory.optimizer + memory.gradients
+            numbers = (always, memory.activations, memory.peak, memory.host)
+            cells = " | ".join(f"{number / 2**30:.2f}" for number in numbers)
+            print(f"| {model} | {optim} | {mode} | {name} | {ranks} | {cells} |", flush=True)
+
+
 def with_data(folder: Path) -> None:
     """Images shaped as CIFAR-10's, where recipes look for them."""
     write_tiny_cifar(folder / "cifar10", num_train=128)
@@ -129,7 +183,11 @@ def with_data(folder: Path) -> None:
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bert", action="store_true", help="what BERT needs, in GiB")
+    if parser.parse_args().bert:
+        bert()
+        return
     with tempfile.TemporaryDirectory() as folder:
         with_data(Path(folder))
         print("| Model | Mode | Batch | Planned | at | Measured | Off |")

@@ -52,7 +52,7 @@ def plan(
     Each value of the recipe with its origin, the precision of each module, the number of
     parameters, processes and steps, the memory of a process.
     """
-    room = None if capacity is None else _bytes(capacity)
+    room = None if capacity is None else size_in_bytes(capacity)
     file = named_plugin(plugin)
     loaded, planned, warnings = make(recipe, overrides, file, strict=strict)
     fit = None
@@ -84,7 +84,7 @@ def plan(
         show_problems(warnings)
 
 
-def _bytes(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     """Of a size such as `24GiB`.
 
     Raises:

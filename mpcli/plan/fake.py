@@ -34,11 +34,22 @@ def make_fake(
     """Make a model's tensors fake in place, and those of a batch; `mode` is entered."""
     # Fake tensors of a device that is absent (said already) cannot be made.
     place = device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+    # What torch remembers of tensors that it made fake would keep `convert` from replacing them.
+    mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore[method-assign, assignment]
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     model._apply(partial(_fake, device=place))
-    # What torch remembers of them would keep `convert` from replacing them.
-    mode.fake_tensor_converter.tensor_memo.clear()
+    for first, *others in names.values():  # `_apply` gives each module its own
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = model.get_parameter(first)
     tensors = {name: _fake(tensor, place) for name, tensor in example.tensors.items()}
     return Batch(tensors, example.weights)
+
+
+def _forget(original: Tensor, fake: Tensor) -> None:
+    """In the place of what remembers."""
 
 
 def _fake(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +14,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _DEVICE = torch.ops.prim.device.default
+_INDEX_PUT = torch.ops.aten.index_put.default
 _READ = torch.ops.aten._local_scalar_dense.default
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def _columns(func: Any, args: Any) -> int:
+    """Bytes that a half convolution takes for a while on a CPU whose oneDNN has none.
+
+    torch's own one makes a matrix of its whole input, with a copy of each pixel for each place of
+    the kernel that it meets.
+    """
+    backward = func is _CONVOLUTIONS[1]
+    inputs, weight = args[1:3] if backward else args[:2]
+    if inputs.device.type != "cpu" or weight.dim() != 4 or not _lacks(inputs.dtype):
+        return 0
+    stride, padding, dilation, transposed = args[4:8] if backward else args[3:7]
+    groups = args[9] if backward else args[8]
+    if transposed or groups > 1:
+        return 0
+    pixels = math.prod(
+        (size + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, gap in zip(
+            inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return int(len(inputs) * math.prod(weight.shape[1:]) * pixels * inputs.itemsize)
+
+
+@functools.cache
+def _lacks(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 class LiveStorages(TorchDispatchMode):
@@ -41,9 +76,14 @@ class LiveStorages(TorchDispatchMode):
             return torch.zeros((), dtype=args[0].dtype).item()
         if not func._schema.returns:  # fused and foreach kernels, many without a fake form
             return None
+        if func is _INDEX_PUT and torch._C._current_graph_task_id() != -1:
+            return args[0]  # of real tensors, the backward of an indexing writes in place
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.numbers(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if func in _CONVOLUTIONS and (columns := _columns(func, args)):
+            self.sizes.append(columns)
+            self.events += [len(self.sizes) - 1, -len(self.sizes)]
         return result
 
     def numbers(self, tensors: Iterable[Tensor]) -> set[int]:

@@ -54,6 +54,19 @@ def plan_memory(
         raise UnknownMemory(reason) from error
     finally:
         torch_log.disabled = False
+    return memory_of(step, recipe, data, device, world_size, accumulation, fp32_modules)
+
+
+def memory_of(
+    step: Step,
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device,
+    world_size: int,
+    accumulation: int,
+    fp32_modules: Collection[str],
+) -> MemoryPlan:
+    """Of the recipe's engine, when a step of one process is known; see `plan_memory`."""
     match recipe.engine:
         case Ddp() as engine:
             return _fullest(_ddp(_accumulated(step, accumulation), engine), 0, device)

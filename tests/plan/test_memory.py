@@ -1,0 +1,216 @@
+"""Memory that is planned is the memory that is needed, and what would make a recipe fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.memory import TOLERANCE, Cell, cells, measured_peak, with_data
+from mpcli.cli.plan import size_in_bytes
+from mpcli.plan import make_plan
+from mpcli.plan.capacity import answer, fitting, together
+from mpcli.plan.memory import UnknownMemory
+from mpcli.recipe.errors import UserError
+from mpcli.records import MemoryPlan, Plan
+from tests.small import CPU, small_recipe
+
+
+def planned(folder: Path, *overrides: str) -> Plan:
+    return make_plan(small_recipe(folder, *overrides).recipe, CPU)
+
+
+def memory(folder: Path, *overrides: str) -> MemoryPlan:
+    plan = planned(folder, *overrides)
+    assert plan.memory is not None, plan.memory_unknown
+    return plan.memory
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight", "master", "gradient"),
+    [("fp32", 4, 0, 4), ("bf16", 4, 0, 4), ("bf16-pure", 2, 0, 2)],
+)
+def test_parts_are_what_a_parameter_needs(
+    tmp_path: Path, mode: str, weight: int, master: int, gradient: int
+) -> None:
+    overrides = (f"precision.mode={mode}", "optim={kind: adamw, lr: 0.1}", "train.ema=0.9")
+    plan = planned(tmp_path, *overrides)
+    found = plan.memory
+    assert found is not None
+    number = plan.parameters
+    assert (found.weights, found.masters) == (weight * number, master * number)
+    assert (found.gradients, found.average) == (gradient * number, 4 * number)
+    assert found.optimizer > 2 * weight * number  # and the number of steps, of each tensor
+    assert found.peak_at in ("forward", "backward", "update")
+
+
+def test_masters_are_copies_of_half_weights_only(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "precision.mode=bf16-master")
+    assert plan.memory is not None
+    half = sum(row.parameters for row in plan.modules if row.stored == "bf16")
+    assert 0 < half < plan.parameters  # norms stay in fp32
+    assert plan.memory.masters == 4 * half
+    assert plan.memory.weights == 4 * plan.parameters - 2 * half
+
+
+def test_frozen_and_shared_parameters_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import Tensor, nn
+
+    from mpcli.tasks import image_classification as task
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.again = nn.Linear(64, 64)
+            self.again.weight = self.first.weight
+            self.frozen = nn.Linear(64, 64).requires_grad_(False)
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.head(self.frozen(self.again(self.first(images.flatten(1)))))
+            return out
+
+    monkeypatch.setattr(task, "build_model", lambda options, info: Model())
+    found = memory(tmp_path)
+    learning = 64 * 64 + 64 + 64 + 64 * 10 + 10
+    assert found.weights == 4 * (learning + 64 * 64 + 64)
+    assert found.gradients == found.optimizer == 4 * learning
+
+
+def test_micro_batches_and_checkpointing_need_less(tmp_path: Path) -> None:
+    model = "task.model={kind: vit, patch_size: 2, layers: 3, width: 16, heads: 2, mlp_width: 64}"
+    whole = memory(tmp_path, model)
+    half = memory(tmp_path, model, "train.micro_batch_size=8")
+    again = memory(tmp_path, model, "engine.activation_checkpointing=true")
+    assert half.activations < 0.6 * whole.activations
+    assert again.activations < 0.5 * whole.activations
+    assert max(half.peak, again.peak) < whole.peak
+
+
+def check(one: Cell) -> None:
+    assert abs(one.error) <= TOLERANCE, (one.planned, one.measured)
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulation"), [("fp32", 1), ("fp32", 3), ("bf16-master", 3), ("bf16-pure", 1)]
+)
+def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulation: int) -> None:
+    overrides = (
+        "task.model={kind: vit, patch_size: 2, layers: 3, width: 64, heads: 2, mlp_width: 128}",
+        f"precision.mode={mode}",
+        "optim={kind: adamw, lr: 0.01}",
+        f"train={{steps: 2, global_batch_size: 24, micro_batch_size: {24 // accumulation}}}",
+        "train.clip={kind: norm, max_norm: 1.0}",
+    )
+    loaded = small_recipe(tmp_path, *overrides)
+    plan = make_plan(loaded.recipe, CPU)
+    assert plan.memory is not None
+    check(Cell("vit", mode, 24, plan.memory, measured_peak(loaded.recipe, plan)))
+
+
+@pytest.mark.verify
+def test_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPTRAIN_DATA", str(tmp_path))
+    with_data(tmp_path)
+    before: Cell | None = None
+    for one in cells():
+        check(one)
+        if before and (before.model, before.mode) == (one.model, one.mode):
+            planned, measured = (
+                one.planned.peak - before.planned.peak,
+                one.measured - before.measured,
+            )
+            assert abs(planned / measured - 1) <= TOLERANCE, (before, one)
+        before = one
+
+
+def test_a_model_that_cannot_be_traced_backwards_is_planned_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such kernel\nmore")
+
+    monkeypatch.setattr("mpcli.plan.memory.run_step", fail)
+    plan = planned(tmp_path)
+    assert (plan.memory, plan.memory_unknown) == (None, "no such kernel")
+
+
+def test_divided_engines_need_less_the_more_ranks_there_are(tmp_path: Path) -> None:
+    model = "task.model={kind: smallnet, width: 64}"
+    many = "train.global_batch_size=64"
+    peaks = [
+        memory(tmp_path, model, many, f"engine={{kind: fsdp2, device: cpu, processes: {n}}}")
+        for n in (2, 8)
+    ]
+    assert peaks[1].weights < 0.3 * peaks[0].weights
+    assert peaks[1].optimizer < 0.3 * peaks[0].optimizer
+    assert peaks[1].peak < peaks[0].peak
+    offloaded = memory(
+        tmp_path, model, many, "engine={kind: fsdp2, device: cpu, processes: 2, cpu_offload: true}"
+    )
+    assert offloaded.weights == offloaded.optimizer == 0
+    assert offloaded.host >= peaks[0].weights + peaks[0].optimizer
+
+
+def needs(**parts: int) -> MemoryPlan:
+    """Of a recipe whose other parts are nothing."""
+    empty = dict.fromkeys(
+        ("weights", "masters", "gradients", "optimizer", "average", "buffers", "temporary"), 0
+    )
+    return MemoryPlan(**{**empty, "activations": 0, **parts}, peak_at="backward")
+
+
+def plan_for(settings: Sequence[str]) -> MemoryPlan:
+    """100 bytes of weights, 20 for each sample and 800 of the optimizer's state."""
+    values = dict(setting.split("=", 1) for setting in settings)
+    samples = int(values.get("train.micro_batch_size", 16))
+    if "engine.kind" in values:
+        raise UnknownMemory("not here")
+    state = 200 if "optim" in values else 800
+    return needs(peak=100 + 20 * samples + state)
+
+
+def test_changes_that_fit_come_smallest_first(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
+    found = fitting(recipe, 16, plan_for, 1000)
+    assert [change.settings[0].partition("=")[0] for change in found] == [
+        "train.micro_batch_size",
+        "optim",
+    ]
+    assert found[0].settings == ("train.micro_batch_size=4",)
+    assert "kind: adamw8bit" in found[1].settings[0] and "lr: 0.1" in found[1].settings[0]
+
+
+def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
+    assert fitting(recipe, 16, plan_for, 330) == []
+    change = together(recipe, 16, plan_for, 330)
+    assert change is not None and change.memory.peak == 320
+    assert [s.partition("=")[0] for s in change.settings] == ["train.micro_batch_size", "optim"]
+
+
+def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
+    loaded = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}")
+    plan = make_plan(loaded.recipe, CPU)
+    fit = answer(loaded.recipe, plan, plan_for, 300)
+    assert (fit.fits, fit.changes) == (False, ())
+    assert fit.least is not None and fit.least.memory.peak == 320
+    assert plan.memory is not None
+    assert answer(loaded.recipe, plan, plan_for, plan.memory.peak).fits
+
+
+@pytest.mark.parametrize("size", ["24", "GiB", "0GiB", "-1GiB", "many"])
+def test_a_capacity_is_a_size(size: str) -> None:
+    with pytest.raises(UserError, match="size"):
+        size_in_bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [("24GiB", 24 * 2**30), ("1.5 GB", 15 * 10**8), ("500mib", 500 * 2**20)]
+)
+def test_sizes_are_binary_or_decimal(size: str, number: int) -> None:
+    assert size_in_bytes(size) == number
