@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from mpcli.ranks import Ranks
 from mpcli.recipe.engine import DeepSpeed
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
+
+logger = logging.getLogger(__name__)
 
 BUCKET = 2**26
 """Elements, at most, that are added up or gathered together: 256 MiB of fp32."""
@@ -113,7 +116,9 @@ class DeepSpeedEngine(DividedEngine):
             part = self.parts[name]
             part.grad = gradients[name].view(part.shape) if part.numel() else part.clone()
         if not self.ranks.alone:  # DeepSpeed averages over the ranks
-            present = [gradient for name in self._used if (gradient := self.parts[name].grad) is not None]
+            present = [
+                gradient for name in self._used if (gradient := self.parts[name].grad) is not None
+            ]
             torch._foreach_mul_(present, float(self.ranks.world_size))
         self._used.clear()
         if self._observer is not None:
@@ -263,9 +268,9 @@ class _Zero2:
         if self.zero.cpu_offload:
             self.zero._wait_for_offload_copies()
         return {
-            name: parameter._hp_mapping.get_lp_grad_fragment(
-                parameter._index_in_param_group
-            ).view(-1)
+            name: parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(
+                -1
+            )
             for name, parameter in self.parameters.items()
             if self.divides(name) and parameter._hp_mapping is not None
         }
@@ -310,7 +315,9 @@ class _Zero3:
         pieces = self.zero.get_fp32_grad_partitions()
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return {
-            names[id(parameter)]: pieces[group][index].view(-1)[: self.part(names[id(parameter)])[1].numel()]
+            names[id(parameter)]: pieces[group][index].view(-1)[
+                : self.part(names[id(parameter)])[1].numel()
+            ]
             for group, members in enumerate(self.zero.fp16_groups)
             for index, parameter in enumerate(members)
         }
@@ -334,29 +341,33 @@ def _initialized(
     model: nn.Module, config: dict[str, Any], device: torch.device, ranks: Ranks
 ) -> Any:
     """DeepSpeed's engine round a model, in the process group that there is."""
-    deepspeed = _library(device)
+    deepspeed = _library(device, ranks.local_rank)
     # Its row of parameters is all that DeepSpeed takes of an optimizer here.
     stand_in = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)
     # It loads nothing here; if a version did, no pickle would execute.
-    with _environment(LOCAL_RANK=str(ranks.local_rank), TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+    with _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=stand_in, config=config, dist_init_required=False
         )
     return engine
 
 
-def _library(device: torch.device) -> ModuleType:
+def _library(device: torch.device, local_rank: int) -> ModuleType:
     """DeepSpeed, on the run's kind of device, with its words in our log and no kernels to build."""
-    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(local_rank)}
     import deepspeed
     from deepspeed import ops
-    from deepspeed.utils.logging import logger
+    from deepspeed.runtime import compiler
+    from deepspeed.utils.logging import logger as its_logger
 
     for kernel in ops.__compatible_ops__:
         ops.__compatible_ops__[kernel] = False
-    logger.handlers.clear()  # its own writes to stdout
-    logger.parent = logging.getLogger(__name__)
-    logger.propagate = True
+    compiler.compile = lambda: lambda function: function  # its Muon would be: that takes seconds
+    # It calls a function that torch 2.14 has under another name, which is not there before.
+    warnings.filterwarnings("ignore", ".*all_gather_single", FutureWarning)
+    its_logger.handlers.clear()  # its own writes to stdout
+    its_logger.parent = logger
+    its_logger.propagate = True
     return deepspeed
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Size, Tensor
 import torch
+from torch import Size, Tensor
 
 from mpcli.engines.local import LocalEngine, foreign
 from mpcli.precision.formats import dtype_name
