@@ -331,6 +331,7 @@ class _Zero3:
             self.zero.averaged_gradients = {}
 
     def share(self) -> None:
+        self.zero._partition_all_parameters()  # nobody keeps a weight of before
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if persistent := self.zero.persistent_parameters:
@@ -363,8 +364,8 @@ def _library(device: torch.device, local_rank: int) -> ModuleType:
     for kernel in ops.__compatible_ops__:
         ops.__compatible_ops__[kernel] = False
     compiler.compile = lambda: lambda function: function  # its Muon would be: that takes seconds
-    # It calls a function that torch 2.14 has under another name, which is not there before.
-    warnings.filterwarnings("ignore", ".*all_gather_single", FutureWarning)
+    # It calls functions that torch 2.14 has under other names, which are not there before.
+    warnings.filterwarnings("ignore", ".*(all_gather|reduce_scatter)_single", FutureWarning)
     its_logger.handlers.clear()  # its own writes to stdout
     its_logger.parent = logger
     its_logger.propagate = True
