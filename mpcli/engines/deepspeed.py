@@ -8,7 +8,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Size, Tensor, nn
 
 from mpcli.data.batch import Batch
 from mpcli.engines.base import LossFunction
-from mpcli.engines.divided import DividedEngine
+from mpcli.engines.divided import DividedEngine, refuse_numbers
 from mpcli.precision.convert import convert
 from mpcli.precision.numerics import Numerics, autocast
 from mpcli.precision.observe import TypesObserver
@@ -65,6 +64,7 @@ class DeepSpeedEngine(DividedEngine):
         options = recipe.engine
         assert isinstance(options, DeepSpeed)
         model = self.model
+        refuse_numbers(model, "ZeRO")
         if options.offload:
             self.home = torch.device("cpu")
         convert(model, meaning, self.device, fp32_modules)
@@ -196,6 +196,9 @@ def library_config(options: DeepSpeed, model: nn.Module, device: torch.device) -
             "stage3_prefetch_bucket_size": min(BUCKET, elements),
             # Norms and biases stay whole: to gather them takes longer than they are worth.
             "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
+            # They replace functions of torch for the whole process.
+            "memory_efficient_linear": False,
+            "override_module_apply": False,
         }
     if options.offload:
         zero["offload_optimizer"] = host
@@ -353,7 +356,7 @@ def _initialized(
     return engine
 
 
-def _library(device: torch.device, local_rank: int) -> ModuleType:
+def _library(device: torch.device, local_rank: int) -> Any:
     """DeepSpeed, on the run's kind of device, with its words in our log and no kernels to build."""
     os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(local_rank)}
     import deepspeed

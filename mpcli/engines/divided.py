@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from mpcli.engines.local import LocalEngine, foreign
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.observe import TypesObserver, observed_types
+from mpcli.recipe.errors import user_error
 from mpcli.records import ModuleTypes
 
 
@@ -105,3 +106,18 @@ class DividedEngine(LocalEngine):
             return {}
         state = self.model.state_dict(keep_vars=True)
         return {name: whole.get(value, value).detach().cpu() for name, value in state.items()}
+
+
+def refuse_numbers(model: nn.Module, divider: str) -> None:
+    """Check that every parameter has a dimension.
+
+    Raises:
+        UserError: exit 2, one has none.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.ndim:
+            raise user_error(
+                f"`{name}` is a single number, which {divider} cannot divide",
+                "make it a vector of one element, or use `kind: ddp`",
+                path="engine.kind",
+            )

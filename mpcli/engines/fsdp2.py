@@ -24,13 +24,12 @@ from torch.utils._pytree import tree_map
 from mpcli.checkpoint import Part
 from mpcli.data.batch import Batch
 from mpcli.engines.base import LossFunction
-from mpcli.engines.divided import DividedEngine
+from mpcli.engines.divided import DividedEngine, refuse_numbers
 from mpcli.precision.convert import convert, modules_inside, outermost_islands
 from mpcli.precision.formats import DTYPES
 from mpcli.precision.numerics import Numerics
 from mpcli.precision.observe import TypesObserver
 from mpcli.recipe.engine import Fsdp2
-from mpcli.recipe.errors import user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 
@@ -61,7 +60,7 @@ class Fsdp2Engine(DividedEngine):
         options = recipe.engine
         assert isinstance(options, Fsdp2)
         model = self.model
-        _check_parameters(model)
+        refuse_numbers(model, "fully_shard")
         if options.cpu_offload:
             self.home = torch.device("cpu")
         convert(model, meaning, self.device, fp32_modules, round_parameters=False)
@@ -153,16 +152,6 @@ class Fsdp2Engine(DividedEngine):
         each = -(-rows // self.ranks.world_size)
         start = min(rows, self.ranks.rank * each)
         return slice(start, min(rows, start + each))
-
-
-def _check_parameters(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.ndim:
-            raise user_error(
-                f"`{name}` is a single number, which fully_shard cannot divide",
-                "make it a vector of one element, or use `kind: ddp`",
-                path="engine.kind",
-            )
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:
