@@ -80,6 +80,11 @@ class DeepSpeedEngine(DividedEngine):
             used = functools.partial(self._note_used, name)
             model.get_parameter(name).register_hook(used)
         self.library_config = library_config(options, model, self.device)
+        logger.info(
+            "DeepSpeed: ZeRO-%d; torch's fused optimizer steps on %s, so no kernel is built",
+            options.stage,
+            self.home,
+        )
         self.forward_model = engine = _initialized(
             model, self.library_config, self.device, self.ranks
         )
