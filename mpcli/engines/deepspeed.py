@@ -369,8 +369,7 @@ def _library(device: torch.device, local_rank: int) -> Any:
     from deepspeed.runtime import compiler
     from deepspeed.utils.logging import logger as its_logger
 
-    for kernel in ops.__compatible_ops__:
-        ops.__compatible_ops__[kernel] = False
+    ops.__compatible_ops__ = {}  # kernels that could be built: to find them a compiler is run
     compiler.compile = lambda: lambda function: function  # its Muon would be: that takes seconds
     # It calls functions that torch 2.14 has under other names, which are not there before.
     warnings.filterwarnings("ignore", ".*(all_gather|reduce_scatter)_single", FutureWarning)
