@@ -52,8 +52,8 @@ class DeepSpeedEngine(DividedEngine):
 
     DeepSpeed divides, moves and gathers: it hands gradients that are averages over the ranks to
     each rank for its part of the weights, and takes stepped weights from there to all ranks. Its
-    optimizer and its loss scale are not used: the step is the one of all engines, so nothing
-    waits for the host, every policy means the same, and no kernel has to be built. With `offload`
+    optimizer and its loss scale are not used: the step is the one of all engines, so every policy
+    means the same, the host reads nothing, and no kernel has to be built. With `offload`
     parts, gradients and optimizer state are in host memory, and the step is taken there
     (ZeRO-Offload, Ren et al. 2021).
 
@@ -119,7 +119,7 @@ class DeepSpeedEngine(DividedEngine):
         gradients = self._zero.gradients()
         for name in self._used:
             part = self.parts[name]
-            part.grad = gradients[name].view(part.shape) if part.numel() else part.clone()
+            part.grad = gradients[name].view(part.shape) if part.numel() else torch.empty_like(part)
         if not self.ranks.alone:  # DeepSpeed averages over the ranks
             present = [
                 gradient for name in self._used if (gradient := self.parts[name].grad) is not None
@@ -351,6 +351,10 @@ def _initialized(
 ) -> Any:
     """DeepSpeed's engine round a model, in the process group that there is."""
     deepspeed = _library(device, ranks.local_rank)
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:  # what it makes itself waits half an hour for a lost rank
+        groups._WORLD_GROUP = ranks.new_group()
     # Its row of parameters is all that DeepSpeed takes of an optimizer here.
     stand_in = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)
     # It loads nothing here; if a version did, no pickle would execute.
