@@ -100,6 +100,7 @@ class DeepSpeedEngine(DividedEngine):
         self.parameters = self.masters = [self.parts[name] for name in self.names]
         self.frozen = {}
         self._observer: TypesObserver | None = None
+        self._restored = False
 
     def _note_used(self, name: str, gradient: Tensor) -> None:
         self._used.add(name)
@@ -108,6 +109,7 @@ class DeepSpeedEngine(DividedEngine):
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
     ) -> Tensor:
         """Forward and backward of one micro-batch; the last one's hands the gradients out."""
+        self._share_restored()
         self._engine.set_gradient_accumulation_boundary(last)
         loss = super().accumulate(loss_function, batch, total_weight, last=last)
         if last:
@@ -141,6 +143,7 @@ class DeepSpeedEngine(DividedEngine):
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """The model under autocast, with its averaged weights when there are any."""
+        self._share_restored()
         try:
             with super().evaluating() as model:
                 if self.ema:
@@ -165,8 +168,13 @@ class DeepSpeedEngine(DividedEngine):
         return whole, numbers
 
     def _go_on(self, tensors: Mapping[str, Tensor], attempted: int) -> None:
-        self._zero.share()
         super()._go_on(tensors, attempted)
+        self._restored = True  # ranks restore one after the other, and share together
+
+    def _share_restored(self) -> None:
+        if self._restored:
+            self._zero.share()
+            self._restored = False
 
     def _part_of(self, name: str, whole: Tensor) -> Tensor:
         part, start = self.parts[name], self._starts[name]
@@ -275,13 +283,12 @@ class _Zero2:
     def gradients(self) -> dict[str, Tensor]:
         if self.zero.cpu_offload:
             self.zero._wait_for_offload_copies()
-        return {
-            name: parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(
-                -1
-            )
-            for name, parameter in self.parameters.items()
-            if self.divides(name) and parameter._hp_mapping is not None
-        }
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            if self.divides(name) and (mapping := parameter._hp_mapping) is not None:
+                gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+                gradients[name] = gradient.view(-1)
+        return gradients
 
     def end_step(self) -> None:
         zero = self.zero
@@ -322,13 +329,13 @@ class _Zero3:
     def gradients(self) -> dict[str, Tensor]:
         pieces = self.zero.get_fp32_grad_partitions()
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return {
-            names[id(parameter)]: pieces[group][index].view(-1)[
-                : self.part(names[id(parameter)])[1].numel()
-            ]
-            for group, members in enumerate(self.zero.fp16_groups)
-            for index, parameter in enumerate(members)
-        }
+        gradients = {}
+        for group, members in enumerate(self.zero.fp16_groups):
+            for index, parameter in enumerate(members):
+                name = names[id(parameter)]
+                _, part = self.part(name)  # the last rank's piece is filled up
+                gradients[name] = pieces[group][index].view(-1)[: part.numel()]
+        return gradients
 
     def end_step(self) -> None:
         self.zero._pre_step()
