@@ -63,9 +63,8 @@ def test_a_killed_run_goes_on_and_executes_no_pickle(
     code, out, err = run.ended(300)
     assert (code, json.loads(out)["status"]) == (0, "done"), err
     rows = [json.loads(line) for line in Path("out/steps.jsonl").read_text().splitlines()]
-    # A checkpoint with strange files in it may be refused; then the run begins again, and says so.
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {row["attempt"] for row in rows} >= {2}
+    assert [row["attempt"] for row in rows] == [1] * 3 + [2] * 5
     assert not Path("executed").exists()
     assert Path("out", FINAL).exists()
     told = json.loads(Path("out/attempts/2/deepspeed.json").read_text())
