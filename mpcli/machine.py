@@ -35,6 +35,7 @@ _PACKAGES = (
     "transformers",
     "tokenizers",
     "datasets",
+    "deepspeed",
 )
 # What bears on numerics, devices, threads, processes and caches. A list of names and no pattern:
 # what a person's own variables hold is nobody's business.

@@ -129,6 +129,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def new_group(self) -> ProcessGroup:
+        """Another group of all ranks on the run's device, for a library. All have to call it."""
+        group = dist.new_group(timeout=_limit(self.timeout, on_gpus=dist.get_backend() == "nccl"))
+        assert isinstance(group, ProcessGroup)
+        return group
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if not self.alone:
@@ -168,8 +174,7 @@ def join(
         store=own,
         rank=rank,
         world_size=world_size,
-        # NCCL's own watchdog kills the process: the control group is to find it first, and say so.
-        timeout=limit + _WATCHDOG if on_gpus else limit,
+        timeout=_limit(timeout, on_gpus=on_gpus),
         device_id=device if on_gpus else None,
     )
     control = dist.new_group(backend="gloo", timeout=limit)
@@ -178,6 +183,14 @@ def join(
 
 
 _WATCHDOG = datetime.timedelta(seconds=30)
+
+
+def _limit(timeout: float, *, on_gpus: bool) -> datetime.timedelta:
+    """NCCL's own watchdog kills the process: the control group is to find it first, and say so."""
+    limit = datetime.timedelta(seconds=timeout)
+    return limit + _WATCHDOG if on_gpus else limit
+
+
 _LONGEST_FACT = 80  # characters of one that is told
 
 

@@ -87,6 +87,8 @@ def train(
             if recipe.engine.activation_checkpointing:
                 apply_activation_checkpointing(model)
             engine = build_engine(recipe, model, device, plan.steps, plan.fp32_modules, ranks)
+            if engine.library_config:
+                run.write_library_config(recipe.engine.kind, engine.library_config)
             if ranks.rank:  # other random numbers than rank 0's
                 torch.manual_seed(rank_seed(recipe.train.seed, ranks.rank, 0))
             resumed = resume and _go_on(recipe, plan, run, engine, progress, ranks)
@@ -443,6 +445,8 @@ def settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
+    # transformers imports DeepSpeed where it is, which would say on stdout what it found.
+    os.environ.setdefault("DS_ACCELERATOR", plan.device)
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         torch.backends.cudnn.benchmark = not recipe.train.deterministic

@@ -8,7 +8,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from mpcli.engines import ddp, fsdp2, local
+from mpcli.engines import ddp, deepspeed, fsdp2, local
 from mpcli.engines.base import Engine
 from mpcli.precision.numerics import Numerics
 from mpcli.ranks import Ranks
@@ -27,14 +27,22 @@ def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
         case sections.Fsdp2():
             return fsdp2.mode_problems(meaning)
         case sections.DeepSpeed():
-            raise NotImplementedError
+            return deepspeed.mode_problems(meaning)
         case _:
             assert_never(engine)
 
 
 def clip_problems(engine: sections.Engine, clip: Clip | None) -> list[str]:
     """Why an engine cannot clip as a recipe says; empty where it can."""
-    return fsdp2.clip_problems(clip) if isinstance(engine, sections.Fsdp2) else []
+    match engine:
+        case sections.Local() | sections.Ddp():
+            return []
+        case sections.Fsdp2():
+            return fsdp2.clip_problems(clip)
+        case sections.DeepSpeed():
+            return deepspeed.clip_problems(clip)
+        case _:
+            assert_never(engine)
 
 
 def build_engine(
@@ -60,6 +68,6 @@ def build_engine(
         case sections.Fsdp2():
             return fsdp2.Fsdp2Engine(recipe, model, device, steps, fp32_modules, ranks)
         case sections.DeepSpeed():
-            raise NotImplementedError
+            return deepspeed.DeepSpeedEngine(recipe, model, device, steps, fp32_modules, ranks)
         case _:
             assert_never(recipe.engine)

@@ -47,9 +47,11 @@ class Engine(Protocol):
     Attributes:
         observed: per module, the types that the first micro-batch was computed in; None before,
             and where it could not be observed.
+        library_config: what a library was told that the engine stands on, as JSON; None without.
     """
 
     observed: dict[str, ModuleTypes] | None
+    library_config: dict[str, Any] | None
 
     def sample(self, shadow: Mapping[Key, Tensor] | None = None) -> None:
         """Look at the tensors of the coming step, which is the same for that.

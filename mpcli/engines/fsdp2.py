@@ -24,16 +24,14 @@ from torch.utils._pytree import tree_map
 from mpcli.checkpoint import Part
 from mpcli.data.batch import Batch
 from mpcli.engines.base import LossFunction
-from mpcli.engines.local import LocalEngine, foreign
+from mpcli.engines.divided import DividedEngine, refuse_numbers
 from mpcli.precision.convert import convert, modules_inside, outermost_islands
-from mpcli.precision.formats import DTYPES, dtype_name
+from mpcli.precision.formats import DTYPES
 from mpcli.precision.numerics import Numerics
-from mpcli.precision.observe import TypesObserver, observed_types
+from mpcli.precision.observe import TypesObserver
 from mpcli.recipe.engine import Fsdp2
-from mpcli.recipe.errors import user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
-from mpcli.records import ModuleTypes
 
 
 def mode_problems(meaning: Numerics) -> list[str]:
@@ -50,27 +48,24 @@ def clip_problems(clip: Clip | None) -> list[str]:
     return []
 
 
-class Fsdp2Engine(LocalEngine):
+class Fsdp2Engine(DividedEngine):
     """The local step on this rank's shards: plain fp32 tensors, in the memory of the parameters.
 
     torch divides each parameter by rows, gathers a block's before its forward and backward, and
     adds gradients up into the shards. Between steps the model's parameters are such shards.
     BatchNorm's running statistics are rank 0's: others differ and are not used.
-
-    Attributes:
-        shards: this rank's rows of every parameter, by name.
     """
 
     def _take_over(self, recipe: Recipe, meaning: Numerics, fp32_modules: Collection[str]) -> None:
         options = recipe.engine
         assert isinstance(options, Fsdp2)
         model = self.model
-        _check_parameters(model)
+        refuse_numbers(model, "fully_shard")
         if options.cpu_offload:
             self.home = torch.device("cpu")
         convert(model, meaning, self.device, fp32_modules, round_parameters=False)
         inside = modules_inside(model, fp32_modules)
-        self._forward_types = {  # of the parameters, as they are gathered
+        self.forward_types = {  # of the parameters, as they are gathered
             name: torch.float32 if _owner(model, name) in inside else meaning.weights
             for name, _ in model.named_parameters()
         }
@@ -82,8 +77,9 @@ class Fsdp2Engine(LocalEngine):
         _divide(model, mesh, options, meaning.weights, islands)
         divided: dict[str, Any] = dict(model.named_parameters())
         self._divided: dict[str, DTensor] = divided
-        self.shards = {name: p.detach().to_local() for name, p in divided.items()}
-        self.parameters = self.masters = [self.shards[name] for name in self.names]
+        self.shapes = {name: p.shape for name, p in divided.items()}
+        self.parts = {name: p.detach().to_local() for name, p in divided.items()}
+        self.parameters = self.masters = [self.parts[name] for name in self.names]
         self.frozen = {}
         self._observer: TypesObserver | None = None
 
@@ -101,7 +97,7 @@ class Fsdp2Engine(LocalEngine):
         """From the parameters, where torch leaves them, to the shards."""
         for name, parameter in self._divided.items():
             gradient = cast(DTensor | None, parameter.grad)
-            self.shards[name].grad = None if gradient is None else gradient.to_local()
+            self.parts[name].grad = None if gradient is None else gradient.to_local()
             parameter.grad = None
         if self._observer is not None:
             self.observed = self._types_in_forward(self._observer)
@@ -109,37 +105,6 @@ class Fsdp2Engine(LocalEngine):
 
     def _observed(self, observer: TypesObserver) -> None:
         self._observer = observer  # parameters have gradients only after the last micro-batch
-
-    def _types_in_forward(self, observer: TypesObserver) -> dict[str, ModuleTypes]:
-        """Storage and gradients are of the types that a single device would have them in."""
-        observed = observed_types(self.model, observer)
-        stored: dict[str, set[str]] = {}
-        learnt: dict[str, set[str]] = {}
-        names = {parameter: name for name, parameter in self._divided.items()}
-        for module_name, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                name = names[cast(DTensor, parameter)]
-                dtype = dtype_name(self._forward_types[name])
-                stored.setdefault(module_name, set()).add(dtype)
-                if self.shards[name].grad is not None:
-                    learnt.setdefault(module_name, set()).add(dtype)
-        return {
-            name: types.model_copy(
-                update={
-                    "stored": "+".join(sorted(stored.get(name, "-"))),
-                    "gradient": "+".join(sorted(learnt.get(name, "-"))),
-                }
-            )
-            for name, types in observed.items()
-        }
-
-    def _over_ranks(
-        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        numbers = (loss, grad_norm.double().square(), found_inf)
-        sums = torch.stack([number.to(self.device, torch.float64) for number in numbers])
-        loss, squares, found = self.ranks.sum_(sums).to(self.home).unbind()
-        return loss.float(), squares.sqrt().float(), (found > 0).float()
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         parameter = self._divided[name]
@@ -178,32 +143,8 @@ class Fsdp2Engine(LocalEngine):
                 parts[key] = Part(tensor, offsets, shape)
         return parts, numbers
 
-    def _part_here(self, key: str, whole: Tensor) -> Tensor:
-        name = self._divided_in(key, whole)
-        if not name:
-            return whole
-        if whole.shape != self._divided[name].shape:
-            here = list(self._divided[name].shape)
-            raise foreign(f"`{key}` is {list(whole.shape)}, and {here} here")
+    def _part_of(self, name: str, whole: Tensor) -> Tensor:
         return whole[self._rows(name)]
-
-    def _state(self) -> dict[str, Tensor]:
-        state = super()._state()
-        for name, exact in self.shards.items():
-            dtype = self._forward_types[name]
-            state[f"model.{name}"] = exact.to(dtype)
-            if dtype != exact.dtype:
-                state[f"master.{name}"] = exact
-        return state
-
-    def _divided_in(self, key: str, tensor: Tensor) -> str | None:
-        """The parameter whose rows divide a tensor of a checkpoint; None for what is whole."""
-        kind, _, name = key.partition(".")
-        if kind == "optimizer":
-            name = name.partition(".")[2]
-        of_parameter = kind in ("model", "master", "optimizer", "average")
-        # Adam's `step` is whole.
-        return name if of_parameter and name in self._divided and tensor.ndim else None
 
     def _rows(self, name: str) -> slice:
         """This rank's, as torch.chunk divides them."""
@@ -211,34 +152,6 @@ class Fsdp2Engine(LocalEngine):
         each = -(-rows // self.ranks.world_size)
         start = min(rows, self.ranks.rank * each)
         return slice(start, min(rows, start + each))
-
-    def weights(self) -> dict[str, Tensor]:
-        """The exact weights and the buffers that the next forward has, by name: no averages."""
-        weights = {name: self._whole(name, shard) for name, shard in self.shards.items()}
-        return weights | {name: value.detach() for name, value in self.model.named_buffers()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's weights and buffers on the CPU, whole in rank 0; the others have none."""
-        exact = self.shards | dict(zip(self.names, self._averages() or self.masters, strict=True))
-        whole: dict[Tensor, Tensor] = {}
-        for name, parameter in self._divided.items():  # one after the other, for the room
-            gathered = self._whole(name, exact[name])
-            if self.ranks.is_main:
-                whole[parameter] = gathered.cpu()
-        if not self.ranks.is_main:
-            return {}
-        state = self.model.state_dict(keep_vars=True)
-        return {name: whole.get(value, value).detach().cpu() for name, value in state.items()}
-
-
-def _check_parameters(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.ndim:
-            raise user_error(
-                f"`{name}` is a single number, which fully_shard cannot divide",
-                "make it a vector of one element, or use `kind: ddp`",
-                path="engine.kind",
-            )
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:

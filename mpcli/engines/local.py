@@ -75,6 +75,7 @@ class LocalEngine:
         self.forward_model = model  # what computes the loss: the model, or what is wrapped round it
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.home = device  # of what is stepped, and of all that decides about the step
+        self.library_config: dict[str, Any] | None = None
         self.parameters: list[Tensor]
         self.masters: list[Tensor]
         self.frozen: dict[str, Tensor]

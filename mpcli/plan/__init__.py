@@ -21,6 +21,7 @@ from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
+from mpcli.recipe.engine import DeepSpeed
 from mpcli.recipe.errors import Exit, Problem, UserError, one_of
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.plugin import plugin_error
@@ -217,6 +218,14 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             f"torch.compile needs a compiler ({compiler}) on the PATH",
             "install one, or use `compile: false`",
             path="engine.compile",
+            exit_code=Exit.ENVIRONMENT,
+        )
+    if isinstance(recipe.engine, DeepSpeed) and not importlib.util.find_spec("deepspeed"):
+        yield Problem(
+            "the package deepspeed is not installed",
+            "pip install 'mptrain[deepspeed]'; or without it `engine: {kind: fsdp2, cpu_offload: "
+            "true}`, where weights and gradients live in host memory too",
+            path="engine.kind",
             exit_code=Exit.ENVIRONMENT,
         )
     if recipe.output.tensorboard and not importlib.util.find_spec("tensorboard"):

@@ -162,9 +162,8 @@ _ENGINES = {
     "write `local`": ("single", "single_device", "single_process"),
     "write `ddp`": ("dp", "data_parallel", "distributed_data_parallel", "torchrun", "multi_gpu"),
     "write `fsdp2`": ("fsdp", "fsdp1", "fully_shard", "fully_sharded_data_parallel", "zero3"),
-    "this version's engines are `local`, `ddp` and `fsdp2`": (
-        *("deepspeed", "horovod", "megatron", "zero", "zero1", "zero2"),
-    ),
+    "write `deepspeed`": ("zero", "zero1", "zero2"),
+    "this version's engines are `local`, `ddp`, `fsdp2` and `deepspeed`": ("horovod", "megatron"),
 }
 
 # (path, lower-case value) -> remedy: what other tools call the values here, and what is to come.

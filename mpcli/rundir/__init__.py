@@ -4,6 +4,7 @@ recipe.yaml            resolved, runnable as it is, never rewritten
 recipe.source.yaml     the text the person wrote
 plugin.py, plugin.json of a plug-in: its text, which nothing here runs; its name and SHA-256
 attempts/<k>/          plan.json, environment.json, observed.json, log.rank<N>.txt;
+                       with DeepSpeed deepspeed.json, what it was told;
                        of a resume also recipe.yaml (what it may change) and resumed.json;
                        where several processes train: rank<N>.json, where each is, and
                        failure.rank<N>.json of one that ended by itself
@@ -398,6 +399,13 @@ class RunDirectory:
         text = strict_json({name: seen.model_dump() for name, seen in types.items()}, indent=2)
         with self.recording():
             self._write(f"attempts/{self.attempt}/observed.json", text + "\n")
+
+    def write_library_config(self, library: str, config: Mapping[str, Any]) -> None:
+        """Keep what a library was told in this attempt that trains for us."""
+        if not self.rank:
+            with self.recording():
+                text = strict_json(dict(config), indent=2)
+                self._write(f"attempts/{self.attempt}/{library}.json", text + "\n")
 
     def at_step(self, step: int) -> None:
         """Note, where several ranks train, the attempted step that this one begins."""

@@ -1,4 +1,4 @@
-"""One meaning of a recipe: what ddp and fsdp2 make of it with two processes is what local does."""
+"""One meaning of a recipe: what the others make of it with two processes is what local does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from tests.ranks import Group, ranks_of
 ENGINES = {
     "ddp": "engine={kind: ddp, device: cpu, timeout_seconds: 30}",
     "fsdp2": "engine={kind: fsdp2, device: cpu, timeout_seconds: 30}",
+    "deepspeed": "engine={kind: deepspeed, device: cpu, offload: true, timeout_seconds: 30}",
 }
+SLOW = "deepspeed"  # to import
+EACH = pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=[pytest.mark.slow] * (e == SLOW)) for e in ENGINES]
+)
 SGD = "optim={kind: sgd, lr: 0.1, momentum: 0.9, weight_decay: 0.01}"
 # With the usual eps, Adam divides roundings of small gradients by each other.
 ADAMW = "optim={kind: adamw, lr: 0.01, eps: 1e-4}"
@@ -73,7 +78,7 @@ def assert_close(tensors: dict[str, Tensor], expected: dict[str, Tensor], atol: 
         torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@EACH
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW])
 def test_fp32(pair: Group, engine: str, optimizer: str) -> None:
     case = Case(("train.ema=0.9", CLIP, optimizer))
@@ -94,7 +99,7 @@ def test_one_process(mode: str) -> None:
             assert trained.checkpoint[0].keys() == alone(case).checkpoint[0].keys()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@EACH
 def test_accumulation_changes_nothing(pair: Group, engine: str) -> None:
     case = Case(("train.clip={kind: value, clip_value: 0.01}", SGD))
     accumulated = together(pair, replace(case, micro_batch=2), engine)
@@ -115,10 +120,19 @@ HALF = {
     ("fsdp2", "fp16"): ROUNDED,
     ("fsdp2", "bf16-master"): ROUNDED,
     ("fsdp2", "fp16-master"): ROUNDED,
+    ("deepspeed", "bf16"): ROUNDED,
+    ("deepspeed", "fp16"): ROUNDED,
 }
 
 
-@pytest.mark.parametrize(("engine", "mode"), HALF)
+def pairs(*cases: tuple[str, str]) -> pytest.MarkDecorator:
+    """Engines and modes; those that are slow to import marked."""
+    marks = {True: [pytest.mark.slow], False: []}
+    marked = [pytest.param(*case, marks=marks[case[0] == SLOW]) for case in cases]
+    return pytest.mark.parametrize(("engine", "mode"), marked)
+
+
+@pairs(*HALF)
 def test_half_modes(pair: Group, engine: str, mode: str) -> None:
     scale = "precision.loss_scale={kind: static, scale: 256}"
     settings = (f"precision.mode={mode}", *([scale] if "fp16" in mode else []), SGD, CLIP)
@@ -128,9 +142,7 @@ def test_half_modes(pair: Group, engine: str, mode: str) -> None:
     assert_same(together(pair, case, engine), expected, HALF[engine, mode])
 
 
-@pytest.mark.parametrize(
-    ("engine", "mode"), [("ddp", "fp16"), ("fsdp2", "fp16"), ("fsdp2", "fp16-master")]
-)
+@pairs(("ddp", "fp16"), ("fsdp2", "fp16"), ("fsdp2", "fp16-master"), ("deepspeed", "fp16"))
 def test_an_overflow_in_one_rank_skips_the_step_in_all(pair: Group, engine: str, mode: str) -> None:
     settings = (DYNAMIC, f"precision.mode={mode}", SGD, "train.ema=0.9")
     case = Case(settings, micro_batch=4, overflows=(4,))
@@ -173,16 +185,14 @@ def test_variants(pair: Group, variant: str) -> None:
     assert_same(together(pair, case, engine, *options), alone(case), ROUNDED if half else 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("engine", "mode"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16-master")]
-)
+@pairs(("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16-master"), ("deepspeed", "fp32"))
 def test_activation_checkpointing(pair: Group, engine: str, mode: str) -> None:
     case = Case((SGD, f"precision.mode={mode}"), micro_batch=4)
     recomputed = together(pair, case, engine, "engine.activation_checkpointing=true")
     assert_same(recomputed, alone(case), 1e-6 if mode == "fp32" else ROUNDED)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@EACH
 def test_the_probe_sees_whole_tensors(pair: Group, engine: str) -> None:
     case = Case((SGD, DYNAMIC, "precision.mode=fp16"), micro_batch=4, sampled=(1,))
     trained, expected = together(pair, case, engine), alone(case)
@@ -220,7 +230,7 @@ def test_a_checkpoint_of_masters_goes_from_fsdp2_to_local(pair: Group) -> None:
         assert torch.equal(back.checkpoint[0][name], value), name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@EACH
 def test_a_checkpoint_of_something_else_is_refused(pair: Group, engine: str) -> None:
     tensors, numbers = alone(Case((SGD,))).checkpoint
     wrong = tensors | {"model.head.weight": torch.zeros(4, 16)}
@@ -228,7 +238,7 @@ def test_a_checkpoint_of_something_else_is_refused(pair: Group, engine: str) -> 
         together(pair, Case((SGD,), start=(wrong, numbers)), engine)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@EACH
 def test_batch_norm_statistics_of_rank_0_are_saved(pair: Group, engine: str) -> None:
     trained = pair.run(train, Case((SGD, ENGINES[engine]), model="sequential"))
     saved = trained[0].checkpoint[0]["buffer.1.running_mean"]
