@@ -79,7 +79,7 @@ def cell(model: str, mode: str, batch: int, *settings: str) -> Cell:
             *settings,
         ),
     )
-    plan = make_plan(loaded.recipe, CPU)
+    plan = make_plan(loaded.recipe, CPU, memory=True)
     assert plan.memory is not None, plan.memory_unknown
     return Cell(model, mode, batch, plan.memory, measured_peak(loaded.recipe, plan))
 

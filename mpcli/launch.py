@@ -17,7 +17,7 @@ from mpcli.plan import make_plan
 from mpcli.plan.capacity import Change, changes
 from mpcli.plan.memory import UnknownMemory
 from mpcli.plan.memory_text import changes_text, parts_text
-from mpcli.plan.micro_batch import halved, out_of_memory, release_memory, smaller
+from mpcli.plan.micro_batch import halved, needed, out_of_memory, release_memory, smaller
 from mpcli.plan.precision import has_batch_norm
 from mpcli.plan.processes import Group
 from mpcli.progress import Diverged, Progress
@@ -246,18 +246,19 @@ def _helped(problem: Problem, recipe: Recipe, run: RunDirectory) -> Iterator[Pro
         hint = f"use `micro_batch_size: {size}`: it accumulates to the same global batch"
         yield replace(problem, hint=hint)
         return
-    if plan.memory is None:
+    release_memory()
+    memory, helps = None, ""
+    try:
+        if memory := needed(recipe, plan):
+            helps = changes_text(memory, _changes(recipe, plan, run))
+    except Exception:  # the result is worth more than advice
+        logger.info("what would help is not known", exc_info=True)
+    if memory is None:
         hint = "use `engine.activation_checkpointing: true`, half weights, or a smaller model"
         yield replace(problem, hint=hint)
         return
     yield replace(problem, hint=None)
-    release_memory()
-    helps = ""
-    try:
-        helps = changes_text(plan.memory, _changes(recipe, plan, run))
-    except Exception:  # the result is worth more than advice
-        logger.info("what would help is not known", exc_info=True)
-    yield Problem(parts_text(plan.memory), helps or None, severity="warning")
+    yield Problem(parts_text(memory), helps or None, severity="warning")
 
 
 def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
@@ -268,7 +269,7 @@ def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
     def plan_for(settings: Sequence[str]) -> MemoryPlan:
         same = f"train.micro_batch_size={plan.micro_batch_size}"
         changed = load_recipe(run.recipe_path, [same, *settings], plugin).recipe
-        memory = make_plan(changed, machine, group=group).memory
+        memory = make_plan(changed, machine, group=group, memory=True).memory
         if memory is None:
             raise UnknownMemory
         return memory

@@ -54,12 +54,13 @@ def plan(
     """
     room = None if capacity is None else size_in_bytes(capacity)
     file = named_plugin(plugin)
-    loaded, planned, warnings = make(recipe, overrides, file, strict=strict)
+    loaded, planned, warnings = make(recipe, overrides, file, strict=strict, memory=True)
     fit = None
     if room is not None:
 
         def plan_for(settings: Sequence[str]) -> MemoryPlan:
-            return _memory(make(recipe, [*overrides, *settings], file, strict=False)[1])
+            settings = [*overrides, *settings]
+            return _memory(make(recipe, settings, file, strict=False, memory=True)[1])
 
         from mpcli.plan.capacity import answer
 
@@ -149,6 +150,7 @@ def make(
     world_size: int | None = None,
     nodes: int = 1,
     local_rank: int = 0,
+    memory: bool = False,
 ) -> tuple[LoadedRecipe, Plan, list[Problem]]:
     """Load and plan a recipe; the problems are the plan's warnings, with their places.
 
@@ -156,6 +158,7 @@ def make(
         world_size: of the group that this process was started in.
         nodes: machines that take part.
         local_rank: of this process on its machine.
+        memory: whether to plan that too.
 
     Raises:
         UserError: every error of the recipe, or of the plan, or with `strict` every warning.
@@ -164,7 +167,12 @@ def make(
 
     loaded = load_recipe(recipe, overrides, plugin)
     planned = planned_for(
-        loaded, strict=strict, world_size=world_size, nodes=nodes, local_rank=local_rank
+        loaded,
+        strict=strict,
+        world_size=world_size,
+        nodes=nodes,
+        local_rank=local_rank,
+        memory=memory,
     )
     return loaded, *planned
 
@@ -177,6 +185,7 @@ def planned_for(
     world_size: int | None = None,
     nodes: int = 1,
     local_rank: int = 0,
+    memory: bool = False,
 ) -> tuple[Plan, list[Problem]]:
     """Plan a recipe; the problems are the plan's warnings, with their places.
 
@@ -185,6 +194,7 @@ def planned_for(
         world_size: of the group that this process was started in.
         nodes: machines that take part.
         local_rank: of this process on its machine.
+        memory: whether to plan that too.
 
     Raises:
         UserError: every error of the plan, or with `strict` every warning.
@@ -198,7 +208,9 @@ def planned_for(
             from mpcli.plan.processes import Group
 
             group = Group(world_size, nodes)
-            planned = make_plan(loaded.recipe, machine, group=group, training=training)
+            planned = make_plan(
+                loaded.recipe, machine, group=group, training=training, memory=memory
+            )
     except UserError as error:
         raise UserError(*(p.at(loaded.place(p.path)) for p in error.problems)) from error
     warnings = [

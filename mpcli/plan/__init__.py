@@ -34,19 +34,25 @@ MAX_STEPS = 10_000_000
 
 
 def make_plan(
-    recipe: Recipe, machine: Machine, *, group: Group = ALONE, training: bool = True
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    group: Group = ALONE,
+    training: bool = True,
+    memory: bool = False,
 ) -> Plan:
     """Derive everything that a run does from its recipe and machine.
 
     Args:
         group: the processes that something else started already, or how many machines take part.
         training: whether it is to be trained: to evaluate, no training data are needed.
+        memory: whether to plan it too, which takes longer than all the rest.
 
     Raises:
         UserError: with every problem found; each carries the path of the recipe value.
     """
     try:
-        return _planned(recipe, machine, group, training=training)
+        return _planned(recipe, machine, group, training=training, with_memory=memory)
     except UserError:
         raise
     except Exception as error:
@@ -55,7 +61,9 @@ def make_plan(
         raise
 
 
-def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) -> Plan:
+def _planned(
+    recipe: Recipe, machine: Machine, group: Group, *, training: bool, with_memory: bool
+) -> Plan:
     problems = list(_machine_problems(recipe, machine))
     if training:
         problems += _mode_problems(recipe)
@@ -109,7 +117,7 @@ def _planned(recipe: Recipe, machine: Machine, group: Group, *, training: bool) 
 
     accumulation = len(micro_batch_sizes(batch, 0, world_size, micro_batch))
     memory, unknown = None, None
-    if training:
+    if with_memory:
         try:
             memory = plan_memory(
                 recipe, data, device, world_size, micro_batch, accumulation, precision.fp32_modules

@@ -77,21 +77,21 @@ def fitting(
     room = free if free is None or is_tried else int(SHARE * free)
     fp32_modules = precision.fp32_modules
     for size in _candidates(recipe, world_size, precision.modules):
-        needed = _memory(recipe, data, device, world_size, size, fp32_modules)
-        if needed is None and training and not is_tried:
+        memory = _memory(recipe, data, device, world_size, size, fp32_modules)
+        if memory is None and training and not is_tried:
             raise user_error(
                 "how much memory a step needs cannot be planned for this model",
                 "name a `micro_batch_size`: what has no memory is tried again with half of it",
                 path="train.micro_batch_size",
                 exit_code=Exit.ENVIRONMENT,
             )
-        if needed and room is not None and needed.peak > room:
+        if memory and room is not None and memory.peak > room:
             continue
         if not is_tried or trial(recipe, device, world_size, size, steps, fp32_modules):
             return size
     if not training:
         return size
-    raise _nothing_fits(size, needed, free, device)
+    raise _nothing_fits(size, memory, free, device)
 
 
 def _nothing_fits(
@@ -216,16 +216,12 @@ def halved(recipe: Recipe, plan: Plan) -> Plan | None:
     size = smaller(recipe, plan)
     if size is None:
         return None
-    batch = recipe.train.global_batch_size
-    memory = None
-    if plan.memory:
-        data, device = task_of(recipe.task).load_data(recipe.task, recipe.data), plan.device
-        memory = _memory(
-            recipe, data, torch.device(device), plan.world_size, size, plan.fp32_modules
-        )
-    changed = {
-        "micro_batch_size": size,
-        "accumulation": len(micro_batch_sizes(batch, 0, plan.world_size, size)),
-        "memory": memory,
-    }
-    return plan.model_copy(update=changed)
+    parts = micro_batch_sizes(recipe.train.global_batch_size, 0, plan.world_size, size)
+    return plan.model_copy(update={"micro_batch_size": size, "accumulation": len(parts)})
+
+
+def needed(recipe: Recipe, plan: Plan) -> MemoryPlan | None:
+    """The memory of a plan that was made without it; None: nobody knows."""
+    data, device = task_of(recipe.task).load_data(recipe.task, recipe.data), plan.device
+    size = plan.micro_batch_size
+    return _memory(recipe, data, torch.device(device), plan.world_size, size, plan.fp32_modules)

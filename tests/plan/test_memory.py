@@ -18,7 +18,7 @@ from tests.small import CPU, small_recipe
 
 
 def planned(folder: Path, *overrides: str) -> Plan:
-    return make_plan(small_recipe(folder, *overrides).recipe, CPU)
+    return make_plan(small_recipe(folder, *overrides).recipe, CPU, memory=True)
 
 
 def memory(folder: Path, *overrides: str) -> MemoryPlan:
@@ -107,7 +107,7 @@ def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulati
         "train.clip={kind: norm, max_norm: 1.0}",
     )
     loaded = small_recipe(tmp_path, *overrides)
-    plan = make_plan(loaded.recipe, CPU)
+    plan = make_plan(loaded.recipe, CPU, memory=True)
     assert plan.memory is not None
     check(Cell("vit", mode, 24, plan.memory, measured_peak(loaded.recipe, plan)))
 
@@ -195,7 +195,7 @@ def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
 
 def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
     loaded = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}")
-    plan = make_plan(loaded.recipe, CPU)
+    plan = make_plan(loaded.recipe, CPU, memory=True)
     fit = answer(loaded.recipe, plan, plan_for, 300)
     assert (fit.fits, fit.changes) == (False, ())
     assert fit.least is not None and fit.least.memory.peak == 320
