@@ -29,9 +29,10 @@ MODELS = [
     "{kind: smallnet, width: 4}",
     "{kind: resnet9, width: 4}",
     "{kind: vit, layers: 2, width: 16, heads: 2, mlp_width: 16}",
-    "{kind: torchvision, name: resnet18, stem: cifar}",
-    "{kind: torchvision, name: squeezenet1_1, stem: cifar}",
-    "{kind: torchvision, name: shufflenet_v2_x0_5}",
+    *(
+        pytest.param(f"{{kind: torchvision, name: {name}}}", marks=pytest.mark.slow)
+        for name in ("resnet18, stem: cifar", "squeezenet1_1, stem: cifar", "shufflenet_v2_x0_5")
+    ),
 ]
 
 

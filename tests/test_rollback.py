@@ -195,7 +195,9 @@ def test_without_checkpoints_the_recipe_is_refused(tmp_path: Path) -> None:
     assert problem.path == "train.on_nonfinite"
 
 
-@pytest.mark.parametrize("precision", ["{mode: fp32}", FP16 % 2**17])
+@pytest.mark.parametrize(
+    "precision", ["{mode: fp32}", pytest.param(FP16 % 2**17, marks=pytest.mark.slow)]
+)
 def test_killed_at_any_step_it_goes_back_to_the_same(
     tmp_path: Path, bad: dict[int, float], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:

@@ -30,7 +30,9 @@ from tests.stopped import (
 )
 
 
-@pytest.mark.parametrize("mode", ["fp16", "bf16-pure", "async"])
+@pytest.mark.parametrize(
+    "mode", ["fp16", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bf16-pure", "async"))]
+)
 @pytest.mark.parametrize(
     ("number", "status", "code"),
     [(signal.SIGTERM, "preempted", 75), (signal.SIGINT, "interrupted", 130)],

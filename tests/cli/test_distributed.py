@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_before_its_first_word_is_named():
     assert attempts() == ["1"]
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_output_may_be_a_file_beside_a_terminal():
     terminal, end = pty.openpty()
     with Path("out.json").open("w") as file:
@@ -293,7 +293,7 @@ def test_ranks_with_another_recipe_code_or_library_end_before_they_train(recipe,
     assert not Path("out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_workers_with_other_code_end_before_they_train():
     code, out, err = Several(*OUT, hook="", patch=OTHER).ended()
     assert (code, json.loads(out)) == (2, result()), err

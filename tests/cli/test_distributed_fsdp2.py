@@ -47,7 +47,7 @@ def test_a_restart_that_made_progress_is_not_counted():
     assert Path("out", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_what_one_engine_began_others_go_on_with():
     run = Several(*OUT, *LONG, "--set", "output.checkpoint_every=null")
     pid = run.in_step(1, 30)

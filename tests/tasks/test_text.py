@@ -165,25 +165,24 @@ def step_rows(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "steps.jsonl").read_text().splitlines()]
 
 
-def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mode", ["fp32", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bf16", "fp16-master"))]
+)
+@pytest.mark.parametrize("text", [MLM, GPT], ids=["masked", "causal"])
+def test_activation_checkpointing_changes_no_number(tmp_path: Path, text: str, mode: str) -> None:
     """Dropout included: what is computed again drops the same elements."""
-    for number, (text, blocks) in enumerate(BLOCKS.items()):
-        for mode in ("fp32", "bf16", "fp16", "fp16-master"):
-            common = (f"precision.mode={mode}", *blocks)
-            runs = []
-            for chosen in ("false", "true"):
-                override = f"engine.activation_checkpointing={chosen}"
-                run, result = run_small(
-                    tmp_path, *common, override, name=f"{number}-{mode}-{chosen}", text=text
-                )
-                finished(result)
-                runs.append(run)
-            usual, ours = (load_file(run.final_path / "model.safetensors") for run in runs)
-            assert all(torch.equal(ours[name], tensor) for name, tensor in usual.items())
-            usual_rows, our_rows = (
-                [(row["loss"], row["grad_norm"]) for row in step_rows(run)] for run in runs
-            )
-            assert usual_rows == our_rows
+    runs = []
+    for chosen in ("false", "true"):
+        overrides = (f"precision.mode={mode}", f"engine.activation_checkpointing={chosen}")
+        run, result = run_small(tmp_path, *overrides, *BLOCKS[text], name=chosen, text=text)
+        finished(result)
+        runs.append(run)
+    usual, ours = (load_file(run.final_path / "model.safetensors") for run in runs)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in usual.items())
+    usual_rows, our_rows = (
+        [(row["loss"], row["grad_norm"]) for row in step_rows(run)] for run in runs
+    )
+    assert usual_rows == our_rows
 
 
 @pytest.mark.parametrize("text", [MLM, GPT], ids=["masked", "causal"])
@@ -251,7 +250,8 @@ json.dump([ids.tolist(), str(logits.dtype), tied, logits.tolist()], sys.stdout)
 """
 
 
-@pytest.mark.parametrize("mode", [pytest.param("fp32", marks=pytest.mark.slow), "fp16-master"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fp32", "fp16-master"])
 def test_the_final_folder_gives_the_same_logits_without_this_program(
     tmp_path: Path, mode: str
 ) -> None:
