@@ -151,6 +151,8 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "deepspeed is not installed" in what and code == Exit.ENVIRONMENT
     assert "pip install 'mptrain[deepspeed]'" in hint
     assert "engine: {kind: fsdp2, cpu_offload: true}" in hint
+    recipe = small_recipe(tmp_path, ZERO % "offload: true").recipe
+    assert make_plan(recipe, small.CPU, training=False)  # to evaluate it is not needed
 
 
 def told(device: str, **options: Any) -> dict[str, Any]:
