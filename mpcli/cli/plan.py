@@ -126,7 +126,7 @@ def _show_fit(fit: Fit) -> None:
     from mpcli.plan.memory_text import size_text
 
     size = size_text(fit.capacity)
-    if fit.fits is None:
+    if fit.peak is None:
         write(f"Whether it fits {size} is not known.")
         return
     if fit.fits:
