@@ -36,6 +36,8 @@ _PACKAGES = (
     "tokenizers",
     "datasets",
     "deepspeed",
+    "bitsandbytes",
+    "torchao",
 )
 # What bears on numerics, devices, threads, processes and caches. A list of names and no pattern:
 # what a person's own variables hold is nobody's business.

@@ -289,7 +289,9 @@ def test_what_fits_no_memory_is_refused_where_it_is_trained(
     with pytest.raises(UserError, match="has none for a micro-batch of 2 samples") as caught:
         make_plan(recipe, with_memory(cpu=2000))
     assert caught.value.exit_code == 3
-    assert caught.value.problems[0].path == "train.micro_batch_size"
+    (problem,) = caught.value.problems
+    assert problem.path == "train.micro_batch_size"
+    assert "may fill 1.562KiB" in problem.what and "--capacity 1.562KiB" in str(problem.hint)
     assert make_plan(recipe, with_memory(cpu=2000), training=False).micro_batch_size == 2
 
 

@@ -91,10 +91,11 @@ def size_in_bytes(text: str) -> int:
     Raises:
         UserError: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not size:
         raise user_error(f"--capacity is a size, found `{text}`", "write it as 24GiB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return size
 
 
 def _memory(planned: Plan) -> MemoryPlan:
@@ -122,22 +123,24 @@ def _change_record(change: Change) -> dict[str, Any]:
 
 def _show_fit(fit: Fit) -> None:
     """The answer to `--capacity`, with changes as they are typed."""
-    size = memory_text(fit.capacity)
-    if fit.fits is None:
+    from mpcli.plan.memory_text import size_text
+
+    size = size_text(fit.capacity)
+    if fit.peak is None:
         write(f"Whether it fits {size} is not known.")
         return
     if fit.fits:
-        write(f"It fits {size}: at most {memory_text(fit.peak)} are needed at once.")
+        write(f"It fits {size}: at most {size_text(fit.peak)} are needed at once.")
         return
-    write(f"It does not fit {size}: {memory_text(fit.peak)} are needed at once.")
+    write(f"It does not fit {size}: {size_text(fit.peak)} are needed at once.")
     if fit.changes:
         write("It fits with:" if len(fit.changes) == 1 else "It fits with any of these:")
     elif fit.least:
-        write(f"Nothing here makes it fit: at least {memory_text(fit.least.memory.peak)}, with")
+        write(f"Nothing here makes it fit: at least {size_text(fit.least.memory.peak)}, with")
     else:
         write("Nothing here makes it fit.")
     for change in fit.changes or ([fit.least] if fit.least else []):
-        write(f"  {change.what}: {memory_text(change.memory.peak)}")
+        write(f"  {change.what}: {size_text(change.memory.peak)}")
         write("    " + " ".join(f"--set {shlex.quote(setting)}" for setting in change.settings))
 
 

@@ -108,32 +108,37 @@ class DeepSpeedEngine(DividedEngine):
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
     ) -> Tensor:
-        """Forward and backward of one micro-batch; the last one's hands the gradients out."""
+        """Forward and backward of one micro-batch; its gradients are added to the parts'."""
         self._share_restored()
-        self._engine.set_gradient_accumulation_boundary(last)
         loss = super().accumulate(loss_function, batch, total_weight, last=last)
-        if last:
-            self._take_gradients()
+        self._take_gradients(last=last)
+        if not last:
+            self._zero.end_step()
         return loss
 
-    def _take_gradients(self) -> None:
-        """From where ZeRO leaves them to the parts."""
+    def _take_gradients(self, *, last: bool) -> None:
+        """From where ZeRO leaves them to the parts.
+
+        To DeepSpeed each micro-batch is a step. What it adds up itself it loses with offload, where
+        the last micro-batch does not use a weight.
+        """
         gradients = self._zero.gradients()
         for name in self._used:
             part = self.parts[name]
-            part.grad = gradients[name].view(part.shape) if part.numel() else torch.empty_like(part)
-        if not self.ranks.alone:  # DeepSpeed averages over the ranks
-            present = [
-                gradient for name in self._used if (gradient := self.parts[name].grad) is not None
-            ]
-            torch._foreach_mul_(present, float(self.ranks.world_size))
+            gradient = gradients[name].view(part.shape) if part.numel() else torch.empty_like(part)
+            if not self.ranks.alone:
+                gradient.mul_(self.ranks.world_size)  # it averages over the ranks
+            if part.grad is not None:
+                part.grad += gradient
+            else:
+                part.grad = gradient if last else gradient.clone()
         self._used.clear()
         if self._observer is not None:
             self.observed = self._types_in_forward(self._observer)
             self._observer = None
 
     def _observed(self, observer: TypesObserver) -> None:
-        self._observer = observer  # parts have gradients only after the last micro-batch
+        self._observer = observer  # parts have no gradients yet
 
     def _update(self, gradients: list[Tensor | None]) -> None:
         super()._update(gradients)

@@ -67,6 +67,7 @@ def _planned(
     problems = list(_machine_problems(recipe, machine))
     if training:
         problems += _mode_problems(recipe)
+        problems += _package_problems(recipe)
         problems += optim_problems(recipe, _device(recipe, machine))
     device = _device(recipe, machine)
     task = task_of(recipe.task)
@@ -195,6 +196,18 @@ def _mode_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(what, hint, path="precision.mode")
 
 
+def _package_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What training needs, and evaluating does not."""
+    if isinstance(recipe.engine, DeepSpeed) and not importlib.util.find_spec("deepspeed"):
+        yield Problem(
+            "the package deepspeed is not installed",
+            "pip install 'mptrain[deepspeed]'; or without it `engine: {kind: fsdp2, cpu_offload: "
+            "true}`, where weights and gradients live in host memory too",
+            path="engine.kind",
+            exit_code=Exit.ENVIRONMENT,
+        )
+
+
 def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
     if recipe.engine.device == "cuda" and not machine.cuda_devices:
         yield Problem(
@@ -226,14 +239,6 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             f"torch.compile needs a compiler ({compiler}) on the PATH",
             "install one, or use `compile: false`",
             path="engine.compile",
-            exit_code=Exit.ENVIRONMENT,
-        )
-    if isinstance(recipe.engine, DeepSpeed) and not importlib.util.find_spec("deepspeed"):
-        yield Problem(
-            "the package deepspeed is not installed",
-            "pip install 'mptrain[deepspeed]'; or without it `engine: {kind: fsdp2, cpu_offload: "
-            "true}`, where weights and gradients live in host memory too",
-            path="engine.kind",
             exit_code=Exit.ENVIRONMENT,
         )
     if recipe.output.tensorboard and not importlib.util.find_spec("tensorboard"):

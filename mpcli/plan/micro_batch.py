@@ -91,20 +91,26 @@ def fitting(
             return size
     if not training:
         return size
-    raise _nothing_fits(size, memory, free, device)
+    raise _nothing_fits(size, memory, free, room, device)
 
 
 def _nothing_fits(
-    size: int, needed: MemoryPlan | None, free: int | None, device: torch.device
+    size: int,
+    needed: MemoryPlan | None,
+    free: int | None,
+    room: int | None,
+    device: torch.device,
 ) -> UserError:
     samples = f"{size} samples" if size > 1 else "1 sample"
     what = f"out of memory: this {device.type} has none for a micro-batch of {samples}"
     if needed:
         what += f" ({parts_text(needed)})"
     hint = None
-    if free is not None:
+    if free is not None and room is not None:
         what += f"; {size_text(free)} are free for each process"
-        settings = f"--set train.micro_batch_size={size} --capacity {size_text(free)}"
+        if room < free:
+            what += f", of which it may fill {size_text(room)}"
+        settings = f"--set train.micro_batch_size={size} --capacity {size_text(room)}"
         hint = f"`mptrain plan` with `{settings}` shows what makes it fit"
     return user_error(what, hint, path="train.micro_batch_size", exit_code=Exit.ENVIRONMENT)
 

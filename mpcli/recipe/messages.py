@@ -480,7 +480,8 @@ def _written(node: Node | None) -> str:
 def _literals(details: ErrorDetails) -> list[str]:
     if details["type"] != "literal_error":
         return []
-    return re.findall("'([^']*)'", details["ctx"]["expected"])
+    found = re.findall(r"'([^']*)'|(\d+)", details["ctx"]["expected"])
+    return [word or number for word, number in found]
 
 
 def _number(value: float) -> str:

@@ -83,6 +83,23 @@ class InPlace(nn.Module):
         return logits
 
 
+class Sometimes(nn.Module):
+    """A layer that only some micro-batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 16)
+        self.sometimes = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs.flatten(1)).tanh()
+        if inputs.sum() > 0:
+            hidden = hidden + self.sometimes(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
 def make_model(name: str) -> nn.Module:
     """The same weights for the same name."""
     torch.manual_seed(0)
@@ -95,6 +112,8 @@ def make_model(name: str) -> nn.Module:
             model = SmallNet()
             model.unused = nn.Linear(4, 4)
             return model
+        case "sometimes":
+            return Sometimes()
         case "in place":
             return InPlace()
         case "number":

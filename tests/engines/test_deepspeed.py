@@ -29,7 +29,7 @@ from tests.engines.test_conformance import (
     together,
 )
 from tests.engines.test_ddp import furthest, warned
-from tests.ranks import Group
+from tests.ranks import Group, ranks_of
 from tests.small import small_recipe
 
 ZERO = "engine={kind: deepspeed, device: cpu, timeout_seconds: 30, %s}"
@@ -63,6 +63,15 @@ def test_models(pair: Group, model: str, number: int) -> None:
     case = Case((SGD,), model=model, micro_batch=8, steps=3)
     trained = together(pair, case, "deepspeed", f"engine.stage={number}")
     assert furthest(trained, alone(case)) < 1e-6
+
+
+@slow
+@pytest.mark.parametrize("options", ["stage: 2, offload: true", "stage: 3, offload: true"])
+def test_a_weight_that_the_last_micro_batch_does_not_use_learns(options: str) -> None:
+    case = Case((SGD,), model="sometimes", micro_batch=4)
+    with ranks_of(1) as single:
+        trained = single.run(train, replace(case, settings=(SGD, ZERO % options)))[0]
+    assert furthest(trained, alone(case)) == 0
 
 
 @slow
@@ -151,6 +160,8 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "deepspeed is not installed" in what and code == Exit.ENVIRONMENT
     assert "pip install 'mptrain[deepspeed]'" in hint
     assert "engine: {kind: fsdp2, cpu_offload: true}" in hint
+    recipe = small_recipe(tmp_path, ZERO % "offload: true").recipe
+    assert make_plan(recipe, small.CPU, training=False)  # to evaluate it is not needed
 
 
 def told(device: str, **options: Any) -> dict[str, Any]:

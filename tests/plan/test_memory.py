@@ -203,7 +203,9 @@ def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
     assert answer(loaded.recipe, plan, plan_for, plan.memory.peak).fits
 
 
-@pytest.mark.parametrize("size", ["24", "GiB", "0GiB", "-1GiB", "many"])
+@pytest.mark.parametrize(
+    "size", ["24", "GiB", "0GiB", "-1GiB", "many", "0.0001KB", "9" * 400 + "GiB"]
+)
 def test_a_capacity_is_a_size(size: str) -> None:
     with pytest.raises(UserError, match="size"):
         size_in_bytes(size)
