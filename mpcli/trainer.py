@@ -445,8 +445,6 @@ def settings(recipe: Recipe, plan: Plan) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
-    # transformers imports DeepSpeed where it is, which would say on stdout what it found.
-    os.environ.setdefault("DS_ACCELERATOR", plan.device)
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         torch.backends.cudnn.benchmark = not recipe.train.deterministic

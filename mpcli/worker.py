@@ -10,6 +10,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 def main() -> NoReturn:
     """Take part in a run; exit code 0 where all ranks end together, whatever that end is."""
     signals.install(_leave)
+    logging.getLogger("DeepSpeed").disabled = True  # the engine that uses it lets it speak
     parser = argparse.ArgumentParser(prog="mpcli.worker")
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int, required=True)

@@ -391,6 +391,7 @@ def _library(device: torch.device, local_rank: int) -> Any:
     warnings.filterwarnings("ignore", ".*(all_gather|reduce_scatter)_single", FutureWarning)
     its_logger.handlers.clear()  # its own writes to stdout
     its_logger.parent = logger
+    its_logger.disabled = False
     its_logger.propagate = True
     return deepspeed
 

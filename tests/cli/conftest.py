@@ -35,6 +35,7 @@ def mptrain(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run a command in this process."""
 
     def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()  # what the test itself printed, or a library that it uses
         code = main([str(argument) for argument in arguments])
         return Outcome(code, *capsys.readouterr())
 
