@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import cast
 
 from mpcli.checkpoint.layout import completed
-from mpcli.machine import detect_machine, environment
+from mpcli.machine import Machine, detect_machine, environment
 from mpcli.plan import make_plan
-from mpcli.plan.capacity import Change, changes
+from mpcli.plan.capacity import Change, changes, changes_text
 from mpcli.plan.memory import UnknownMemory
-from mpcli.plan.memory_text import changes_text, parts_text
+from mpcli.plan.memory_text import parts_text
 from mpcli.plan.micro_batch import halved, needed, out_of_memory, release_memory, smaller
 from mpcli.plan.precision import has_batch_norm
 from mpcli.plan.processes import Group
@@ -264,7 +264,8 @@ def _helped(problem: Problem, recipe: Recipe, run: RunDirectory) -> Iterator[Pro
 def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
     """Of the recipe, with what is planned to be needed then."""
     plugin = recipe.task.plugin if isinstance(recipe.task, Plugin) else None
-    machine, group = detect_machine(), Group(plan.world_size)
+    machine = detect_machine()
+    group = _same_processes(recipe, plan, machine)
 
     def plan_for(settings: Sequence[str]) -> MemoryPlan:
         same = f"train.micro_batch_size={plan.micro_batch_size}"
@@ -274,7 +275,15 @@ def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
             raise UnknownMemory
         return memory
 
-    return changes(recipe, plan.micro_batch_size, plan_for)
+    return changes(recipe, plan, plan_for)
+
+
+def _same_processes(recipe: Recipe, plan: Plan, machine: Machine) -> Group:
+    """As many as a plan has, on as many machines as they came from."""
+    each: int | str = recipe.engine.processes
+    if isinstance(each, str):  # one for each GPU; of a CPU all are taken to be on one machine
+        each = len(machine.cuda_devices) if plan.device == "cuda" else plan.world_size
+    return Group(plan.world_size, max(1, plan.world_size // max(1, each)))
 
 
 def recorded(problem: Problem) -> ResultProblem:

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from mpcli.engines.local import LocalEngine
-from mpcli.launch import launch
+from mpcli.launch import _same_processes, launch
 from mpcli.machine import Machine, _cgroup_room, detect_machine
 from mpcli.plan import make_plan, micro_batch
 from mpcli.plan.capacity import Change
-from mpcli.plan.memory_text import size_text
 from mpcli.plan.micro_batch import halved, needed, trial
+from mpcli.plan.processes import Group
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import load_plugin
 from mpcli.records import MemoryPlan, Plan, Result, StepRecord
 from mpcli.rundir import RunDirectory
+from mpcli.sizes import size_text
 from tests.small import CPU, Silent, small_recipe
 
 PLUGIN = Path(__file__).parent / "short_of_memory.py"
@@ -195,6 +196,21 @@ def test_memory_that_is_missing_before_the_first_step_is_not_the_micro_batchs(
     problem, parts = result.problems
     assert problem["path"] == "engine.device"
     assert parts["message"].startswith("planned: weights ")
+    # What was planned afterwards was no engine of the run.
+    assert "optimizer state: " not in (run.attempt_path / "log.rank0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("processes", "world_size", "nodes"), [("2", 4, 2), ("4", 4, 1), ("auto", 4, 1)]
+)
+def test_what_would_help_is_planned_for_as_many_processes(
+    tmp_path: Path, processes: str, world_size: int, nodes: int
+) -> None:
+    engine = f"engine={{kind: ddp, processes: {processes}, device: cpu}}"
+    recipe = small_recipe(tmp_path, engine).recipe
+    group = Group(world_size, nodes)
+    plan = make_plan(recipe, CPU, group=group)
+    assert _same_processes(recipe, plan, CPU) == group
 
 
 def planned(folder: Path, *settings: str) -> tuple[Any, Plan]:
@@ -301,8 +317,16 @@ def test_without_auto_no_memory_is_planned(tmp_path: Path, needs: Callable[[int,
     assert plan.micro_batch_size == 16
 
 
+@pytest.mark.parametrize(
+    ("engine", "sizes"),
+    [("local", [8, 4, 2]), ("ddp", [4, 2])],  # 800 of 850 are too near for what is not tried
+)
 def test_on_a_gpu_it_is_tried_from_the_largest_that_is_planned_to_fit(
-    tmp_path: Path, needs: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    needs: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    sizes: list[int],
 ) -> None:
     tried = []
 
@@ -312,12 +336,13 @@ def test_on_a_gpu_it_is_tried_from_the_largest_that_is_planned_to_fit(
 
     monkeypatch.setattr(micro_batch, "trial", fails_above_two)
     needs(0, 100)
-    recipe = small_recipe(tmp_path, AUTO, "engine.device=cuda").recipe
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    recipe = small_recipe(tmp_path, AUTO, f"engine={{kind: {engine}, device: cuda}}").recipe
     gpu = Machine(
         cuda_devices=("x",), emulated={}, unsupported={}, available_memory={"cuda": 850, "cpu": 1}
     )
     assert make_plan(recipe, gpu).micro_batch_size == 2
-    assert tried == [8, 4, 2]
+    assert tried == sizes
 
 
 @pytest.mark.parametrize("phase", ["accumulate", "step"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mpcli.recipe.errors import Exit, user_error
+from mpcli.sizes import size_text
 
 if TYPE_CHECKING:
     from mpcli.recipe.recipe import Recipe
@@ -94,12 +95,8 @@ def _line(header: Sequence[str], row: Sequence[str]) -> str:
 
 
 def memory_text(num_bytes: int | None) -> str:
-    """Bytes for people, in binary units."""
-    if num_bytes is None:
-        return "unknown"
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.0f} KiB"
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """Bytes for people, if they are known."""
+    return "unknown" if num_bytes is None else size_text(num_bytes)
 
 
 _SHARES = ("accuracy", "masked_accuracy", "f1")

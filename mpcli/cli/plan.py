@@ -18,6 +18,7 @@ from mpcli.cli.options import AsJson, Overrides, PluginPath, RecipePath, Strict
 from mpcli.cli.plugin import named_plugin
 from mpcli.recipe.errors import Problem, UserError, user_error
 from mpcli.signals import uninterrupted
+from mpcli.sizes import size_text
 
 if TYPE_CHECKING:
     from mpcli.plan.capacity import Change, Fit
@@ -123,8 +124,6 @@ def _change_record(change: Change) -> dict[str, Any]:
 
 def _show_fit(fit: Fit) -> None:
     """The answer to `--capacity`, with changes as they are typed."""
-    from mpcli.plan.memory_text import size_text
-
     size = size_text(fit.capacity)
     if fit.peak is None:
         write(f"Whether it fits {size} is not known.")

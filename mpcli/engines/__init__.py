@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import assert_never
 
@@ -10,11 +11,14 @@ from torch import nn
 
 from mpcli.engines import ddp, deepspeed, fsdp2, local
 from mpcli.engines.base import Engine
+from mpcli.optim import held_state_bytes
 from mpcli.precision.numerics import Numerics
 from mpcli.ranks import Ranks
 from mpcli.recipe import engine as sections
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip
+
+logger = logging.getLogger(__name__)
 
 
 def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
@@ -60,14 +64,19 @@ def build_engine(
         steps: of the run.
         fp32_modules: see `convert`.
     """
+    kind: type[local.LocalEngine]
     match recipe.engine:
         case sections.Local():
-            return local.LocalEngine(recipe, model, device, steps, fp32_modules)
+            kind = local.LocalEngine
         case sections.Ddp():
-            return ddp.DdpEngine(recipe, model, device, steps, fp32_modules, ranks)
+            kind = ddp.DdpEngine
         case sections.Fsdp2():
-            return fsdp2.Fsdp2Engine(recipe, model, device, steps, fp32_modules, ranks)
+            kind = fsdp2.Fsdp2Engine
         case sections.DeepSpeed():
-            return deepspeed.DeepSpeedEngine(recipe, model, device, steps, fp32_modules, ranks)
+            kind = deepspeed.DeepSpeedEngine
         case _:
             assert_never(recipe.engine)
+    engine = kind(recipe, model, device, steps, fp32_modules, ranks)
+    # Said here: what only plans memory, or repeats a step, makes engines too.
+    logger.info("optimizer state: %d bytes", held_state_bytes(engine.optimizer))
+    return engine

@@ -19,7 +19,7 @@ from mpcli.checkpoint import outline
 from mpcli.data.batch import Batch
 from mpcli.data.seeds import rank_seed
 from mpcli.engines.base import LossFunction, Outcome
-from mpcli.optim import build_optimizer, held_state_bytes, weights_apart
+from mpcli.optim import build_optimizer, weights_apart
 from mpcli.optim.half_storage import HalfStorageStep
 from mpcli.optim.schedule import learning_rate_table
 from mpcli.precision.clipping import clip_
@@ -98,7 +98,6 @@ class LocalEngine:
         named = list(zip(self.names, self.masters, strict=True))
         apart = weights_apart(recipe.optim, model)
         self.optimizer = build_optimizer(recipe.optim, named, self.lr.view(()), apart)
-        logger.info("optimizer state: %d bytes", held_state_bytes(self.optimizer))
         self.half_storage: HalfStorageStep | None = None
         if meaning.half_weights and not meaning.masters:
             seed = recipe.train.seed if recipe.precision.stochastic_rounding else None

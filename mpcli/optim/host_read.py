@@ -47,9 +47,9 @@ class HostRead(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of all, unless `found_inf`."""
-        decided = torch.cat([self.found_inf.view(1), self.learning_rate.view(1)])
-        found_inf, learning_rate = decided.tolist()
-        if found_inf:
+        taken = self.found_inf.view(1).logical_not()  # of a fake tensor 1 is read: a step is taken
+        taken, learning_rate = torch.cat([taken, self.learning_rate.view(1)]).tolist()
+        if not taken:
             return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import yaml
 
 from mpcli.plan.memory import UnknownMemory
+from mpcli.plan.micro_batch import smaller_sizes
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.dump import written
-from mpcli.recipe.engine import DeepSpeed, Fsdp2
+from mpcli.recipe.engine import DeepSpeed, Engine, Fsdp2
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.optim import AdamW
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan
+from mpcli.sizes import size_text
 
 PlanFor = Callable[[Sequence[str]], MemoryPlan]
 """`--set` values -> memory of the recipe with them, taken together.
@@ -25,6 +27,8 @@ Raises UserError where that recipe cannot be planned, and UnknownMemory.
 """
 
 _Described = tuple[str, tuple[str, ...]]  # a change in words, and its `--set` values
+
+_MICRO_BATCH = "train.micro_batch_size"
 
 
 @dataclass(frozen=True)
@@ -66,76 +70,92 @@ def answer(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Fit:
     peak = plan.memory.peak
     if peak <= capacity:
         return Fit(capacity, True, peak)
-    if fit := fitting(recipe, plan.micro_batch_size, plan_for, capacity):
+    if fit := fitting(recipe, plan, plan_for, capacity):
         return Fit(capacity, False, peak, tuple(fit))
-    all_of_them = together(recipe, plan.micro_batch_size, plan_for, capacity)
+    all_of_them = together(recipe, plan, plan_for, capacity)
     if all_of_them and all_of_them.memory.peak <= capacity:
         return Fit(capacity, False, peak, (all_of_them,))
     return Fit(capacity, False, peak, (), all_of_them)
 
 
-def changes(recipe: Recipe, micro_batch: int, plan_for: PlanFor) -> list[Change]:
+def changes(recipe: Recipe, plan: Plan, plan_for: PlanFor) -> list[Change]:
     """Every change by itself that can be planned, those first that change least.
 
     Of micro-batches it is the smallest one.
-
-    Args:
-        micro_batch: samples of a forward now.
     """
-    smallest = [_micro_batch(1)] if micro_batch > 1 else []
+    smallest = map(_micro_batch, smaller_sizes(recipe, plan)[-1:])
     return _planned([*smallest, *_others(recipe)], plan_for)
 
 
-def fitting(recipe: Recipe, micro_batch: int, plan_for: PlanFor, capacity: int) -> list[Change]:
-    """The changes whose peak is at most `capacity` bytes, those first that change least.
+def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
+    """What changes of a recipe with that memory save of its peak, each of them, in a line."""
+    saved = [(memory.peak - change.memory.peak, change.what) for change in changes]
+    told = (f"{what}: {size_text(num)} less" for num, what in saved if num > 0)
+    return "; ".join(told)
 
-    Args:
-        micro_batch: samples of a forward now.
-    """
-    largest = _largest_micro_batch(micro_batch, plan_for, capacity)
+
+def fitting(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> list[Change]:
+    """The changes whose peak is at most `capacity` bytes, those first that change least."""
+    largest = _largest_micro_batch(smaller_sizes(recipe, plan), plan_for, capacity)
     others = _planned(_others(recipe), plan_for)
     found = ([largest] if largest else []) + others
     return [change for change in found if change.memory.peak <= capacity]
 
 
-def together(recipe: Recipe, micro_batch: int, plan_for: PlanFor, capacity: int) -> Change | None:
-    """Changes added one by one until they fit; if they never do, those that need least.
-
-    Args:
-        micro_batch: samples of a forward now.
+def together(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Change | None:
+    """Changes added one by one until they fit, less what turns out not to be needed.
 
     Returns:
-        None where no change can be planned.
+        If they never fit, those that need least; None where no change can be planned.
     """
-    singles = changes(recipe, micro_batch, plan_for)
-    # 8-bit states cannot be divided or offloaded: either of both.
-    orders = [[one for one in singles if not _is_of(one, kind)] for kind in ("engine", "optim")]
+    singles = [(one.what, one.settings) for one in changes(recipe, plan, plan_for)]
     best: Change | None = None
-    for order in orders:
+    for path in ("engine.kind", "optim"):  # 8-bit states cannot be divided: either of both
+        parts: list[_Described] = []
         now: Change | None = None
-        for one in order:
-            what = f"{now.what}; {one.what}" if now else one.what
-            settings = _joined(now.settings if now else (), one.settings)
-            for change in _planned([(what, settings)], plan_for):
+        for one in singles:
+            if _sets(one, path):
+                continue
+            for change in _planned([_joined(*parts, one)], plan_for):
                 if now is None or change.memory.peak < now.memory.peak:
-                    now = change
+                    now, parts = change, [*parts, one]
             if now and now.memory.peak <= capacity:
-                return now
+                return _least(now, parts, smaller_sizes(recipe, plan), plan_for, capacity)
         if now and (best is None or now.memory.peak < best.memory.peak):
             best = now
     return best
 
 
-def _is_of(change: Change, section: str) -> bool:
-    return any(
-        setting.startswith((f"{section}=", f"{section}.kind=")) for setting in change.settings
-    )
+def _least(
+    found: Change,
+    parts: Sequence[_Described],
+    sizes: Sequence[int],
+    plan_for: PlanFor,
+    capacity: int,
+) -> Change:
+    """What of changes that fit together is needed, with the largest micro-batch that fits."""
+    needed = list(parts)
+    for part in parts[:-1]:  # without the last one they did not fit
+        rest = [one for one in needed if one is not part]
+        for change in _planned([_joined(*rest)], plan_for):
+            if change.memory.peak <= capacity:
+                found, needed = change, rest
+    others = [one for one in needed if not _sets(one, _MICRO_BATCH)]
+    if len(others) == len(needed):
+        return found
+    return _largest_micro_batch(sizes, plan_for, capacity, *others) or found
 
 
-def _joined(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
-    """Settings that hold together: a later one of the same path wins."""
-    paths = {setting.partition("=")[0] for setting in after}
-    return (*(s for s in before if s.partition("=")[0] not in paths), *after)
+def _sets(change: _Described, path: str) -> bool:
+    return any(setting.partition("=")[0] == path for setting in change[1])
+
+
+def _joined(*changes: _Described) -> _Described:
+    """All at once; of settings of one path the last one holds."""
+    settings: dict[str, str] = {}
+    for _, own in changes:
+        settings |= {setting.partition("=")[0]: setting for setting in own}
+    return "; ".join(what for what, _ in changes), tuple(settings.values())
 
 
 def _planned(found: Iterable[_Described], plan_for: PlanFor) -> list[Change]:
@@ -147,23 +167,25 @@ def _planned(found: Iterable[_Described], plan_for: PlanFor) -> list[Change]:
     return planned
 
 
-def _largest_micro_batch(micro_batch: int, plan_for: PlanFor, capacity: int) -> Change | None:
-    """The largest power of two below the size of now that fits, by halving the range."""
-    low, high = 0, (micro_batch - 1).bit_length()  # of the exponents, `high` is too large
+def _largest_micro_batch(
+    sizes: Sequence[int], plan_for: PlanFor, capacity: int, *others: _Described
+) -> Change | None:
+    """The first of falling sizes that fits beside other changes, by halving the range."""
+    low, high = 0, len(sizes)  # the first that fits is none below `low`
     best: Change | None = None
     while low < high:
         middle = (low + high) // 2
-        planned = _planned([_micro_batch(2**middle)], plan_for)
+        planned = _planned([_joined(_micro_batch(sizes[middle]), *others)], plan_for)
         if planned and planned[0].memory.peak <= capacity:
-            best, low = planned[0], middle + 1
+            best, high = planned[0], middle
         else:
-            high = middle
+            low = middle + 1
     return best
 
 
 def _micro_batch(size: int) -> _Described:
     what = f"compute {size} sample{'s' * (size > 1)} at a time, and add up their gradients"
-    return what, (f"train.micro_batch_size={size}",)
+    return what, (f"{_MICRO_BATCH}={size}",)
 
 
 def _others(recipe: Recipe) -> Iterator[_Described]:
@@ -178,14 +200,23 @@ def _others(recipe: Recipe) -> Iterator[_Described]:
     if not numerics(recipe.precision.mode).half_weights:
         what = "store weights and activations in bf16, beside fp32 masters"
         yield what, ("precision.mode=bf16-master",)
-    kept = tuple(
-        f"engine.{name}={written(value)}"
-        for name in ("device", "activation_checkpointing", "data_workers")
-        if (value := getattr(engine, name)) != type(engine).model_fields[name].default
-    )
     if not (isinstance(engine, Fsdp2) and engine.cpu_offload):
         what = "keep weights, gradients and optimizer state in host memory (fsdp2)"
-        yield what, ("engine.kind=fsdp2", "engine.cpu_offload=true", *kept)
+        yield what, _other_engine(engine, Fsdp2, "fsdp2", "cpu_offload")
     if not (isinstance(engine, DeepSpeed) and engine.offload):
         what = "keep optimizer state and fp32 masters in host memory (ZeRO-Offload)"
-        yield what, ("engine.kind=deepspeed", "engine.offload=true", *kept)
+        yield what, _other_engine(engine, DeepSpeed, "deepspeed", "offload")
+
+
+def _other_engine(
+    engine: Engine, other: type[Fsdp2 | DeepSpeed], kind: str, offload: str
+) -> tuple[str, ...]:
+    """Another kind of engine, with all that both have; neither of these compiles models."""
+    own = type(engine).model_fields
+    kept = (
+        f"engine.{name}={written(value)}"
+        for name in other.model_fields
+        if name in own.keys() - {"kind", "compile", offload}
+        and (value := getattr(engine, name)) != own[name].default
+    )
+    return f"engine.kind={kind}", f"engine.{offload}=true", *kept

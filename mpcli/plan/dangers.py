@@ -14,7 +14,7 @@ from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import Numerics, numerics
 from mpcli.recipe.engine import Ddp, Engine, Fsdp2
 from mpcli.recipe.errors import Problem
-from mpcli.recipe.optim import Adam, AdamW, AdamW8bit
+from mpcli.recipe.optim import Adam, AdamW, AdamW8bit, Muon
 from mpcli.recipe.precision import DynamicScale, LossScale, NoScale, ScheduledScale, StaticScale
 from mpcli.recipe.recipe import Recipe
 
@@ -221,17 +221,17 @@ def _dynamic_scale_warnings(loss_scale: DynamicScale) -> Iterator[Problem]:
 def _update_warnings(recipe: Recipe, steps: int) -> Iterator[Problem]:
     """Rates and epsilons that are out of all proportion in every precision."""
     optim = recipe.optim
-    is_adam = isinstance(optim, Adam | AdamW | AdamW8bit)
+    is_adam = isinstance(optim, Adam | AdamW | AdamW8bit | Muon)  # Muon's steps are as long
     highest = ADAM_LARGEST_LR if is_adam else SGD_LARGEST_LR
     if optim.lr >= highest:
-        each = "Adam moves every weight by about the rate" if is_adam else "steps are that long"
+        each = "every weight moves by about the rate" if is_adam else "steps are that long"
         yield _warning(
             "learning-rate",
             "optim.lr",
             f"a rate of {optim.lr:g}: {each}, and weights begin well below 1",
             "use `lr: 1e-3`" if is_adam else "use `lr: 0.1`",
         )
-    if isinstance(optim, Adam | AdamW | AdamW8bit):
+    if isinstance(optim, Adam | AdamW | AdamW8bit | Muon):
         if optim.lr * steps < LEAST_MOVE:
             yield _warning(
                 "learning-rate",

@@ -89,29 +89,24 @@ def fsdp2(
     return replace(step, **parts, moments=tuple(map(here, step.moments))), host
 
 
-def deepspeed(
-    step: Step, engine: DeepSpeed, recipe: Recipe, data: Dataset, world_size: int
-) -> tuple[Step, int]:
+def deepspeed(step: Step, engine: DeepSpeed, world_size: int) -> tuple[Step, int]:
     """On the device, and bytes on the host.
 
     Rajbhandari et al., ZeRO, 2020, figure 1: stage 1 divides fp32 weights and optimizer state,
     stage 2 gradients too, stage 3 weights too. Beside them are a bucket of gradients and, in
-    stage 3, weights that are gathered.
+    stage 3, weights that are gathered. All are fp32 (see `mode_problems` of the engine).
 
     Args:
         step: of one process.
     """
-    elements = sum(p.numel() for p in meta_model(recipe, data).parameters())
-    itemsize = step.weights / elements
-    exact = math.ceil(FP32 * elements / world_size)
-    made = math.ceil(step.weights * (step.gradients / (FP32 * elements)))  # gradients of weights
-    kept = made if engine.stage == 1 else math.ceil(made / world_size)
-    bucket = round(min(DEEPSPEED_BUCKET, elements) * itemsize)
-    gathered = round(min(DEEPSPEED_LIVE, elements) * itemsize) if engine.stage == 3 else 0
+    part_of_weights = math.ceil(step.weights / world_size)
     gradients = math.ceil(step.gradients / world_size)
+    kept = step.gradients if engine.stage == 1 else gradients
+    bucket = min(FP32 * DEEPSPEED_BUCKET, step.weights)
+    gathered = min(FP32 * DEEPSPEED_LIVE, step.weights) if engine.stage == 3 else 0
     parts = {
-        "weights": math.ceil(step.weights / world_size) if engine.stage == 3 else step.weights,
-        "masters": exact,
+        "weights": part_of_weights if engine.stage == 3 else step.weights,
+        "masters": part_of_weights,
         "gradients": gradients,
         "optimizer": math.ceil(step.optimizer / world_size),
         "average": math.ceil(step.average / world_size),

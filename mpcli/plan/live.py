@@ -54,8 +54,8 @@ class LiveStorages(TorchDispatchMode):
     """Notes when each storage is made and when it is freed, while the mode is entered.
 
     Views share a storage, operations in place make none, and what a kernel uses inside does not
-    show. It is made for fake tensors: a number that the host reads of one is 0, and what only
-    writes into its arguments is not run.
+    show. It is made for fake tensors: a number that the host reads of one is 1, a truth is false,
+    and what only writes into its arguments is not run.
 
     Attributes:
         sizes: bytes of each storage, in the order in which they were made; their places in it are
@@ -73,7 +73,7 @@ class LiveStorages(TorchDispatchMode):
         if func is _DEVICE:
             return args[0].fake_device
         if func is _READ and args[0].constant is None:
-            return torch.zeros((), dtype=args[0].dtype).item()
+            return False if args[0].dtype == torch.bool else 1
         if not func._schema.returns:  # fused and foreach kernels, many without a fake form
             return None
         if func is _INDEX_PUT and torch._C._current_graph_task_id() != -1:

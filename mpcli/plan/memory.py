@@ -75,7 +75,7 @@ def memory_of(
             divided = fsdp2(step, engine, recipe, data, world_size, several, fp32_modules)
             return _fullest(*divided, device)
         case DeepSpeed() as engine:
-            divided = deepspeed(step, engine, recipe, data, world_size)
+            divided = deepspeed(step, engine, world_size)
             return _fullest(*divided, device)
         case _:
             return _fullest(_accumulated(step, accumulation), 0, device)

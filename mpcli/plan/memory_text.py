@@ -1,9 +1,9 @@
-"""What a run without memory is told: what needs how much, and what would need less."""
+"""What needs how much of the memory, in words."""
 
 from __future__ import annotations
 
-from mpcli.plan.capacity import Change
 from mpcli.records import MemoryPlan
+from mpcli.sizes import size_text
 
 _PARTS = (
     *("weights", "masters", "gradients", "optimizer", "average", "buffers"),
@@ -11,23 +11,8 @@ _PARTS = (
 )
 
 
-def size_text(num_bytes: int) -> str:
-    """Bytes for people, as `--capacity` takes them: `1.2GiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.4g}{unit}"
-    return f"{num_bytes}B"
-
-
 def parts_text(memory: MemoryPlan) -> str:
     """The parts that matter and the peak, in a line."""
     parts = ((name, getattr(memory, name)) for name in _PARTS)
     told = ", ".join(f"{name} {size_text(num)}" for name, num in parts if num >= memory.peak / 100)
     return f"planned: {told}; peak {size_text(memory.peak)} in {memory.peak_at}"
-
-
-def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
-    """Changes of the recipe that need less, and what each of them saves of the peak."""
-    saved = [(memory.peak - change.memory.peak, change.what) for change in changes]
-    told = (f"{what}: {size_text(num)} less" for num, what in saved if num > 0)
-    return "; ".join(told)

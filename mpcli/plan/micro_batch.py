@@ -16,7 +16,7 @@ from mpcli.data.batch import micro_batch_sizes
 from mpcli.engines.local import LocalEngine
 from mpcli.machine import Machine
 from mpcli.plan.memory import UnknownMemory, plan_memory
-from mpcli.plan.memory_text import parts_text, size_text
+from mpcli.plan.memory_text import parts_text
 from mpcli.plan.precision import PrecisionPlan, has_batch_norm
 from mpcli.plan.processes import batch_problems, micro_batch_size
 from mpcli.precision.numerics import numeric_settings
@@ -24,6 +24,7 @@ from mpcli.recipe.engine import Ddp, Local
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, ModulePrecision, Plan
+from mpcli.sizes import size_text
 from mpcli.tasks import Dataset, apply_activation_checkpointing, task_of
 
 SHARE = 0.8
@@ -60,7 +61,8 @@ def fitting(
 
     On a GPU it is tried. On a CPU allocations do not fail, and a process that uses too much is
     killed: there what the step is planned to need has to fit `SHARE` of what is free. So it does
-    where the memory of all processes together is not that of one of them.
+    where the memory of all processes together is not that of one of them. Of `ddp` both are asked
+    of a GPU: what is tried has no buckets.
 
     Args:
         nodes: machines among which the processes are divided.
@@ -74,7 +76,8 @@ def fitting(
     is_tried = training and device.type == "cuda" and isinstance(recipe.engine, Local | Ddp)
     if free is not None and device.type == "cpu":
         free //= world_size // nodes
-    room = free if free is None or is_tried else int(SHARE * free)
+    is_whole = is_tried and isinstance(recipe.engine, Local)  # the trial is all of the training
+    room = free if free is None or is_whole else int(SHARE * free)
     fp32_modules = precision.fp32_modules
     for size in _candidates(recipe, world_size, precision.modules):
         memory = _memory(recipe, data, device, world_size, size, fp32_modules)
@@ -189,10 +192,17 @@ def _two_steps(
 def _candidates(
     recipe: Recipe, world_size: int, modules: tuple[ModulePrecision, ...]
 ) -> Iterator[int]:
-    size: int | None = micro_batch_size(recipe, world_size)
-    while size:
-        yield size
-        size = _half(recipe, world_size, size, modules)
+    size = micro_batch_size(recipe, world_size)
+    yield size
+    yield from _halves(recipe, world_size, size, modules)
+
+
+def _halves(
+    recipe: Recipe, world_size: int, size: int, modules: tuple[ModulePrecision, ...]
+) -> Iterator[int]:
+    while half := _half(recipe, world_size, size, modules):
+        yield half
+        size = half
 
 
 def _half(
@@ -215,6 +225,12 @@ def _half(
 def smaller(recipe: Recipe, plan: Plan) -> int | None:
     """Half of a plan's micro-batch; None: there is no smaller one."""
     return _half(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
+
+
+def smaller_sizes(recipe: Recipe, plan: Plan) -> list[int]:
+    """Half of a plan's micro-batch, half of that, and so on: the largest first."""
+    sizes = _halves(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
+    return list(sizes)
 
 
 def halved(recipe: Recipe, plan: Plan) -> Plan | None:

@@ -206,7 +206,7 @@ def test_progress_that_cannot_be_written_stops_nothing(monkeypatch, full):
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(None, "unknown"), (5 * 2**20, "5 MiB"), (3 * 2**29, "1.5 GiB")],
+    [(None, "unknown"), (5 * 2**20, "5MiB"), (3 * 2**29, "1.5GiB")],
 )
 def test_memory_in_words(num_bytes, text):
     assert memory_text(num_bytes) == text

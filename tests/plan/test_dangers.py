@@ -54,3 +54,10 @@ def test_what_is_unusual_but_sound(tmp_path: Path, setting: str) -> None:
 def test_few_samples_do_no_harm_without_batchnorm(tmp_path: Path) -> None:
     vit = "task.model={kind: vit, patch_size: 4, layers: 1, width: 16, heads: 2, mlp_width: 16}"
     assert warned(tmp_path, vit, "train.micro_batch_size=1") == []
+
+
+@pytest.mark.parametrize(("lr", "findings"), [(5, 1), (1e-9, 1), (0.02, 0)])
+def test_muons_rate_is_adams(tmp_path: Path, lr: float, findings: int) -> None:
+    vit = "task.model={kind: vit, patch_size: 4, layers: 1, width: 16, heads: 2, mlp_width: 16}"
+    muon = f"optim={{kind: muon, lr: {lr}}}"
+    assert warned(tmp_path, vit, muon) == [("learning-rate", "optim.lr")] * findings

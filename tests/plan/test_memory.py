@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from benchmarks.memory import TOLERANCE, Cell, cells, measured_peak, with_data
 from mpcli.cli.plan import size_in_bytes
 from mpcli.plan import make_plan
-from mpcli.plan.capacity import answer, fitting, together
-from mpcli.plan.memory import UnknownMemory
+from mpcli.plan.capacity import answer, changes, fitting, together
+from mpcli.plan.memory import UnknownMemory, memory_of
+from mpcli.plan.step import Moment, Step
 from mpcli.recipe.errors import UserError
+from mpcli.recipe.fields import kinds
+from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan
-from tests.small import CPU, small_recipe
+from mpcli.tasks import task_of
+from tests.small import CPU, RECIPE, small_recipe
 
 
 def planned(folder: Path, *overrides: str) -> Plan:
@@ -112,6 +118,92 @@ def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulati
     check(Cell("vit", mode, 24, plan.memory, measured_peak(loaded.recipe, plan)))
 
 
+MATRICES = "task.model={kind: vit, patch_size: 2, layers: 2, width: 64, heads: 2, mlp_width: 128}"
+
+
+@pytest.mark.parametrize("kind", kinds(Recipe.model_fields["optim"]))
+def test_every_optimizers_step_is_planned(tmp_path: Path, kind: str) -> None:
+    loaded = small_recipe(
+        tmp_path,
+        MATRICES,
+        f"optim={{kind: {kind}, lr: 0.001}}",
+        "train={steps: 2, global_batch_size: 2}",
+    )
+    plan = make_plan(loaded.recipe, CPU, memory=True)
+    assert plan.memory is not None, plan.memory_unknown
+    if kind in ("muon", "adafactor"):  # whose updates are as large as the weights they are for
+        check(Cell("vit", "fp32", 2, plan.memory, measured_peak(loaded.recipe, plan)))
+
+
+STEP = Step(
+    weights=4000,
+    masters=0,
+    gradients=4000,
+    optimizer=8000,
+    average=0,
+    buffers=100,
+    batch=50,
+    activations=3000,
+    largest_gradient=1000,
+    moments=(
+        Moment("forward", 0, 0, 3000, 200),
+        Moment("backward", 1000, 0, 2000, 500),
+        Moment("update", 4000, 0, 0, 300),
+    ),
+)
+"""Of a thousand fp32 weights: 12,150 bytes with AdamW's state are there all the time."""
+
+
+def of_an_engine(
+    folder: Path, engine: str, accumulation: int = 1, device: str = "meta"
+) -> MemoryPlan:
+    recipe = small_recipe(folder, f"engine={{{engine}, device: cpu, processes: 2}}").recipe
+    data = task_of(recipe.task).load_data(recipe.task, recipe.data)
+    return memory_of(STEP, recipe, data, torch.device(device), 2, accumulation, ())
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "peak", "peak_at"),
+    [
+        ("gradient_as_bucket_view: true", 1, 12150 + 4000 + 2000 + 500 + 1000, "backward"),
+        ("gradient_as_bucket_view: true", 2, 12150 + 4000 + 2000 + 500 + 2 * 1000, "backward"),
+        ("gradient_as_bucket_view: false", 1, 12150 + 4000 + 4000 + 300, "update"),
+        ("gradient_as_bucket_view: false", 2, 12150 + 4000 + 4000 + 2500 + 1000, "backward"),
+        ("gradient_compression: bf16", 1, 12150 + 4000 + 2000 + 500 + 1000 + 2000, "backward"),
+    ],
+)
+def test_ddp_has_its_buckets_beside_a_step_of_one_process(
+    tmp_path: Path, engine: str, accumulation: int, peak: int, peak_at: str
+) -> None:
+    found = of_an_engine(tmp_path, f"kind: ddp, {engine}", accumulation)
+    assert (found.weights, found.optimizer, found.gradients) == (4000, 8000, 4000)
+    assert (found.peak, found.peak_at, found.host) == (peak, peak_at, 0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "optimizer", "host", "peak"),
+    [  # buffers and batch; weights, masters, state; activations and rest; bucket, kept, gathered
+        ("stage: 1", 4000, 4000, 0, 150 + 10000 + 2500 + 4000 + 4000),
+        ("stage: 2", 4000, 4000, 0, 150 + 10000 + 2500 + 4000 + 2000),
+        ("stage: 3", 2000, 4000, 0, 150 + 8000 + 2500 + 4000 + 2000 + 4000),
+        ("stage: 1, offload: true", 4000, 0, 8000, 150 + 4000 + 2500 + 4000 + 4000),
+        ("stage: 2, offload: true", 4000, 0, 8000, 150 + 4000 + 2500 + 4000 + 2000),
+        ("stage: 3, offload: true", 2000, 0, 8000, 150 + 2000 + 2500 + 4000 + 2000 + 4000),
+        (
+            "stage: 3, offload: true, offload_parameters: true",
+            *(0, 0, 10000, 150 + 2500 + 4000 + 2000 + 4000),
+        ),
+    ],
+)
+def test_zero_divides_by_its_stage_and_offload_moves_to_the_host(
+    tmp_path: Path, engine: str, weights: int, optimizer: int, host: int, peak: int
+) -> None:
+    found = of_an_engine(tmp_path, f"kind: deepspeed, {engine}")
+    assert (found.weights, found.optimizer) == (weights, optimizer)
+    assert (found.peak, found.peak_at, found.host) == (peak, "backward", host)
+    assert of_an_engine(tmp_path, f"kind: deepspeed, {engine}", device="cpu").peak == peak + host
+
+
 @pytest.mark.verify
 def test_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPTRAIN_DATA", str(tmp_path))
@@ -165,18 +257,27 @@ def needs(**parts: int) -> MemoryPlan:
 
 
 def plan_for(settings: Sequence[str]) -> MemoryPlan:
-    """100 bytes of weights, 20 for each sample and 800 of the optimizer's state."""
+    """100 bytes of weights, 20 for each sample and 800 of the optimizer's state.
+
+    To compute activations again saves 10.
+    """
     values = dict(setting.split("=", 1) for setting in settings)
     samples = int(values.get("train.micro_batch_size", 16))
     if "engine.kind" in values:
         raise UnknownMemory("not here")
     state = 200 if "optim" in values else 800
-    return needs(peak=100 + 20 * samples + state)
+    again = "engine.activation_checkpointing" in values
+    return needs(peak=100 + 20 * samples + state - 10 * again)
+
+
+def adamw(folder: Path, *overrides: str, text: str = RECIPE) -> tuple[Recipe, Plan]:
+    recipe = small_recipe(folder, "optim={kind: adamw, lr: 0.1}", *overrides, text=text).recipe
+    return recipe, make_plan(recipe, CPU, memory=True)
 
 
 def test_changes_that_fit_come_smallest_first(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
-    found = fitting(recipe, 16, plan_for, 1000)
+    recipe, plan = adamw(tmp_path)
+    found = fitting(recipe, plan, plan_for, 1000)
     assert [change.settings[0].partition("=")[0] for change in found] == [
         "train.micro_batch_size",
         "optim",
@@ -185,22 +286,53 @@ def test_changes_that_fit_come_smallest_first(tmp_path: Path) -> None:
     assert "kind: adamw8bit" in found[1].settings[0] and "lr: 0.1" in found[1].settings[0]
 
 
-def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
-    assert fitting(recipe, 16, plan_for, 330) == []
-    change = together(recipe, 16, plan_for, 330)
-    assert change is not None and change.memory.peak == 320
-    assert [s.partition("=")[0] for s in change.settings] == ["train.micro_batch_size", "optim"]
+@pytest.mark.parametrize(("capacity", "samples"), [(350, 2), (400, 4), (450, 4), (460, 8)])
+def test_where_no_change_is_enough_no_more_than_needed_are_together(
+    tmp_path: Path, capacity: int, samples: int
+) -> None:
+    recipe, plan = adamw(tmp_path)
+    assert fitting(recipe, plan, plan_for, capacity) == []
+    change = together(recipe, plan, plan_for, capacity)
+    assert change is not None and change.memory.peak == 300 + 20 * samples
+    batch, optim = change.settings
+    assert batch == f"train.micro_batch_size={samples}" and optim.startswith("optim=")
+
+
+def test_batchnorm_is_never_proposed_single_samples(tmp_path: Path) -> None:
+    sizes = []
+    for model in ("task.model.width=4", MATRICES):
+        recipe, plan = adamw(tmp_path, model)
+        sizes.append(changes(recipe, plan, plan_for)[0].settings)
+    assert sizes == [("train.micro_batch_size=2",), ("train.micro_batch_size=1",)]
+
+
+def test_another_engine_keeps_all_that_both_have(tmp_path: Path) -> None:
+    own = "processes: 2, timeout_seconds: 30, max_restarts: 1, data_workers: 1, device: cpu"
+    engine = f"{{kind: ddp, {own}, bucket_megabytes: 3}}"
+    text = RECIPE.replace("{kind: local, device: cpu}", engine)
+    recipe, plan = adamw(tmp_path, text=text)
+    seen = []
+
+    def plan_with(settings: Sequence[str]) -> MemoryPlan:
+        changed = small_recipe(tmp_path, *settings, text=text).recipe.engine
+        if changed.kind != "ddp":
+            seen.append(changed)
+        return needs(peak=1)
+
+    changes(recipe, plan, plan_with)
+    assert [engine.kind for engine in seen] == ["fsdp2", "deepspeed"]
+    for engine in seen:
+        found = engine.model_dump()
+        assert found.items() >= yaml.safe_load(f"{{{own}}}").items()
 
 
 def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
-    loaded = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}")
-    plan = make_plan(loaded.recipe, CPU, memory=True)
-    fit = answer(loaded.recipe, plan, plan_for, 300)
+    recipe, plan = adamw(tmp_path)
+    fit = answer(recipe, plan, plan_for, 300)
     assert (fit.fits, fit.changes) == (False, ())
-    assert fit.least is not None and fit.least.memory.peak == 320
+    assert fit.least is not None and fit.least.memory.peak == 330
     assert plan.memory is not None
-    assert answer(loaded.recipe, plan, plan_for, plan.memory.peak).fits
+    assert answer(recipe, plan, plan_for, plan.memory.peak).fits
 
 
 @pytest.mark.parametrize(
