@@ -75,6 +75,17 @@ def test_a_weight_that_the_last_micro_batch_does_not_use_learns(options: str) ->
 
 
 @slow
+@pytest.mark.parametrize("options", ["stage: 1", "stage: 2, offload: true"])
+def test_weights_that_only_some_ranks_use_are_refused(pair: Group, options: str) -> None:
+    """Those of one rank would be stepped by the gradients of others, which are as large."""
+    case = Case((SGD, ZERO % options), model="either")
+    with pytest.raises(UserError, match="processes used different weights in a step") as raised:
+        pair.run(train, case)
+    assert raised.value.exit_code == 2
+    assert pair.run(train, Case((SGD, ZERO % options), steps=1))  # both know, and nobody waits
+
+
+@slow
 def test_an_overflow_in_one_rank_of_stage_3(pair: Group) -> None:
     settings = (DYNAMIC, "precision.mode=fp16", SGD)
     case = Case(settings, micro_batch=4, overflows=(2,), sampled=(1,), steps=4)
