@@ -179,15 +179,15 @@ def ended_by(
             preempted = isinstance(error, Stopped) and error.preempted
             return stopped(preempted=preempted, error=error, together=together)
     assert isinstance(error, Exception)
+    if out_of_memory(error):  # before `lost_peer`: NCCL's is of the same type
+        # As text, for the error's frames hold all that was trained.
+        logger.info("what was raised\n%s", "".join(traceback.format_exception(error)))
+        return Ending("failed", Exit.ENVIRONMENT, (_no_memory(error, training),), together=False)
     if lost_peer(error):  # wherever it passed through: a plug-in's file, say
         logger.error("another rank was lost", exc_info=error)
         first, *_ = str(error).splitlines() or [type(error).__name__]
         problem = Problem(f"another rank cannot be reached: {first}")
         return Ending("failed", Exit.DISTRIBUTED, (problem,), error, together=False)
-    if out_of_memory(error):
-        # As text, for the error's frames hold all that was trained.
-        logger.info("what was raised\n%s", "".join(traceback.format_exception(error)))
-        return Ending("failed", Exit.ENVIRONMENT, (_no_memory(error, training),), together=False)
     if told := explained(error) or (recipe and plugin_error(error, recipe.task)):
         logger.error("what was raised", exc_info=error)
         return Ending("failed", told.exit_code, told.problems, error, together=False)

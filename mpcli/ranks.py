@@ -123,6 +123,18 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def same(self, number: int) -> bool:
+        """Whether it is the same number in all ranks, which wait on the host. All have to call it.
+
+        Args:
+            number: below 2**63.
+        """
+        if self.alone:
+            return True
+        ends = torch.tensor([number, -number])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, self._control)
+        return bool(ends[0] == -ends[1])
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add a tensor on the run's device over the ranks, in place; nobody waits on the host."""
         if not self.alone:

@@ -126,7 +126,9 @@ class Plan(Record):
     micro_batch_size: int = Field(ge=1)
     accumulation: int = Field(ge=1, description="micro-batches per optimizer step")
     host_reads: int = Field(
-        default=0, ge=0, description="times that the host waits for the device in each step"
+        default=0,
+        ge=0,
+        description="times that the host waits for the device in each step, at most",
     )
     parameters: int
     modules: tuple[ModulePrecision, ...]

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistBackendError  # type: ignore[attr-defined]
 
 from mpcli.engines.local import LocalEngine
-from mpcli.launch import _same_processes, launch
+from mpcli.launch import _same_processes, ended_by, launch
 from mpcli.machine import Machine, _cgroup_room, detect_machine
 from mpcli.plan import make_plan, micro_batch
 from mpcli.plan.capacity import Change
 from mpcli.plan.micro_batch import halved, needed, trial
 from mpcli.plan.processes import Group
-from mpcli.recipe.errors import UserError
+from mpcli.recipe.errors import Exit, UserError
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.plugin import load_plugin
 from mpcli.records import MemoryPlan, Plan, Result, StepRecord
@@ -177,6 +178,37 @@ def test_what_a_cpu_lacks_is_told_by_its_allocator(
     monkeypatch.setattr(LocalEngine, "step", full)
     run, result, _ = short_run(tmp_path, PLENTY, "train.micro_batch_size=2")
     assert (result.exit_code, len(plans(run))) == (3, 2)
+
+
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+NCCL = (
+    "NCCL error in: ProcessGroupNCCL.cpp:1331, unhandled cuda error (run with NCCL_DEBUG=INFO for "
+    "details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nCuda failure 2 '%s'"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously ..."),
+        RuntimeError(CUBLAS),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        DistBackendError(NCCL % "out of memory"),
+    ],
+    ids=["torch", "CUDA", "cuBLAS", "cuDNN", "NCCL"],
+)
+def test_what_a_gpu_lacks_is_told_by_the_library_that_needs_it(error: Exception) -> None:
+    ending = ended_by(error, training=True)
+    assert (ending.exit_code, ending.problems[0].finding) == (3, "out-of-memory")
+
+
+def test_a_loss_of_another_rank_or_another_error_is_no_lack_of_memory() -> None:
+    lost = ended_by(DistBackendError(NCCL % "invalid argument"), training=True)
+    assert (lost.exit_code, lost.problems[0].finding) == (Exit.DISTRIBUTED, None)
+    other = ended_by(RuntimeError(CUBLAS.replace("ALLOC_FAILED", "NOT_INITIALIZED")))
+    assert other.exit_code == Exit.BUG
 
 
 def test_sizes_are_read_at_a_glance() -> None:

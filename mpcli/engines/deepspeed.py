@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from mpcli.precision.numerics import Numerics, autocast
 from mpcli.precision.observe import TypesObserver
 from mpcli.ranks import Ranks
 from mpcli.recipe.engine import DeepSpeed
+from mpcli.recipe.errors import user_error
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.train import Clip, ClipAgc
 
@@ -75,7 +77,8 @@ class DeepSpeedEngine(DividedEngine):
             parameter.data = parameter.data.contiguous()  # ZeRO stores all in a row
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.forward_types = {name: p.dtype for name, p in model.named_parameters()}
-        self._used: set[str] = set()
+        self._used: dict[str, None] = {}  # by the micro-batch, in the order of its backward
+        self._used_before = 0  # by the step's earlier ones, as a checksum
         for name in self.names:
             used = functools.partial(self._note_used, name)
             model.get_parameter(name).register_hook(used)
@@ -103,7 +106,7 @@ class DeepSpeedEngine(DividedEngine):
         self._restored = False
 
     def _note_used(self, name: str, gradient: Tensor) -> None:
-        self._used.add(name)
+        self._used[name] = None
 
     def accumulate(
         self, loss_function: LossFunction, batch: Batch, total_weight: int, *, last: bool
@@ -122,6 +125,7 @@ class DeepSpeedEngine(DividedEngine):
         To DeepSpeed each micro-batch is a step. What it adds up itself it loses with offload, where
         the last micro-batch does not use a weight.
         """
+        self._refuse_differences(last=last)
         gradients = self._zero.gradients()
         for name in self._used:
             part = self.parts[name]
@@ -136,6 +140,27 @@ class DeepSpeedEngine(DividedEngine):
         if self._observer is not None:
             self.observed = self._types_in_forward(self._observer)
             self._observer = None
+
+    def _refuse_differences(self, *, last: bool) -> None:
+        """Check that the step's backwards were the same in all ranks.
+
+        DeepSpeed adds gradients up by their place in the order, whosesoever they are. That nobody
+        learns from such a sum the ranks tell each other on the host: no device is read.
+
+        Raises:
+            UserError: exit 2, in all ranks, they were not.
+        """
+        self._used_before = zlib.crc32(f"{[*self._used]}".encode(), self._used_before)
+        if not last:
+            return
+        used, self._used_before = self._used_before, 0
+        if not self.ranks.same(used):
+            raise user_error(
+                "processes used different weights in a step, and DeepSpeed needs the same in all",
+                "use `kind: ddp` with `find_unused_parameters: true`, or a model that uses every "
+                "weight for every batch",
+                path="engine.kind",
+            )
 
     def _observed(self, observer: TypesObserver) -> None:
         self._observer = observer  # parts have no gradients yet

@@ -21,7 +21,7 @@ from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
 from mpcli.precision.numerics import numerics
-from mpcli.recipe.engine import DeepSpeed
+from mpcli.recipe.engine import DeepSpeed, Engine, Fsdp2
 from mpcli.recipe.errors import Exit, Problem, UserError, one_of
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.plugin import plugin_error
@@ -138,7 +138,8 @@ def _planned(
         micro_batch_size=micro_batch,
         accumulation=accumulation,
         parameters=precision.parameters,
-        host_reads=host_reads(recipe.optim, precision.weights),
+        host_reads=host_reads(recipe.optim, precision.weights)
+        + _offload_reads(recipe.engine, precision.weights, accumulation),
         modules=precision.modules,
         fp32_modules=precision.fp32_modules,
         model_sha256=precision.model_sha256,
@@ -149,6 +150,22 @@ def _planned(
             for w in warnings
         ),
     )
+
+
+def _offload_reads(engine: Engine, num_weights: int, accumulation: int) -> int:
+    """How often the host waits for the device in each step, at most, to step in host memory.
+
+    For the step's loss, norm and overflow, and for each gradient that it takes over: torch waits
+    for the copy, and DeepSpeed asks whether it is finite. Of k micro-batches fsdp2 moves the sum
+    and DeepSpeed each one's.
+    """
+    match engine:
+        case Fsdp2(cpu_offload=True):
+            return 1 + num_weights
+        case DeepSpeed(offload=True):
+            return 1 + accumulation * num_weights
+        case _:
+            return 0
 
 
 def _length_problems(recipe: Recipe, data: Dataset, steps: int) -> Iterator[Problem]:

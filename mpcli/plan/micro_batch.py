@@ -32,10 +32,19 @@ SHARE = 0.8
 not count, such as libraries, fragments and what other programs take later."""
 
 
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator of host memory
+    "CUDA error: out of memory",  # a call of CUDA, past torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "'out of memory'",  # NCCL's last error: Cuda failure 2 'out of memory'
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch had no memory for a tensor, on a GPU or a CPU."""
+    """Whether torch or a library under it had no memory, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
     )
 
 

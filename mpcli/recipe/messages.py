@@ -94,8 +94,6 @@ _SYNONYMS = {
     "num_processes": "engine.processes",
     "num_train_epochs": "train.epochs",
     "num_workers": "engine.data_workers",
-    "offload": "engine.cpu_offload",
-    "offload_params": "engine.cpu_offload",
     "opt_level": "precision.mode",
     "optimizer": "optim",
     "per_device_train_batch_size": "train.micro_batch_size",
@@ -121,6 +119,8 @@ _SYNONYMS = {
     "workers": "engine.data_workers",
 }
 
+_OFFLOAD = "write `kind: deepspeed` with `offload: true`, or `kind: fsdp2` with `cpu_offload: true`"
+
 # What other tools set, and what decides it here.
 _DECIDED = {
     "backend": "`engine.device` decides: NCCL on GPUs, gloo on a CPU",
@@ -129,6 +129,9 @@ _DECIDED = {
     "nnodes": "`mptrain run` takes it: `--nodes`",
     "nodes": "`mptrain run` takes it: `--nodes`",
     "num_nodes": "`mptrain run` takes it: `--nodes`",
+    "offload": _OFFLOAD,
+    "offload_optimizer": _OFFLOAD,
+    "offload_params": _OFFLOAD,
     "rdzv_endpoint": "`mptrain run` takes it: `--rdzv-endpoint HOST:PORT`",
     "world_size": "it is `engine.processes` times the `--nodes` of `mptrain run`",
 }

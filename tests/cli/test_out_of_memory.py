@@ -98,4 +98,4 @@ def test_torchruns_processes_are_made_smaller_where_it_starts_them_again(restart
     else:
         assert (code != 0, result()["exit_code"]) == (True, 3), err
         (problem,) = result()["problems"]
-        assert "`train.micro_batch_size" in problem["hint"]
+        assert "`micro_batch_size: 4`" in problem["hint"]

@@ -100,6 +100,21 @@ class Sometimes(nn.Module):
         return logits
 
 
+class Either(nn.Module):
+    """Two layers alike, of which a micro-batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(64, 16)
+        self.right = nn.Linear(64, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        layer = self.left if inputs.sum() > 0 else self.right
+        logits: Tensor = self.head(layer(inputs.flatten(1)).tanh())
+        return logits
+
+
 def make_model(name: str) -> nn.Module:
     """The same weights for the same name."""
     torch.manual_seed(0)
@@ -114,6 +129,8 @@ def make_model(name: str) -> nn.Module:
             return model
         case "sometimes":
             return Sometimes()
+        case "either":
+            return Either()
         case "in place":
             return InPlace()
         case "number":

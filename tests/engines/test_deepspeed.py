@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mpcli.plan import make_plan
 from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.engine import DeepSpeed
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.tasks import task_of
 from tests import small
 from tests.engines.conformance import Case, make_engine, make_model, train
 from tests.engines.test_conformance import (
@@ -72,6 +74,17 @@ def test_a_weight_that_the_last_micro_batch_does_not_use_learns(options: str) ->
     with ranks_of(1) as single:
         trained = single.run(train, replace(case, settings=(SGD, ZERO % options)))[0]
     assert furthest(trained, alone(case)) == 0
+
+
+@slow
+@pytest.mark.parametrize("options", ["stage: 1", "stage: 2, offload: true"])
+def test_weights_that_only_some_ranks_use_are_refused(pair: Group, options: str) -> None:
+    """Those of one rank would be stepped by the gradients of others, which are as large."""
+    case = Case((SGD, ZERO % options), model="either")
+    with pytest.raises(UserError, match="processes used different weights in a step") as raised:
+        pair.run(train, case)
+    assert raised.value.exit_code == 2
+    assert pair.run(train, Case((SGD, ZERO % options), steps=1))  # both know, and nobody waits
 
 
 @slow
@@ -162,6 +175,27 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "engine: {kind: fsdp2, cpu_offload: true}" in hint
     recipe = small_recipe(tmp_path, ZERO % "offload: true").recipe
     assert make_plan(recipe, small.CPU, training=False)  # to evaluate it is not needed
+
+
+@pytest.mark.parametrize(
+    ("engine", "reads"),
+    [
+        ("deepspeed, stage: 3", lambda weights: 0),
+        ("deepspeed, offload: true", lambda weights: 1 + 2 * weights),
+        ("fsdp2", lambda weights: 0),
+        ("fsdp2, cpu_offload: true", lambda weights: 1 + weights),
+    ],
+)
+def test_a_step_on_the_host_declares_its_reads(
+    tmp_path: Path, engine: str, reads: Callable[[int], int]
+) -> None:
+    """Of two micro-batches: each one's gradients, or their sum's, and the step's numbers."""
+    settings = (f"engine={{kind: {engine}, device: cpu}}", "train.micro_batch_size=8")
+    recipe = small_recipe(tmp_path, *settings).recipe
+    task = task_of(recipe.task)
+    model = task.build_model(recipe.task, task.load_data(recipe.task, recipe.data).info)
+    weights = sum(p.requires_grad for p in model.parameters())
+    assert make_plan(recipe, small.CPU).host_reads == reads(weights)
 
 
 def told(device: str, **options: Any) -> dict[str, Any]:
