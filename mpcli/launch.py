@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -14,9 +14,9 @@ from typing import cast
 from mpcli.checkpoint.layout import completed
 from mpcli.machine import detect_machine, environment
 from mpcli.plan import make_plan
-from mpcli.plan.capacity import Change, changes
+from mpcli.plan.capacity import Change, changes, changes_text
 from mpcli.plan.memory import UnknownMemory
-from mpcli.plan.memory_text import changes_text, parts_text
+from mpcli.plan.memory_text import parts_text
 from mpcli.plan.micro_batch import halved, needed, out_of_memory, release_memory, smaller
 from mpcli.plan.precision import has_batch_norm
 from mpcli.plan.processes import Group
@@ -266,7 +266,7 @@ def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
     plugin = recipe.task.plugin if isinstance(recipe.task, Plugin) else None
     machine, group = detect_machine(), Group(plan.world_size)
 
-    def plan_for(settings: Sequence[str]) -> MemoryPlan:
+    def plan_for(settings: tuple[str, ...]) -> MemoryPlan:
         same = f"train.micro_batch_size={plan.micro_batch_size}"
         changed = load_recipe(run.recipe_path, [same, *settings], plugin).recipe
         memory = make_plan(changed, machine, group=group, memory=True).memory
@@ -274,7 +274,7 @@ def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
             raise UnknownMemory
         return memory
 
-    return changes(recipe, plan.micro_batch_size, plan_for)
+    return changes(recipe, plan, plan_for)
 
 
 def recorded(problem: Problem) -> ResultProblem:

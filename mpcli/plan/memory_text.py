@@ -1,8 +1,7 @@
-"""What a run without memory is told: what needs how much, and what would need less."""
+"""What a run without memory is told: what needs how much."""
 
 from __future__ import annotations
 
-from mpcli.plan.capacity import Change
 from mpcli.records import MemoryPlan
 
 _PARTS = (
@@ -24,10 +23,3 @@ def parts_text(memory: MemoryPlan) -> str:
     parts = ((name, getattr(memory, name)) for name in _PARTS)
     told = ", ".join(f"{name} {size_text(num)}" for name, num in parts if num >= memory.peak / 100)
     return f"planned: {told}; peak {size_text(memory.peak)} in {memory.peak_at}"
-
-
-def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
-    """Changes of the recipe that need less, and what each of them saves of the peak."""
-    saved = [(memory.peak - change.memory.peak, change.what) for change in changes]
-    told = (f"{what}: {size_text(num)} less" for num, what in saved if num > 0)
-    return "; ".join(told)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
 from mpcli.records import Result
 
+BLOCKS = "task.model={kind: vit, patch_size: 2, layers: 2, width: 32, heads: 2, mlp_width: 64}"
 UNSAFE = ("--set", "precision.loss_scale={kind: static, scale: 1e9}")
 
 
@@ -43,6 +45,36 @@ def test_warnings_stand_at_their_place_and_carry_the_finding(mptrain, recipe):
     (problem,) = [p for p in problems if p["path"] == "precision.loss_scale"]
     assert (problem["severity"], problem["finding"], problem["line"]) == ("warning", "underflow", 4)
     assert "tiny.yaml:4:" in mptrain("plan", recipe.name).err
+
+
+@pytest.mark.parametrize(
+    ("capacity", "overrides", "number"),
+    [
+        ("500KiB", ["precision.mode=fp32", "optim={kind: adamw, lr: 0.01}", BLOCKS], 4),
+        ("100KiB", ["engine={kind: fsdp2, processes: 2, device: cpu}", BLOCKS], 1),
+    ],
+)
+def test_a_change_that_is_shown_is_what_it_says_when_typed(
+    mptrain, recipe, capacity, overrides, number
+):
+    def plan(overrides, *options):
+        given = [word for override in overrides for word in ("--set", override)]
+        outcome = mptrain("plan", recipe.name, *given, *options)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    found = plan(overrides, "--capacity", capacity, "--json").json
+    assert found["fits"] is False
+    assert len(found["changes"]) == number
+    for change in found["changes"]:
+        kept = [override for override in overrides if override not in change["instead_of"]]
+        again = plan([*kept, *change["set"]], "--json").json
+        assert again["plan"]["memory"] == change["memory"]
+        assert change["memory"]["peak"] <= found["capacity_bytes"]
+    answer = plan(overrides, "--capacity", capacity).out.partition("It does not fit")[2]
+    assert max(map(len, answer.splitlines())) <= 80
+    shown = shlex.split(answer.replace("- ", ""))
+    assert all(setting in shown for change in found["changes"] for setting in change["set"])
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -164,33 +163,33 @@ def needs(**parts: int) -> MemoryPlan:
     return MemoryPlan(**{**empty, "activations": 0, **parts}, peak_at="backward")
 
 
-def plan_for(settings: Sequence[str]) -> MemoryPlan:
+def plan_for(settings: tuple[str, ...]) -> MemoryPlan:
     """100 bytes of weights, 20 for each sample and 800 of the optimizer's state."""
     values = dict(setting.split("=", 1) for setting in settings)
     samples = int(values.get("train.micro_batch_size", 16))
     if "engine.kind" in values:
         raise UnknownMemory("not here")
-    state = 200 if "optim" in values else 800
+    state = 200 if "optim.kind" in values else 800
     return needs(peak=100 + 20 * samples + state)
 
 
 def test_changes_that_fit_come_smallest_first(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
-    found = fitting(recipe, 16, plan_for, 1000)
-    assert [change.settings[0].partition("=")[0] for change in found] == [
-        "train.micro_batch_size",
-        "optim",
+    loaded = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}")
+    found = fitting(loaded.recipe, make_plan(loaded.recipe, CPU), plan_for, 1000)
+    assert [change.settings for change in found] == [
+        ("train.micro_batch_size=4",),
+        ("optim.kind=adamw8bit", "optim.lr=0.1"),
     ]
-    assert found[0].settings == ("train.micro_batch_size=4",)
-    assert "kind: adamw8bit" in found[1].settings[0] and "lr: 0.1" in found[1].settings[0]
 
 
 def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, "optim={kind: adamw, lr: 0.1}").recipe
-    assert fitting(recipe, 16, plan_for, 330) == []
-    change = together(recipe, 16, plan_for, 330)
-    assert change is not None and change.memory.peak == 320
-    assert [s.partition("=")[0] for s in change.settings] == ["train.micro_batch_size", "optim"]
+    plan = make_plan(recipe, CPU)
+    assert fitting(recipe, plan, plan_for, 350) == []
+    change = together(recipe, plan, plan_for, 350)
+    assert change is not None and change.memory.peak == 340  # 2 samples at a time
+    assert change.settings == ("train.micro_batch_size=2", "optim.kind=adamw8bit", "optim.lr=0.1")
+    assert together(recipe, plan, plan_for, 900) is not None
 
 
 def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def test_what_never_fits_says_how_much_it_needs(tmp_path: Path) -> None:
     plan = make_plan(loaded.recipe, CPU, memory=True)
     fit = answer(loaded.recipe, plan, plan_for, 300)
     assert (fit.fits, fit.changes) == (False, ())
-    assert fit.least is not None and fit.least.memory.peak == 320
+    assert fit.least is not None and fit.least.memory.peak == 340
     assert plan.memory is not None
     assert answer(loaded.recipe, plan, plan_for, plan.memory.peak).fits
 
