@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -267,7 +267,7 @@ def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:
     machine = detect_machine()
     group = _same_processes(recipe, plan, machine)
 
-    def plan_for(settings: Sequence[str]) -> MemoryPlan:
+    def plan_for(settings: tuple[str, ...]) -> MemoryPlan:
         same = f"train.micro_batch_size={plan.micro_batch_size}"
         changed = load_recipe(run.recipe_path, [same, *settings], plugin).recipe
         memory = make_plan(changed, machine, group=group, memory=True).memory

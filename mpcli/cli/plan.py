@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ Capacity = Annotated[
         show_default=False,
     ),
 ]
+WIDTH = 80  # of a terminal
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -59,9 +61,10 @@ def plan(
     fit = None
     if room is not None:
 
-        def plan_for(settings: Sequence[str]) -> MemoryPlan:
-            settings = [*overrides, *settings]
-            return _memory(make(recipe, settings, file, strict=False, memory=True)[1])
+        def plan_for(settings: tuple[str, ...]) -> MemoryPlan:
+            replaced = _replaced(overrides, settings)
+            changed = [*(o for o in overrides if o not in replaced), *settings]
+            return _memory(make(recipe, changed, file, strict=False, memory=True)[1])
 
         from mpcli.plan.capacity import answer
 
@@ -75,14 +78,14 @@ def plan(
                 "origins": dict(loaded.origins),
                 "dropped": list(loaded.dropped),
                 "plan": planned.model_dump(mode="json"),
-                **({} if fit is None else _fit_record(fit)),
+                **({} if fit is None else _fit_record(fit, overrides)),
                 "problems": as_records(warnings),
             }
         )
     else:
         _show(loaded, planned)
         if fit is not None:
-            _show_fit(fit)
+            _show_fit(fit, overrides)
         show_problems(warnings)
 
 
@@ -107,22 +110,39 @@ def _memory(planned: Plan) -> MemoryPlan:
     return planned.memory
 
 
-def _fit_record(fit: Fit) -> dict[str, Any]:
+def _replaced(overrides: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Overrides that do not go with settings: of the same path, or of a section of another kind."""
+    paths = {setting.partition("=")[0] for setting in settings}
+    sections = {path.removesuffix(".kind") for path in paths if path.endswith(".kind")}
+    return [
+        override
+        for override in overrides
+        if (path := override.partition("=")[0]) in paths or path.partition(".")[0] in sections
+    ]
+
+
+def _fit_record(fit: Fit, overrides: Sequence[str]) -> dict[str, Any]:
     least = fit.least
     return {
         "capacity_bytes": fit.capacity,
         "fits": fit.fits,
-        "changes": [_change_record(change) for change in fit.changes],
-        "least": None if least is None else _change_record(least),
+        "changes": [_change_record(change, overrides) for change in fit.changes],
+        "least": None if least is None else _change_record(least, overrides),
     }
 
 
-def _change_record(change: Change) -> dict[str, Any]:
+def _change_record(change: Change, overrides: Sequence[str]) -> dict[str, Any]:
     memory = change.memory.model_dump(mode="json")
-    return {"what": change.what, "set": list(change.settings), "memory": memory}
+    replaced = _replaced(overrides, change.settings)
+    return {
+        "what": change.what,
+        "set": list(change.settings),
+        "instead_of": replaced,
+        "memory": memory,
+    }
 
 
-def _show_fit(fit: Fit) -> None:
+def _show_fit(fit: Fit, overrides: Sequence[str]) -> None:
     """The answer to `--capacity`, with changes as they are typed."""
     size = size_text(fit.capacity)
     if fit.peak is None:
@@ -139,8 +159,21 @@ def _show_fit(fit: Fit) -> None:
     else:
         write("Nothing here makes it fit.")
     for change in fit.changes or ([fit.least] if fit.least else []):
-        write(f"  {change.what}: {size_text(change.memory.peak)}")
-        write("    " + " ".join(f"--set {shlex.quote(setting)}" for setting in change.settings))
+        about = f"{change.what}: {size_text(change.memory.peak)}"
+        write(textwrap.fill(about, WIDTH, initial_indent="- ", subsequent_indent="  "))
+        write(_as_typed(change.settings))
+        if replaced := _replaced(overrides, change.settings):
+            write(f"  instead of\n{_as_typed(replaced)}")
+
+
+def _as_typed(settings: Sequence[str]) -> str:
+    """Options for a shell, in lines that it reads as one."""
+    lines = [""]
+    for option in (f" --set {shlex.quote(setting)}" for setting in settings):
+        if lines[-1] and len(lines[-1] + option) > WIDTH - 6:
+            lines.append("")
+        lines[-1] += option
+    return " \\\n".join(f"   {line}" for line in lines)
 
 
 def make(

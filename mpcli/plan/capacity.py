@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import get_args
 
 import yaml
+from pydantic import BaseModel
 
 from mpcli.plan.memory import UnknownMemory
-from mpcli.plan.micro_batch import smaller_sizes
+from mpcli.plan.micro_batch import halved
 from mpcli.precision.numerics import numerics
-from mpcli.recipe.dump import written
-from mpcli.recipe.engine import DeepSpeed, Engine, Fsdp2
+from mpcli.recipe.engine import DeepSpeed, Fsdp2
 from mpcli.recipe.errors import UserError
-from mpcli.recipe.optim import AdamW
+from mpcli.recipe.optim import AdamW, AdamW8bit
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan
 from mpcli.sizes import size_text
 
-PlanFor = Callable[[Sequence[str]], MemoryPlan]
+PlanFor = Callable[[tuple[str, ...]], MemoryPlan]
 """`--set` values -> memory of the recipe with them, taken together.
 
 Raises UserError where that recipe cannot be planned, and UnknownMemory.
 """
 
 _Described = tuple[str, tuple[str, ...]]  # a change in words, and its `--set` values
-
-_MICRO_BATCH = "train.micro_batch_size"
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def answer(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Fit:
     peak = plan.memory.peak
     if peak <= capacity:
         return Fit(capacity, True, peak)
-    if fit := fitting(recipe, plan, plan_for, capacity):
+    remembered = functools.cache(plan_for)
+    if fit := fitting(recipe, plan, remembered, capacity):
         return Fit(capacity, False, peak, tuple(fit))
-    all_of_them = together(recipe, plan, plan_for, capacity)
+    all_of_them = together(recipe, plan, remembered, capacity)
     if all_of_them and all_of_them.memory.peak <= capacity:
         return Fit(capacity, False, peak, (all_of_them,))
     return Fit(capacity, False, peak, (), all_of_them)
@@ -83,12 +84,11 @@ def changes(recipe: Recipe, plan: Plan, plan_for: PlanFor) -> list[Change]:
 
     Of micro-batches it is the smallest one.
     """
-    smallest = map(_micro_batch, smaller_sizes(recipe, plan)[-1:])
-    return _planned([*smallest, *_others(recipe)], plan_for)
+    return _planned([*_micro_batches(recipe, plan)[-1:], *_others(recipe)], plan_for)
 
 
 def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
-    """What changes of a recipe with that memory save of its peak, each of them, in a line."""
+    """Changes of the recipe that need less, and what each of them saves of the peak."""
     saved = [(memory.peak - change.memory.peak, change.what) for change in changes]
     told = (f"{what}: {size_text(num)} less" for num, what in saved if num > 0)
     return "; ".join(told)
@@ -96,96 +96,88 @@ def changes_text(memory: MemoryPlan, changes: list[Change]) -> str:
 
 def fitting(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> list[Change]:
     """The changes whose peak is at most `capacity` bytes, those first that change least."""
-    largest = _largest_micro_batch(smaller_sizes(recipe, plan), plan_for, capacity)
+    largest = _first_that_fits(_micro_batches(recipe, plan), plan_for, capacity)
     others = _planned(_others(recipe), plan_for)
     found = ([largest] if largest else []) + others
     return [change for change in found if change.memory.peak <= capacity]
 
 
 def together(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Change | None:
-    """Changes added one by one until they fit, less what turns out not to be needed.
+    """Changes added one by one until they fit; if they never do, those that need least.
+
+    With what fits the micro-batch is as large as it can be.
 
     Returns:
-        If they never fit, those that need least; None where no change can be planned.
+        None where no change can be planned.
     """
-    singles = [(one.what, one.settings) for one in changes(recipe, plan, plan_for)]
+    sizes = _micro_batches(recipe, plan)
+    singles = [one for one in _others(recipe) if _planned([one], plan_for)]
+    # 8-bit states cannot be divided or offloaded: either of both.
+    orders = [[one for one in singles if not _switches(one, kind)] for kind in ("engine", "optim")]
     best: Change | None = None
-    for path in ("engine.kind", "optim"):  # 8-bit states cannot be divided: either of both
-        parts: list[_Described] = []
-        now: Change | None = None
-        for one in singles:
-            if _sets(one, path):
-                continue
-            for change in _planned([_joined(*parts, one)], plan_for):
-                if now is None or change.memory.peak < now.memory.peak:
-                    now, parts = change, [*parts, one]
+    for order in orders:
+        taken: list[_Described] = []
+        now = _one_planned(_joined(sizes[-1:]), plan_for)
+        for one in order:
+            tried = _one_planned(_joined([*sizes[-1:], *taken, one]), plan_for)
+            if tried and (now is None or tried.memory.peak < now.memory.peak):
+                now, taken = tried, [*taken, one]
             if now and now.memory.peak <= capacity:
-                return _least(now, parts, smaller_sizes(recipe, plan), plan_for, capacity)
+                choices = [_joined([*size, *taken]) for size in ([], *([size] for size in sizes))]
+                return _first_that_fits(choices, plan_for, capacity) or now
         if now and (best is None or now.memory.peak < best.memory.peak):
             best = now
     return best
 
 
-def _least(
-    found: Change,
-    parts: Sequence[_Described],
-    sizes: Sequence[int],
-    plan_for: PlanFor,
-    capacity: int,
-) -> Change:
-    """What of changes that fit together is needed, with the largest micro-batch that fits."""
-    needed = list(parts)
-    for part in parts[:-1]:  # without the last one they did not fit
-        rest = [one for one in needed if one is not part]
-        for change in _planned([_joined(*rest)], plan_for):
-            if change.memory.peak <= capacity:
-                found, needed = change, rest
-    others = [one for one in needed if not _sets(one, _MICRO_BATCH)]
-    if len(others) == len(needed):
-        return found
-    return _largest_micro_batch(sizes, plan_for, capacity, *others) or found
+def _switches(described: _Described, section: str) -> bool:
+    return any(setting.startswith(f"{section}.kind=") for setting in described[1])
 
 
-def _sets(change: _Described, path: str) -> bool:
-    return any(setting.partition("=")[0] == path for setting in change[1])
-
-
-def _joined(*changes: _Described) -> _Described:
-    """All at once; of settings of one path the last one holds."""
-    settings: dict[str, str] = {}
-    for _, own in changes:
-        settings |= {setting.partition("=")[0]: setting for setting in own}
-    return "; ".join(what for what, _ in changes), tuple(settings.values())
+def _joined(several: Sequence[_Described]) -> _Described:
+    """Changes that hold together: a later setting of the same path wins."""
+    settings = {setting.partition("=")[0]: setting for _, each in several for setting in each}
+    return "; ".join(what for what, _ in several), tuple(settings.values())
 
 
 def _planned(found: Iterable[_Described], plan_for: PlanFor) -> list[Change]:
     """Those that can be planned."""
-    planned = []
-    for what, settings in found:
-        with suppress(UserError, UnknownMemory):
-            planned.append(Change(what, settings, plan_for(settings)))
-    return planned
+    return [change for one in found if (change := _one_planned(one, plan_for))]
 
 
-def _largest_micro_batch(
-    sizes: Sequence[int], plan_for: PlanFor, capacity: int, *others: _Described
+def _one_planned(described: _Described, plan_for: PlanFor) -> Change | None:
+    what, settings = described
+    with suppress(UserError, UnknownMemory):
+        return Change(what, settings, plan_for(settings))
+    return None
+
+
+def _first_that_fits(
+    choices: Sequence[_Described], plan_for: PlanFor, capacity: int
 ) -> Change | None:
-    """The first of falling sizes that fits beside other changes, by halving the range."""
-    low, high = 0, len(sizes)  # the first that fits is none below `low`
+    """Of choices each of which needs less than the one before it, by halving the range."""
+    low, high = 0, len(choices)
     best: Change | None = None
     while low < high:
         middle = (low + high) // 2
-        planned = _planned([_joined(_micro_batch(sizes[middle]), *others)], plan_for)
-        if planned and planned[0].memory.peak <= capacity:
-            best, high = planned[0], middle
+        change = _one_planned(choices[middle], plan_for)
+        if change and change.memory.peak <= capacity:
+            best, high = change, middle
         else:
             low = middle + 1
     return best
 
 
-def _micro_batch(size: int) -> _Described:
-    what = f"compute {size} sample{'s' * (size > 1)} at a time, and add up their gradients"
-    return what, (f"{_MICRO_BATCH}={size}",)
+def _micro_batches(recipe: Recipe, plan: Plan) -> list[_Described]:
+    """Half, a quarter and so on of the plan's, as far as there are such."""
+    found: list[_Described] = []
+    smaller = halved(recipe, plan)
+    while smaller:
+        size = smaller.micro_batch_size
+        what = f"compute {size} sample{'s' * (size > 1)} at a time, and add up their gradients"
+        found.append((what, (f"train.micro_batch_size={size}",)))
+        smaller = halved(recipe, smaller)
+    return found
 
 
 def _others(recipe: Recipe) -> Iterator[_Described]:
@@ -194,29 +186,42 @@ def _others(recipe: Recipe) -> Iterator[_Described]:
         what = "compute activations again in backward, at a third more time"
         yield what, ("engine.activation_checkpointing=true",)
     if isinstance(optim, AdamW):
-        values = optim.model_dump(mode="json") | {"kind": "adamw8bit"}
-        flow = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=sys.maxsize)
-        yield "store the optimizer's state in 8 bits", (f"optim={flow.strip()}",)
-    if not numerics(recipe.precision.mode).half_weights:
-        what = "store weights and activations in bf16, beside fp32 masters"
-        yield what, ("precision.mode=bf16-master",)
+        what = "store the optimizer's state in 8 bits"
+        yield what, tuple(_switched("optim", optim, AdamW8bit))
+    meaning = numerics(recipe.precision.mode)
+    if not meaning.half_weights:
+        half = meaning.compute_name if meaning.compute.itemsize == 2 else "bf16"
+        settings = [f"precision.mode={half}-master"]
+        if half == "bf16" and recipe.precision.loss_scale.kind != "none":
+            settings.append("precision.loss_scale={kind: none}")
+        yield f"store weights and activations in {half}, beside fp32 masters", tuple(settings)
     if not (isinstance(engine, Fsdp2) and engine.cpu_offload):
         what = "keep weights, gradients and optimizer state in host memory (fsdp2)"
-        yield what, _other_engine(engine, Fsdp2, "fsdp2", "cpu_offload")
+        yield what, tuple(_switched("engine", engine, Fsdp2, cpu_offload=True))
     if not (isinstance(engine, DeepSpeed) and engine.offload):
         what = "keep optimizer state and fp32 masters in host memory (ZeRO-Offload)"
-        yield what, _other_engine(engine, DeepSpeed, "deepspeed", "offload")
+        yield what, tuple(_switched("engine", engine, DeepSpeed, offload=True))
 
 
-def _other_engine(
-    engine: Engine, other: type[Fsdp2 | DeepSpeed], kind: str, offload: str
-) -> tuple[str, ...]:
-    """Another kind of engine, with all that both have; neither of these compiles models."""
-    own = type(engine).model_fields
-    kept = (
-        f"engine.{name}={written(value)}"
-        for name in other.model_fields
-        if name in own.keys() - {"kind", "compile", offload}
-        and (value := getattr(engine, name)) != own[name].default
-    )
-    return f"engine.kind={kind}", f"engine.{offload}=true", *kept
+def _switched(
+    section: str, now: BaseModel, kind: type[BaseModel], **values: object
+) -> Iterator[str]:
+    """A section of another kind, which keeps the values of now that have a meaning there."""
+    given = [f"{section}.{name}={_flow(value)}" for name, value in values.items()]
+    if isinstance(now, kind):
+        yield from given
+        return
+    yield f"{section}.kind={get_args(kind.model_fields['kind'].annotation)[0]}"
+    yield from given
+    written = now.model_dump(mode="json")
+    for name, field in kind.model_fields.items():
+        if name == "kind" or name in values or name not in written:
+            continue
+        if getattr(now, name) != field.get_default(call_default_factory=True):
+            yield f"{section}.{name}={_flow(written[name])}"
+
+
+def _flow(value: object) -> str:
+    """As YAML writes it in a line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -43,6 +44,51 @@ def test_warnings_stand_at_their_place_and_carry_the_finding(mptrain, recipe):
     (problem,) = [p for p in problems if p["path"] == "precision.loss_scale"]
     assert (problem["severity"], problem["finding"], problem["line"]) == ("warning", "underflow", 4)
     assert "tiny.yaml:4:" in mptrain("plan", recipe.name).err
+
+
+@pytest.mark.parametrize(
+    ("capacity", "overrides", "shown_first"),
+    [
+        (
+            "1060KiB",
+            [
+                "precision.mode=fp32",
+                "optim={kind: adamw, lr: 0.01}",
+                "task.model.width=16",
+                "train.global_batch_size=8",
+            ],
+            ["engine.activation_checkpointing", "optim.kind"],
+        ),
+        (
+            "143KiB",
+            ["precision.mode=fp32", "engine={kind: fsdp2, processes: 2, device: cpu}"],
+            ["train.micro_batch_size", "engine.activation_checkpointing", "precision.mode"],
+        ),
+    ],
+)
+def test_a_change_that_is_shown_is_what_it_says_when_typed(
+    mptrain, recipe, capacity, overrides, shown_first
+):
+    def plan(overrides, *options):
+        given = [word for override in overrides for word in ("--set", override)]
+        outcome = mptrain("plan", recipe.name, *given, *options)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    found = plan(overrides, "--capacity", capacity, "--json").json
+    assert found["fits"] is False
+    first = [change["set"][0].partition("=")[0] for change in found["changes"]]
+    assert first[: len(shown_first)] == shown_first
+    for change in found["changes"]:
+        kept = [override for override in overrides if override not in change["instead_of"]]
+        again = plan([*kept, *change["set"]], "--json").json
+        assert again["plan"]["memory"] == change["memory"]
+        assert change["memory"]["peak"] <= found["capacity_bytes"]
+    answer = plan(overrides, "--capacity", capacity).out.partition("It does not fit")[2]
+    assert max(map(len, answer.splitlines())) <= 80
+    typed = [line for line in answer.splitlines() if line.startswith("    --set ")]
+    shown = shlex.split("\n".join(typed))
+    assert all(setting in shown for change in found["changes"] for setting in change["set"])
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
