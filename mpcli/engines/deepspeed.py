@@ -55,9 +55,9 @@ class DeepSpeedEngine(DividedEngine):
     DeepSpeed divides, moves and gathers: it hands gradients that are averages over the ranks to
     each rank for its part of the weights, and takes stepped weights from there to all ranks. Its
     optimizer and its loss scale are not used: the step is the one of all engines, so every policy
-    means the same, the host reads nothing, and no kernel has to be built. With `offload`
-    parts, gradients and optimizer state are in host memory, and the step is taken there
-    (ZeRO-Offload, Ren et al. 2021).
+    means the same, and no kernel has to be built. With `offload` parts, gradients and optimizer
+    state are in host memory, and the step is taken there (ZeRO-Offload, Ren et al. 2021); without
+    it the host reads nothing.
 
     BatchNorm's running statistics are rank 0's: others differ and are not used.
     """

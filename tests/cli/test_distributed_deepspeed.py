@@ -13,7 +13,6 @@ import pytest
 from tests.cli.test_distributed import FINAL
 from tests.processes import Several
 
-pytestmark = pytest.mark.slow
 RECIPE = """\
 name: small
 task:
@@ -51,14 +50,33 @@ def plant(folder: Path) -> None:
     (folder / "latest").write_text("global_step3")
 
 
-def test_a_killed_run_goes_on_and_executes_no_pickle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+PLANTED = ("out", "out/checkpoints")  # a checkpoint with more files than its own is refused
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(RECIPE)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_and_executes_no_pickle() -> None:
+    settings = ("--set", "engine.processes=1", "--set", "train.steps=3", "--json")
+    code, _, err = Several("small.yaml", "--output", "out", *settings, hook="").ended(120)
+    assert code == 0, err
+    for folder in PLANTED:
+        plant(Path(folder))
+    more = ("--resume", "out", "--set", "train.steps=4", "--json")
+    code, out, err = Several(*more, hook="").ended(120)
+    assert (code, json.loads(out)["steps_attempted"]) == (0, 4), err
+    assert not Path("executed").exists()
+
+
+@pytest.mark.verify
+def test_a_killed_run_goes_on_and_executes_no_pickle() -> None:
     run = Several("small.yaml", "--output", "out", "--json", hook=KILLED_ONCE)
     run.in_step(1, 4)
-    for folder in ("out", "out/checkpoints", "out/checkpoints/step-3"):
+    for folder in PLANTED:
         plant(Path(folder))
     code, out, err = run.ended(300)
     assert (code, json.loads(out)["status"]) == (0, "done"), err
