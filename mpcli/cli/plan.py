@@ -62,8 +62,8 @@ def plan(
 
         def plan_for(settings: tuple[str, ...]) -> MemoryPlan:
             replaced = _replaced(overrides, settings)
-            settings = [*(o for o in overrides if o not in replaced), *settings]
-            return _memory(make(recipe, settings, file, strict=False, memory=True)[1])
+            changed = [*(o for o in overrides if o not in replaced), *settings]
+            return _memory(make(recipe, changed, file, strict=False, memory=True)[1])
 
         from mpcli.plan.capacity import answer
 

@@ -11,6 +11,7 @@ from mpcli.cli.plan import size_in_bytes
 from mpcli.plan import make_plan
 from mpcli.plan.capacity import answer, fitting, together
 from mpcli.plan.memory import UnknownMemory
+from mpcli.ranks import ALONE
 from mpcli.recipe.errors import UserError
 from mpcli.records import MemoryPlan, Plan
 from tests.small import CPU, small_recipe
@@ -108,7 +109,7 @@ def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulati
     loaded = small_recipe(tmp_path, *overrides)
     plan = make_plan(loaded.recipe, CPU, memory=True)
     assert plan.memory is not None
-    check(Cell("vit", mode, 24, plan.memory, measured_peak(loaded.recipe, plan)))
+    check(Cell("vit", mode, 24, plan.memory, measured_peak(ALONE, loaded.recipe, plan)))
 
 
 @pytest.mark.verify

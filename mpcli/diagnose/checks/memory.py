@@ -15,8 +15,9 @@ from mpcli.plan.fake import meta_model
 from mpcli.plan.memory_text import size_text
 from mpcli.plan.micro_batch import halved, needed
 from mpcli.plan.precision import fp32_islands
-from mpcli.precision.numerics import Mode, numerics
+from mpcli.precision.numerics import numerics
 from mpcli.recipe.errors import Exit
+from mpcli.recipe.precision import Mode
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan, Result
 from mpcli.tasks import task_of
