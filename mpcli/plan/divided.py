@@ -73,8 +73,8 @@ def fsdp2(
             return Moment("update", kept, 0, 0, rest)
         backward = moment.phase == "backward"
         rest = moment.rest + there + in_a_row + accumulated + (reduced if backward else 0)
-        kept = gradients if backward and not engine.cpu_offload else 0
-        return Moment(moment.phase, kept, 0, moment.activations, rest)
+        made = 0 if engine.cpu_offload else round(moment.gradients * share)
+        return Moment(moment.phase, made, 0, moment.activations, rest)
 
     parts = {
         "weights": FP32 * rows,

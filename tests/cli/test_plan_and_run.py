@@ -60,7 +60,7 @@ def test_warnings_stand_at_their_place_and_carry_the_finding(mptrain, recipe):
             ["engine.activation_checkpointing", "optim.kind"],
         ),
         (
-            "143KiB",
+            "134KiB",
             ["precision.mode=fp32", "engine={kind: fsdp2, processes: 2, device: cpu}"],
             ["train.micro_batch_size", "engine.activation_checkpointing", "precision.mode"],
         ),

@@ -14,6 +14,7 @@ from mpcli.plan import make_plan
 from mpcli.plan.capacity import answer, changes, fitting, together
 from mpcli.plan.memory import UnknownMemory, memory_of
 from mpcli.plan.step import Moment, Step
+from mpcli.ranks import ALONE
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.recipe import Recipe
@@ -114,7 +115,7 @@ def test_the_peak_is_that_of_the_allocator(tmp_path: Path, mode: str, accumulati
     loaded = small_recipe(tmp_path, *overrides)
     plan = make_plan(loaded.recipe, CPU, memory=True)
     assert plan.memory is not None
-    check(Cell("vit", mode, 24, plan.memory, measured_peak(loaded.recipe, plan)))
+    check(Cell("vit", mode, 24, plan.memory, measured_peak(ALONE, loaded.recipe, plan)))
 
 
 MATRICES = "task.model={kind: vit, patch_size: 2, layers: 2, width: 64, heads: 2, mlp_width: 128}"
@@ -131,7 +132,7 @@ def test_every_optimizers_step_is_planned(tmp_path: Path, kind: str) -> None:
     plan = make_plan(loaded.recipe, CPU, memory=True)
     assert plan.memory is not None, plan.memory_unknown
     if kind in ("muon", "adafactor"):  # whose updates are as large as the weights they are for
-        check(Cell("vit", "fp32", 2, plan.memory, measured_peak(loaded.recipe, plan)))
+        check(Cell("vit", "fp32", 2, plan.memory, measured_peak(ALONE, loaded.recipe, plan)))
 
 
 STEP = Step(
