@@ -59,7 +59,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("small.yaml").write_text(RECIPE)
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_a_run_of_one_process_goes_on_and_executes_no_pickle() -> None:
     settings = ("--set", "engine.processes=1", "--set", "train.steps=3", "--json")
     code, _, err = Several("small.yaml", "--output", "out", *settings, hook="").ended(120)

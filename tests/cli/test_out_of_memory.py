@@ -48,7 +48,7 @@ def test_a_run_goes_on_with_half_the_micro_batch_in_one_line():
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_memory_for_not_even_one_sample_ends_with_what_would_help():
     recipe(0, "{kind: local, device: cpu}")
     code, out, err = Several(*OUT, "--set", "train.micro_batch_size=2", hook="").ended()
