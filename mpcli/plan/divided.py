@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from mpcli.engines.deepspeed import BUCKET
 from mpcli.engines.fsdp2 import blocks, shares
 from mpcli.plan.fake import meta_model
 from mpcli.plan.step import Moment, Step
@@ -18,8 +19,6 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.tasks import Dataset
 
 FP32 = 4
-DEEPSPEED_BUCKET = 2**26
-"""Elements, at most, that DeepSpeed adds up together."""
 DEEPSPEED_LIVE = 10**9
 """Elements of weights that its stage 3 lets lie gathered when they are used again soon."""
 
@@ -102,7 +101,7 @@ def deepspeed(step: Step, engine: DeepSpeed, world_size: int) -> tuple[Step, int
     part_of_weights = math.ceil(step.weights / world_size)
     gradients = math.ceil(step.gradients / world_size)
     kept = step.gradients if engine.stage == 1 else gradients
-    bucket = min(FP32 * DEEPSPEED_BUCKET, step.weights)
+    bucket = min(FP32 * BUCKET, step.weights)
     gathered = min(FP32 * DEEPSPEED_LIVE, step.weights) if engine.stage == 3 else 0
     parts = {
         "weights": part_of_weights if engine.stage == 3 else step.weights,

@@ -201,17 +201,10 @@ def _two_steps(
 def _candidates(
     recipe: Recipe, world_size: int, modules: tuple[ModulePrecision, ...]
 ) -> Iterator[int]:
-    size = micro_batch_size(recipe, world_size)
-    yield size
-    yield from _halves(recipe, world_size, size, modules)
-
-
-def _halves(
-    recipe: Recipe, world_size: int, size: int, modules: tuple[ModulePrecision, ...]
-) -> Iterator[int]:
-    while half := _half(recipe, world_size, size, modules):
-        yield half
-        size = half
+    size: int | None = micro_batch_size(recipe, world_size)
+    while size:
+        yield size
+        size = _half(recipe, world_size, size, modules)
 
 
 def _half(
@@ -234,12 +227,6 @@ def _half(
 def smaller(recipe: Recipe, plan: Plan) -> int | None:
     """Half of a plan's micro-batch; None: there is no smaller one."""
     return _half(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
-
-
-def smaller_sizes(recipe: Recipe, plan: Plan) -> list[int]:
-    """Half of a plan's micro-batch, half of that, and so on: the largest first."""
-    sizes = _halves(recipe, plan.world_size, plan.micro_batch_size, plan.modules)
-    return list(sizes)
 
 
 def halved(recipe: Recipe, plan: Plan) -> Plan | None:
