@@ -15,6 +15,7 @@ rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: 
 flights/               step-<N>: batch, random state and last table of a step that went wrong
 checkpoints/           step-<N>, to go on from
 final/                 model.safetensors, model.json, README.md, and what loads it elsewhere
+diagnosis.json         where somebody keeps it: what `mptrain diagnose --json` printed
 lock                   held while a process writes here
 result.json            last, and atomically
 
@@ -262,6 +263,21 @@ class RunDirectory:
     def source_path(self) -> Path:
         """The text that the recipe was written in."""
         return self.path / "recipe.source.yaml"
+
+    @property
+    def environment_path(self) -> Path:
+        """What this attempt ran on."""
+        return self.attempt_path / "environment.json"
+
+    @property
+    def resumed_path(self) -> Path:
+        """What this attempt changed, where it went on with another."""
+        return self.attempt_path / "resumed.json"
+
+    @property
+    def diagnosis_path(self) -> Path:
+        """Where what `mptrain diagnose --json` printed may be kept."""
+        return self.path / "diagnosis.json"
 
     @property
     def log_path(self) -> Path:

@@ -1,0 +1,1 @@
+"""Runs, sweeps and diagnoses as one self-contained HTML file. Never imports torch."""

@@ -1,0 +1,440 @@
+"""The charts, as Bokeh's models. Colours that depend on the theme are set by the page's script.
+
+No text from outside becomes part of a figure's own text (titles, labels, axes), where Bokeh would
+look for TeX. Names of runs are there as names of renderers, which only a tooltip shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from bokeh.models import (
+    BasicTickFormatter,
+    BoxZoomTool,
+    ColorBar,
+    ColumnDataSource,
+    CrosshairTool,
+    FixedTicker,
+    HoverTool,
+    Label,
+    LogAxis,
+    LogColorMapper,
+    LogScale,
+    LogTickFormatter,
+    LogTicker,
+    PanTool,
+    Range1d,
+    Scatter,
+    Span,
+    VSpan,
+)
+from bokeh.palettes import Viridis256
+from bokeh.plotting import figure
+
+from mpcli.report.layers import SMALLEST_SHARE
+from mpcli.report.sources import Run, Sweep
+
+COLORS = (
+    "#3b82f6", "#d97706", "#16a34a", "#e0483d", "#9b5de5", "#0d9488", "#db2777", "#8a7a1f",
+)  # fmt: skip
+"""Of runs, or of the curves of one; readable on white and on black."""
+DASHES = ("solid", "dashed", "dotted", "dotdash")
+_MOST_POINTS = 4000  # buckets of all runs together
+_HEIGHT = 260
+MAX_HOVERED = 3
+"""Runs up to which a tooltip tells of all of them at once."""
+
+
+@dataclass
+class Chart:
+    """A figure and what the page has to know of it.
+
+    Attributes:
+        series: key -> (words, number of its dash or marker).
+        log: whether its axis begins as a logarithmic one; None: it cannot be one.
+    """
+
+    key: str
+    title: str
+    figure: figure
+    series: dict[str, str] = field(default_factory=dict)
+    log: bool | None = None
+    note: str | None = None
+
+
+class StepCharts:
+    """Charts over the steps of all runs: they share the range of steps, and a cursor."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        last = max([_last_step(run) for run in runs], default=1.0)
+        self.steps = Range1d(1, max(2.0, last), bounds=(1, max(2.0, last)), name="steps")
+        self.cursor = Span(
+            dimension="height", level="overlay", line_dash="dashed", visible=False, name="cursor"
+        )
+        buckets = min(400, max(20, _MOST_POINTS // max(1, len(runs))))
+        self.thinned = [run.steps.thinned(buckets) for run in runs]
+        self.num_steps = [len(run.steps) for run in runs]
+        self.sources = [
+            _source({name: column for name, column in steps.columns.items() if name != "attempt"})
+            for steps in self.thinned
+        ]
+
+    def training(self) -> Iterator[Chart]:
+        """Loss and metrics, with what interrupted them."""
+        if self._any("loss"):
+            chart = self._chart("loss", "Loss", log=False)
+            self._curve(chart, "loss", "training")
+            if any(run.evaluations for run in self.runs):
+                self._evaluations(chart, "loss", "evaluation")
+            self._nonfinite(chart)
+            self._boundaries(chart)
+            yield chart
+        for number, name in enumerate(self._metrics()):
+            chart = self._chart(f"metric{number}", f"Evaluation: {name}", log=False)
+            self._evaluations(chart, name, "evaluation")
+            yield chart
+        if self._any("scale"):
+            chart = self._chart("scale", "Loss scale", log=True, base=2)
+            self._curve(chart, "scale", "loss scale", step=True)
+            self._skips(chart)
+            self._boundaries(chart)
+            yield chart
+        if self._any("grad_norm"):
+            chart = self._chart("grad_norm", "Gradient norm", log=True)
+            self._curve(chart, "grad_norm", "norm before clipping")
+            yield chart
+        ratios = [run.layers.update_ratios() if run.layers else {} for run in self.runs]
+        if any(ratio.get("step") for ratio in ratios):
+            note = "Root mean square of a step's update over that of the weights, at sampled steps."
+            chart = self._chart("update_ratio", "Update over weight", log=True, note=note)
+            for run, ratio in enumerate(ratios):
+                if ratio.get("step"):
+                    source = _source({name: np.array(values) for name, values in ratio.items()})
+                    for name in ("largest", "median", "smallest"):
+                        words = f"{name} of all layers"
+                        self._line(chart, run, source, name, name, words, marked=True)
+            _hover(chart, len(self.runs))
+            yield chart
+        if self._any("lr"):
+            chart = self._chart("lr", "Learning rate", log=False)
+            self._curve(chart, "lr", "learning rate")
+            # A constant one is in the middle of an axis that begins at 0.
+            largest = max(float(np.nanmax(source.data["lr"], initial=0)) for source in self.sources)
+            chart.figure.y_range.default_span = 2 * largest or 1.0
+            yield chart
+
+    def speed(self) -> Iterator[Chart]:
+        """Throughput and memory."""
+        if self._any("samples_per_second"):
+            chart = self._chart("speed", "Samples per second", log=False)
+            self._curve(chart, "samples_per_second", "samples per second")
+            yield chart
+        if self._any("memory_peak_bytes", positive=True):
+            chart = self._chart("memory", "Memory (MiB)", log=False)
+            for source in self.sources:
+                for name in ("memory_allocated_bytes", "memory_peak_bytes"):
+                    source.data[name] = np.asarray(source.data[name], np.float32) / 2**20
+            self._curve(chart, "memory_peak_bytes", "peak so far")
+            self._curve(chart, "memory_allocated_bytes", "allocated")
+            for run, about in enumerate(self.runs):
+                if about.plan and about.plan.memory and len(about.steps):
+                    peak = about.plan.memory.peak / 2**20
+                    ends = np.array([1.0, _last_step(about)])
+                    source = _source({"step": ends, "planned": np.array([peak, peak])})
+                    self._line(chart, run, source, "planned", "planned", "planned peak")
+            yield chart
+
+    def exponents(self) -> Chart:
+        """How many values of a tensor have an exponent, over time; the script fills it."""
+        chart = self._chart("exponents", "Exponents of one tensor over time")
+        plot = chart.figure
+        plot.y_range = Range1d(-30, 20)
+        plot.height = 380
+        mapper = LogColorMapper(Viridis256, low=SMALLEST_SHARE, high=1.0)
+        cells = ColumnDataSource({n: [] for n in _CELL}, name="exponents-cells")
+        drawn = plot.quad(
+            left="left", right="right", bottom="bottom", top="top", source=cells, line_color=None,
+            fill_color={"field": "value", "transform": mapper}, name="exponents",
+        )  # fmt: skip
+        for name, exponent, words in LIMITS:
+            limit = Span(location=exponent, dimension="width", line_width=1.5, tags=["limit"])
+            limit.line_dash = "solid" if name == "fp16" else "dashed"
+            plot.add_layout(limit)
+            plot.add_layout(
+                Label(
+                    x=6, x_units="screen", y=exponent, y_units="data", text=words, y_offset=2,
+                    text_font_size="11px", background_fill_alpha=0.7, tags=["limit"],
+                )
+            )  # fmt: skip
+        plot.add_layout(_color_bar(mapper, "share of the values"), "right")
+        plot.add_tools(
+            HoverTool(
+                renderers=[drawn],
+                tooltips=[
+                    ("step", "@step{0,0}"), ("values in", "2^@bottom{0} to 2^@top{0}"),
+                    ("share", "about @value{0.[000]%}"),
+                ],
+            )
+        )  # fmt: skip
+        return chart
+
+    def layer_map(self) -> Chart:
+        """A quantity of every tensor over time; the script fills it."""
+        chart = self._chart("layers", "All tensors over time")
+        plot = chart.figure
+        plot.y_range = Range1d(0, 1)
+        plot.yaxis.ticker = FixedTicker(ticks=[])
+        mapper = LogColorMapper(Viridis256, low=SMALLEST_SHARE, high=1.0, name="layers-log")
+        cells = ColumnDataSource({n: [] for n in (*_CELL, "name")}, name="layers-cells")
+        drawn = plot.quad(
+            left="left", right="right", bottom="bottom", top="top", source=cells, line_color=None,
+            fill_color={"field": "shown", "transform": mapper}, name="layers",
+        )  # fmt: skip
+        plot.add_layout(_color_bar(mapper, None), "right")
+        tooltips = [("tensor", "@name"), ("step", "@step{0,0}"), ("value", "@value{%.3g}")]
+        plot.add_tools(
+            HoverTool(renderers=[drawn], tooltips=tooltips, formatters={"@value": "printf"})
+        )
+        return chart
+
+    def _chart(
+        self, key: str, title: str, *, log: bool | None = None, base: int = 10,
+        note: str | None = None,
+    ) -> Chart:  # fmt: skip
+        plot = _figure(key, log=log, base=base, x_range=self.steps)
+        plot.add_tools(CrosshairTool(overlay=self.cursor))
+        return Chart(key, title, plot, log=log, note=note)
+
+    def _curve(self, chart: Chart, column: str, words: str, *, step: bool = False) -> None:
+        for run, source in enumerate(self.sources):
+            self._line(chart, run, source, column, column, words, step=step)
+        _hover(chart, len(self.runs))
+
+    def _line(
+        self, chart: Chart, run: int, source: ColumnDataSource, column: str, key: str, words: str,
+        *, step: bool = False, marked: bool = False,
+    ) -> None:  # fmt: skip
+        number = _series(chart, key, words)
+        color = COLORS[(run if len(self.runs) > 1 else number) % len(COLORS)]
+        common = {
+            "source": source, "name": self._name(run, words),
+            "tags": [{"run": run, "series": key, "column": column}],
+        }  # fmt: skip
+        dash = DASHES[number % len(DASHES)] if len(self.runs) > 1 else "solid"
+        style = {"line_color": color, "line_dash": dash, "line_width": 1.5, **common}
+        if step:
+            chart.figure.step("step", column, mode="after", **style)
+        else:
+            chart.figure.line("step", column, **style)
+        if marked or len(source.data["step"]) == 1:
+            chart.figure.scatter("step", column, size=5, color=color, **common)
+
+    def _name(self, run: int, words: str) -> str:
+        return f"{self.runs[run].label}: {words}" if len(self.runs) > 1 else words
+
+    def _evaluations(self, chart: Chart, metric: str, words: str) -> None:
+        for run, about in enumerate(self.runs):
+            rows = [row for row in about.evaluations if metric in row.metrics]
+            if rows:
+                values = np.array([row.metrics[metric] for row in rows], np.float64)
+                source = _source({"step": np.array([float(row.step) for row in rows]), "v": values})
+                self._line(chart, run, source, "v", "evaluation", words, marked=True)
+        _hover(chart, len(self.runs))
+
+    def _skips(self, chart: Chart) -> None:
+        """A cross at the scale of every step that was skipped."""
+        for run, about in enumerate(self.runs):
+            skipped = about.steps.skipped
+            if len(skipped):
+                source = _source({"step": skipped["step"], "scale": skipped["scale"]})
+                self._marks(chart, run, source, "scale", "skipped", "skipped steps")
+
+    def _nonfinite(self, chart: Chart) -> None:
+        """A cross for every loss that is not finite, at the last one that was."""
+        for run, about in enumerate(self.runs):
+            loss = about.steps["loss"]
+            finite = np.isfinite(loss)
+            before = np.maximum.accumulate(np.where(finite, np.arange(len(loss)), -1))
+            bad = np.flatnonzero(~finite & (before >= 0))
+            if len(bad):
+                source = _source({"step": about.steps["step"][bad], "loss": loss[before[bad]]})
+                self._marks(chart, run, source, "loss", "nonfinite", "loss not finite")
+
+    def _marks(
+        self, chart: Chart, run: int, source: ColumnDataSource, column: str, key: str, words: str
+    ) -> None:
+        _series(chart, key, words)
+        color = COLORS[3] if len(self.runs) == 1 else COLORS[run % len(COLORS)]
+        drawn = chart.figure.add_glyph(
+            source,
+            Scatter(x="step", y=column, marker="x", size=9, line_color=color, line_width=2),
+            name=self._name(run, words),
+            tags=[{"run": run, "series": key, "column": column}],
+        )
+        chart.figure.add_tools(
+            HoverTool(renderers=[drawn], tooltips=[("", "$name"), ("step", "@step{0,0}")])
+        )
+
+    def _boundaries(self, chart: Chart) -> None:
+        """Lines where another attempt began, and where the run went back to a checkpoint."""
+        for run, about in enumerate(self.runs):
+            rolled_back = np.array([float(row.step) for row in about.rollbacks])
+            for key, words, steps in (
+                ("resumed", "resumed or restarted", about.steps.resumed),
+                ("rolled back", "rolled back", rolled_back),
+            ):
+                if len(steps):
+                    number = _series(chart, key, words)
+                    chart.figure.add_glyph(
+                        _source({"step": steps}),
+                        VSpan(
+                            x="step", line_width=1.5, line_dash="dotted",
+                            line_color=COLORS[(run if len(self.runs) > 1 else number)
+                                              % len(COLORS)],
+                        ),
+                        name=self._name(run, words),
+                        tags=[{"run": run, "series": key}],
+                    )  # fmt: skip
+
+    def _metrics(self) -> list[str]:
+        names = [n for run in self.runs for row in run.evaluations for n in row.metrics]
+        return [name for name in dict.fromkeys(names) if name != "loss"]
+
+    def _any(self, column: str, *, positive: bool = False) -> bool:
+        columns = [run.steps[column] for run in self.runs]
+        return any(bool(np.any(np.isfinite(c) & ((c > 0) | (not positive)))) for c in columns)
+
+
+LIMITS = (
+    ("fp16", 16, "fp16: infinite from here"),
+    ("fp16", -14, "fp16: subnormal below"),
+    ("fp16", -25, "fp16: zero below"),
+    ("bf16", 128, "bf16, fp32: infinite from here"),
+    ("bf16", -126, "bf16, fp32: subnormal below"),
+)
+"""Exponents at which a format ends."""
+_CELL = ("left", "right", "bottom", "top", "value", "shown", "step")
+
+
+def sweep_charts(sweep: Sweep, number: int) -> Iterator[Chart]:
+    """A sweep of loss scales: what was predicted beside what its runs showed, and their losses."""
+    rows = [row for row in sweep.rows if _is_positive(row.get("scale"))]
+    rows.sort(key=lambda row: row["scale"])
+    if not rows:
+        return
+    scales = np.log2([float(row["scale"]) for row in rows])
+    for name, what in (("underflow", "become zero"), ("overflow", "become infinite")):
+        curves = {
+            f"{kind}": [_value(row.get(kind), name) for row in rows]
+            for kind in ("predicted", "measured")
+        }
+        title = f"{sweep.label}: gradients that {what}, by log2 of the loss scale"
+        yield from _sweep_chart(f"sweep{number}-{name}", title, scales, curves, log=False)
+    for name, title in (("loss", "loss"), ("skip_rate", "share of the steps that were skipped")):
+        curves = {name: [_value(row, name) for row in rows]}
+        title = f"{sweep.label}: {title}, by log2 of the loss scale"
+        yield from _sweep_chart(f"sweep{number}-{name}", title, scales, curves, log=False)
+
+
+def _sweep_chart(
+    key: str, title: str, x: np.ndarray[Any, Any], curves: dict[str, list[float]], *, log: bool
+) -> Iterator[Chart]:
+    shown = {name: values for name, values in curves.items() if any(map(math.isfinite, values))}
+    if not shown:
+        return
+    chart = Chart(key, title, _figure(key, log=log), log=log)
+    source = _source({"step": x, **{name: np.array(values) for name, values in shown.items()}})
+    for name in shown:
+        number = _series(chart, name, name)
+        style = {
+            "source": source, "name": name, "tags": [{"series": name, "column": name}],
+        }  # fmt: skip
+        color = COLORS[number % len(COLORS)]
+        chart.figure.line("step", name, line_color=color, line_width=1.5, **style)
+        chart.figure.scatter("step", name, size=7, color=color, **style)
+    _hover(chart, 1)
+    yield chart
+
+
+def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> figure:
+    """A figure without a toolbar: the page has its own controls, for a keyboard too."""
+    plot = figure(
+        height=_HEIGHT, sizing_mode="stretch_width", toolbar_location=None, name=key,
+        tools=[BoxZoomTool(dimensions="width"), PanTool(dimensions="width")], **options,
+    )  # fmt: skip
+    plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
+    plot.min_border_right = 20
+    plot.y_range.only_visible = True
+    if log is not None:
+        linear_axis = plot.yaxis[0]
+        log_axis = LogAxis(visible=log, ticker=LogTicker(base=base))
+        log_axis.formatter = LogTickFormatter(ticker=log_axis.ticker)
+        linear_axis.visible = not log
+        plot.add_layout(log_axis, "left")
+        scales = {"linear": plot.y_scale, "log": LogScale()}
+        plot.y_scale = scales["log" if log else "linear"]
+        # What the script swaps when a person asks for the other axis.
+        plot.tags = [{"scales": scales, "axes": {"linear": linear_axis, "log": log_axis}}]
+    return plot
+
+
+def _hover(chart: Chart, num_runs: int) -> None:
+    """Tell what is under the mouse, for each column of numbers that has no such tool yet."""
+    known = {r for tool in chart.figure.select(HoverTool) for r in tool.renderers}
+    by_column: dict[str, list[Any]] = {}
+    for renderer in chart.figure.renderers:
+        about = renderer.tags[0] if renderer.tags else {}
+        is_line = type(renderer.glyph).__name__ in ("Line", "Step")
+        if "column" in about and renderer not in known and is_line:
+            by_column.setdefault(about["column"], []).append(renderer)
+    for column, renderers in by_column.items():
+        chart.figure.add_tools(
+            HoverTool(
+                renderers=renderers,
+                mode="vline" if num_runs <= MAX_HOVERED else "mouse",
+                tooltips=[("", "$name"), ("at", "@step{0,0.[00]}"), ("is", f"@{column}{{%.5g}}")],
+                formatters={f"@{column}": "printf"},
+            )
+        )
+
+
+def _series(chart: Chart, key: str, words: str) -> int:
+    """Its number within the chart."""
+    chart.series.setdefault(key, words)
+    return list(chart.series).index(key)
+
+
+def _source(columns: dict[str, np.ndarray[Any, Any]]) -> ColumnDataSource:
+    """Steps are exact; values have seven digits, and are missing where they are not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        data = {
+            name: column if name == "step" else column.astype(np.float32)
+            for name, column in columns.items()
+        }
+    for name, column in data.items():
+        data[name] = np.where(np.isfinite(column), column, np.nan).astype(column.dtype)
+    return ColumnDataSource(data)
+
+
+def _color_bar(mapper: Any, title: str | None) -> ColorBar:
+    return ColorBar(color_mapper=mapper, width=12, title=title, ticker=LogTicker())
+
+
+def _last_step(run: Run) -> float:
+    steps = [float(run.steps["step"][-1])] if len(run.steps) else []
+    return max([1.0, *steps, *(float(row.step) for row in run.evaluations)])
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**1000
+
+
+def _value(row: Any, name: str) -> float:
+    value = row.get(name) if isinstance(row, dict) else None
+    known = isinstance(value, int | float) and abs(value) < 2**1000
+    return float(value) if known else math.nan

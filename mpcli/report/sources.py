@@ -1,0 +1,336 @@
+"""What the paths of a report hold: runs, sweeps and diagnoses, read without believing any of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mpcli.diagnose.finding import Finding
+from mpcli.recipe import nodes
+from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.source import read_source
+from mpcli.records import EvalRecord, ForeignRun, ModuleTypes, Plan, Result, RollbackRecord
+from mpcli.report.layers import Layers, read_layers
+from mpcli.report.steps import Steps, read_steps
+from mpcli.rundir import RunDirectory
+
+MOST_TRIALS = 24
+"""Of a sweep whose curves are shown."""
+_LARGEST_JSON = 2**26
+_DEEPEST = 20
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `mptrain diagnose --json` said.
+
+    Attributes:
+        unread: findings that cannot be understood.
+    """
+
+    label: str
+    of: str | None
+    verdict: str
+    findings: tuple[Finding, ...]
+    unread: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One of the processes, or groups of them, that trained a run one after the other."""
+
+    number: int
+    changes: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as far as it can be read.
+
+    Attributes:
+        values: of the recipe, or of a recorded loop's settings, by dotted path.
+        missing: what a whole run has and this one has not, in words.
+    """
+
+    label: str
+    path: Path
+    result: Result | None
+    foreign: ForeignRun | None
+    values: dict[str, str]
+    source: str | None
+    attempts: tuple[Attempt, ...]
+    plan: Plan | None
+    observed: dict[str, ModuleTypes]
+    steps: Steps
+    layers: Layers | None
+    evaluations: tuple[EvalRecord, ...]
+    rollbacks: tuple[RollbackRecord, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """How it ended."""
+        if self.foreign:
+            return "recorded"
+        return self.result.status if self.result else "not ended"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's result; `rows` as its kind has them, nested values by dotted path."""
+
+    label: str
+    kind: str
+    recommended: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    missing: tuple[str, ...]
+
+
+@dataclass
+class Sources:
+    """Everything a report shows."""
+
+    runs: list[Run] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+
+
+def read_sources(paths: Sequence[Path]) -> Sources:
+    """Read what the paths name; the labels tell them apart.
+
+    Raises:
+        UserError: exit 2, a path holds nothing that a report can show.
+    """
+    found = Sources()
+    beside = {RunDirectory(path).diagnosis_path.resolve() for path in paths}
+    for path, label in zip(paths, _labels(paths), strict=True):
+        if _is_sweep(path):
+            _read_sweep(path, label, found)
+        elif path.is_file():
+            if path.resolve() not in beside:
+                found.diagnoses.append(_diagnosis(path, label))
+        else:
+            _read_run(path, label, found)
+    return found
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Paths without the folders that all of them lie in."""
+    resolved = [path.resolve() if path.name == "latest" else path.absolute() for path in paths]
+    if len(set(resolved)) == 1:
+        common = resolved[0].parent.parent
+    else:
+        common = Path(os.path.commonpath([path.parent for path in resolved]))
+    return [str(path.relative_to(common)) for path in resolved]
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / "study.json").is_file() or (path / "trials").is_dir()
+
+
+def _read_run(path: Path, label: str, found: Sources) -> None:
+    directory = RunDirectory.read(path)
+    found.runs.append(_run(directory, label, with_layers=True))
+    if directory.diagnosis_path.is_file():
+        try:
+            found.diagnoses.append(_diagnosis(directory.diagnosis_path, label))
+        except UserError as error:
+            run = found.runs[-1]
+            why = f"diagnosis.json: {_first(error, directory.diagnosis_path)}"
+            found.runs[-1] = Run(**{**vars(run), "missing": (*run.missing, why)})
+
+
+def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
+    missing: list[str] = []
+    unread: Counter[str] = Counter()
+    foreign = _try(directory.foreign, missing, "foreign.json")
+    plan = None if foreign else _try(directory.plan, missing, "plan.json of the newest attempt")
+    steps = read_steps(directory, unread)
+    layers = read_layers(directory, unread) if with_layers else None
+    values, source = _recipe(directory, missing) if not foreign else (_foreign(foreign), None)
+    result = directory.result()
+    if not result and not foreign:
+        missing.append("result.json: the run goes on, or it was killed")
+    if not len(steps):
+        missing.append("steps.jsonl: no step was recorded")
+    if layers and not layers.tensors:
+        missing.append("layers.jsonl: no step was sampled")
+    for name, count in unread.items():
+        missing.append(f"{name}: {count:,} rows that cannot be read are left out")
+    return Run(
+        label=label,
+        path=directory.path,
+        result=result,
+        foreign=foreign,
+        values=values,
+        source=source,
+        attempts=tuple(_attempts(directory)),
+        plan=plan,
+        observed=directory.observed(),
+        steps=steps,
+        layers=layers,
+        evaluations=tuple(row for row in directory.evaluations() if 0 <= row.step < 2**53),
+        rollbacks=tuple(row for row in directory.rollbacks() if 0 <= row.step < 2**53),
+        missing=tuple(missing),
+    )
+
+
+def _try(read: Any, missing: list[str], name: str) -> Any:
+    try:
+        return read()
+    except (OSError, ValueError, UserError):
+        missing.append(f"{name}: is not there, or cannot be read")
+        return None
+
+
+def _recipe(directory: RunDirectory, missing: list[str]) -> tuple[dict[str, str], str | None]:
+    source = None
+    try:
+        if directory.source_path.is_file():
+            source = read_source(directory.source_path, directory.source_path.name).text
+        text = read_source(directory.recipe_path, directory.recipe_path.name)
+        root, _ = nodes.parse(text)
+    except (OSError, UserError) as error:
+        missing.append(f"the recipe: {_first(error, directory.path)}")
+        return {}, source
+    return dict(flat(nodes.plain(root) if root else {})), source
+
+
+def _foreign(about: ForeignRun) -> dict[str, str]:
+    facts = about.model_dump(exclude={"modules", "version", "settings"})
+    return dict(flat(facts | {"settings": dict(about.settings)}))
+
+
+def _attempts(directory: RunDirectory) -> Iterator[Attempt]:
+    for number in range(1, min(directory.attempt, 1000) + 1):
+        attempt = RunDirectory.join(directory.path, number, 0)
+        resumed = _object(attempt.resumed_path)
+        changes = resumed.get("changes")
+        yield Attempt(
+            number,
+            tuple(map(str, changes)) if isinstance(changes, list) else (),
+            dict(flat(_object(attempt.environment_path))),
+        )
+
+
+def flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Nested values as (dotted path, text)."""
+    if isinstance(value, Mapping) and (value or not path) and depth < _DEEPEST:
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, inner in enumerate(value):
+            yield from flat(inner, f"{path}.{number}", depth + 1)
+    else:
+        yield path, _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return json.dumps(value, default=str)
+
+
+def _diagnosis(path: Path, label: str) -> Diagnosis:
+    found = read_object(path)
+    raw = found.get("findings")
+    if not isinstance(raw, list):
+        hint = "a run directory, a sweep's folder, or what `mptrain diagnose --json` printed"
+        raise user_error(f"{path}: no diagnosis: it has no findings", hint)
+    findings, unread = [], 0
+    for item in raw:
+        try:
+            findings.append(Finding.model_validate(item))
+        except (ValidationError, RecursionError):
+            unread += 1
+    evidence = found.get("evidence")
+    of = evidence.get("path") if isinstance(evidence, dict) else None
+    verdict = found.get("verdict")
+    return Diagnosis(
+        label, of if isinstance(of, str) else None,
+        verdict if isinstance(verdict, str) else "", tuple(findings), unread,
+    )  # fmt: skip
+
+
+def _read_sweep(path: Path, label: str, found: Sources) -> None:
+    result, missing = _object(path / "result.json"), []
+    if not result:
+        missing.append("result.json: the sweep goes on, or it was stopped")
+    rows = result.get("rows")
+    recommended = result.get("recommended")
+    names = {
+        trial["run"]: f"{trial.get('label')}, seed {trial.get('seed')}"
+        for trial in _objects(result.get("trials"))
+        if isinstance(trial.get("run"), str)
+    }
+    folders = sorted(entry for entry in (path / "trials").glob("*") if entry.is_dir())
+    for folder in folders[:MOST_TRIALS]:
+        try:
+            directory = RunDirectory.read(folder)
+        except UserError as error:
+            missing.append(f"trial {folder.name}: {_first(error, folder)}")
+            continue
+        name = f"{label}: {names.get(folder.name, folder.name)}"
+        found.runs.append(_run(directory, name, with_layers=False))
+    if len(folders) > MOST_TRIALS:
+        missing.append(
+            f"the curves of {len(folders) - MOST_TRIALS} of its {len(folders)} trials are left out"
+        )
+    found.sweeps.append(
+        Sweep(
+            label=label,
+            kind=str(result.get("kind", "sweep")),
+            recommended=recommended if isinstance(recommended, dict) else {},
+            rows=tuple(_objects(rows)),
+            missing=tuple(missing),
+        )
+    )
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        return read_object(path)
+    except UserError:
+        return {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: exit 2 for other contents, 7 where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise user_error(f"{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
+    if len(content) > _LARGEST_JSON:
+        raise user_error(f"{path}: is larger than 64 MiB", "is it what `mptrain` wrote?")
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise user_error(f"{path}: is no JSON", "is it what `mptrain` wrote?") from error
+    if not isinstance(found, dict):
+        raise user_error(f"{path}: is no JSON object", "is it what `mptrain` wrote?")
+    return found
+
+
+def _first(error: OSError | UserError, path: Path) -> str:
+    what = error.problems[0].what if isinstance(error, UserError) else str(error.strerror)
+    return what.removeprefix(f"{path}: ")

@@ -1,0 +1,311 @@
+"""What a report says in words and tables."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mpcli.diagnose.finding import Finding, Suggestion, Verification
+from mpcli.report.markup import Content, Html, details, element, table, together
+from mpcli.report.sources import Diagnosis, Run, Sources, Sweep, flat
+from mpcli.sizes import size_text
+
+_SHARES = ("accuracy", "masked_accuracy", "f1")
+_ORDER = ("error", "warning", "info")
+
+
+def summary(found: Sources) -> Html:
+    """What happened: each run in a row, and what is missing of it."""
+    rows = [_summary_row(run, number) for number, run in enumerate(found.runs)]
+    parts: list[Content] = []
+    if rows:
+        header = ("run", "state", "result", "steps", "time", "peak memory", "precision")
+        parts.append(table(header, rows))
+    for run in found.runs:
+        if run.result:
+            parts += [_ended(run)]
+    missing = [(about.label, text) for about in (*found.runs, *found.sweeps)
+               for text in about.missing]  # fmt: skip
+    if missing:
+        items = [element("li", element("b", label), f": {text}") for label, text in missing]
+        parts.append(element("div", element("h3", "What is missing"), element("ul", items),
+                             class_="missing"))  # fmt: skip
+    return together(*parts)
+
+
+def _summary_row(run: Run, number: int) -> tuple[Content, ...]:
+    name = together(swatch(number), run.label)
+    state = element("span", run.state, class_=f"badge {_tone(run)}")
+    skipped = int((run.steps["applied"] == 0).sum())
+    attempts = len(run.attempts)
+    steps = f"{len(run.steps):,}, {skipped:,} skipped"
+    if attempts > 1:
+        steps += f", in {attempts} attempts"
+    planned = run.plan.memory.peak if run.plan and run.plan.memory else None
+    peak = run.result.peak_memory_bytes if run.result else 0
+    memory = f"{size_text(peak) if peak else 'unknown'}"
+    if planned:
+        memory += f" ({size_text(planned)} planned)"
+    return (
+        name, state, _metrics(run), steps,
+        f"{run.result.wall_seconds:,.1f} s" if run.result else "unknown",
+        memory, run.values.get("precision.mode", "unknown"),
+    )  # fmt: skip
+
+
+def _tone(run: Run) -> str:
+    return {"done": "good", "diverged": "error", "failed": "error"}.get(run.state, "warning")
+
+
+def _metrics(run: Run) -> str:
+    if run.result:
+        split = "eval" if run.result.metrics.get("eval") else "train"
+        found: Mapping[str, float] = run.result.metrics.get(split, {})
+    elif run.evaluations:
+        split, found = "eval", run.evaluations[-1].metrics
+    elif len(run.steps):
+        split, found = "train", {"loss": float(run.steps["loss"][-1])}
+    else:
+        return "unknown"
+    shown = sorted(found.items(), key=lambda item: item[0] == "loss")
+    return ", ".join(f"{split} {name} {_metric(name, value)}" for name, value in shown)
+
+
+def _metric(name: str, value: float) -> str:
+    if name in _SHARES and math.isfinite(value):
+        return f"{value:.2%}"
+    return f"{value:.4g}"
+
+
+def _ended(run: Run) -> Content:
+    result = run.result
+    if result is None:
+        return None
+    told = [problem["message"] + (f" ({problem['hint']})" if problem["hint"] else "")
+            for problem in result.problems]  # fmt: skip
+    if result.reason and result.reason not in told:
+        told.insert(0, result.reason)
+    return element("p", element("b", run.label), ": ", "; ".join(told)) if told else None
+
+
+def swatch(number: int, dash: int = 0) -> Html:
+    """The colour of a run, or the dash of a curve."""
+    return element("i", class_=f"swatch c{number % 8} dash{dash % 4}", aria_hidden="true")
+
+
+def attempts(runs: Sequence[Run]) -> Html | None:
+    """Resumes, restarts and returns to checkpoints."""
+    rows = [
+        (run.label, _first_step(run, attempt.number), f"attempt {attempt.number} began",
+         "; ".join(attempt.changes) or "nothing was changed")
+        for run in runs for attempt in run.attempts if attempt.number > 1
+    ] + [
+        (run.label, f"{row.step:,}", f"back to step {row.checkpoint:,}", row.reason)
+        for run in runs for row in run.rollbacks
+    ]  # fmt: skip
+    if not rows:
+        return None
+    header = ("run", "step", "what", "why, or what changed")
+    return table(header, rows, caption="Resumes, restarts and returns to a checkpoint")
+
+
+def _first_step(run: Run, attempt: int) -> str:
+    steps = run.steps["step"][run.steps["attempt"] == attempt]
+    return f"{int(steps[0]):,}" if len(steps) else "none"
+
+
+def findings(diagnoses: Sequence[Diagnosis]) -> Html:
+    """Causes with evidence and fixes, the worst first."""
+    if not diagnoses:
+        command = "mptrain diagnose RUN --verify --json > RUN/diagnosis.json"
+        return element(
+            "p", "No diagnosis was given. ", element("code", command),
+            " looks for causes and tries their fixes; a report then shows them here.",
+        )  # fmt: skip
+    return together(*[_diagnosis(diagnosis) for diagnosis in diagnoses])
+
+
+def _diagnosis(diagnosis: Diagnosis) -> Html:
+    ranked = sorted(diagnosis.findings, key=lambda finding: _ORDER.index(finding.severity))
+    of = f" of {diagnosis.of}" if diagnosis.of and diagnosis.of != diagnosis.label else ""
+    unread = f"{diagnosis.unread} findings cannot be read." if diagnosis.unread else None
+    return element(
+        "div",
+        element("h3", diagnosis.label + of),
+        element("p", diagnosis.verdict or "No verdict."),
+        element("p", unread, class_="missing") if unread else None,
+        [_finding(finding) for finding in ranked],
+        class_="diagnosis",
+    )
+
+
+def _finding(finding: Finding) -> Html:
+    where = [*finding.layers[:3], finding.phase]
+    if len(finding.layers) > 3:
+        where.insert(3, f"{len(finding.layers) - 3} more layers")
+    if finding.step is not None:
+        where.append(f"step {finding.step:,}")
+    numbers = [
+        element("li", f"{name.replace('_', ' ')}: {_value(value)}")
+        for name, value in finding.evidence.items() if value is not None
+    ]  # fmt: skip
+    follows = ", ".join(dict.fromkeys(found.id for found in finding.consequences))
+    return element(
+        "article",
+        element(
+            "h4", element("span", finding.severity, class_=f"badge {finding.severity}"), " ",
+            element("code", finding.id), element("small", " " + ", ".join(where)),
+        ),
+        element("p", finding.cause),
+        element("ul", numbers, class_="numbers") if numbers else None,
+        _suggestion(finding.suggestion, finding.verified),
+        [_tried(tried) for tried in finding.tried],
+        element("p", f"Not tried: {finding.not_tried}") if finding.not_tried else None,
+        element("p", f"Leads to: {follows}") if follows else None,
+        class_=f"finding {finding.severity}",
+    )  # fmt: skip
+
+
+def _suggestion(suggestion: Suggestion | None, verified: bool | None) -> Html | None:
+    if suggestion is None:
+        return None
+    known = {True: "tried: it helps", False: "tried: it does not help", None: "not tried"}[verified]
+    lines = [f"--set {shlex.quote(setting)}" for setting in suggestion.set]
+    lines += (suggestion.code or "").splitlines()
+    if suggestion.arguments:
+        given = ", ".join(f"{name}={value!r}" for name, value in suggestion.arguments.items())
+        lines.append(f"TrainingArguments({given})")
+    tone = "good" if verified else "warning"
+    return together(
+        element("p", element("b", "Fix: "), suggestion.what, " ",
+                element("span", known, class_=f"badge {tone}")),
+        element("pre", "\n".join(lines), tabindex=0) if lines else None,
+    )  # fmt: skip
+
+
+def _tried(tried: Verification) -> Html:
+    helped = "helps" if tried.fixed else "does not help"
+    parts = [f"{tried.suggestion.what}: {helped}. {tried.why}"]
+    if tried.with_it:
+        parts.append(
+            f" {tried.symptom}: {_value(tried.without.symptom)} without it, "
+            f"{_value(tried.with_it.symptom)} with it;"
+            f" loss {_value(tried.without.loss)} and {_value(tried.with_it.loss)};"
+            f" {_value(tried.without.seconds_per_step)} s and "
+            f"{_value(tried.with_it.seconds_per_step)} s per step."
+        )
+    return element("p", element("b", "Tried: "), *parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def types(run: Run) -> Html | None:
+    """Planned and observed types of every module."""
+    planned = {module.name: module for module in run.plan.modules} if run.plan else {}
+    rows: list[tuple[Content, ...]] = []
+    for name in dict.fromkeys((*planned, *run.observed)):
+        plan, seen = planned.get(name), run.observed.get(name)
+        rows.append((
+            name or "(the model itself)",
+            plan.type if plan else "",
+            *[
+                _both(getattr(plan, part) if plan else None, getattr(seen, part) if seen else None)
+                for part in ("stored", "computed", "gradient")
+            ],
+            plan.master if plan else "",
+            plan.why if plan else "not planned",
+        ))  # fmt: skip
+    if not rows and run.foreign:
+        modules = run.foreign.modules
+        rows = [(m.name or "(the model itself)", m.type, m.stored, "", "", "", "") for m in modules]
+    if not rows:
+        return None
+    header = ("module", "type", "stored", "computed", "gradient", "master", "why")
+    differ = sum("differs" in str(cell) for row in rows for cell in row)
+    told = "as planned" if not differ else f"{differ} differ from the plan"
+    if not run.observed:
+        told = "planned; no step was observed"
+    return details(f"{run.label}: {len(rows)} modules, {told}", table(header, rows))
+
+
+def _both(planned: str | None, seen: str | None) -> Content:
+    if planned is None or seen is None or planned == seen:
+        return planned or seen or ""
+    return element("span", f"{seen}, planned {planned}", class_="differs")
+
+
+def recipes(runs: Sequence[Run]) -> Html:
+    """What differs between the runs, then each recipe as it was written and as it was resolved."""
+    parts: list[Content] = []
+    if len(runs) > 1:
+        rows = list(_differing([run.values for run in runs]))
+        header = ("setting", *[run.label for run in runs])
+        parts.append(
+            table(header, rows, caption="What differs")
+            if rows else element("p", "The recipes are the same.")
+        )  # fmt: skip
+    for run in runs:
+        if run.source is not None:
+            title = f"{run.label}: as it was written"
+            parts.append(details(title, element("pre", run.source, tabindex=0)))
+        if run.values:
+            what = "what is known of its loop" if run.foreign else "every value"
+            rows = [(path, value) for path, value in run.values.items()]
+            parts.append(details(f"{run.label}: {what}", table(("setting", "value"), rows)))
+    return together(*parts)
+
+
+def environments(runs: Sequence[Run]) -> Html:
+    """What differs between all attempts, then everything."""
+    columns = {
+        run.label if len(run.attempts) == 1 else f"{run.label}, attempt {attempt.number}":
+        attempt.environment
+        for run in runs for attempt in run.attempts if attempt.environment
+    }  # fmt: skip
+    if not columns:
+        return element("p", "Nothing is known of it.")
+    values = list(columns.values())
+    names = list(dict.fromkeys(name for one in values for name in one))
+    header = ("", *columns)
+    differing = list(_differing(values)) if len(values) > 1 else []
+    everything = [(name, *[one.get(name, "nothing") for one in values]) for name in names]
+    return together(
+        table(header, differing, caption="What differs") if differing else None,
+        details(f"all {len(names)} facts", table(header, everything)),
+    )
+
+
+def _differing(columns: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, "nothing") for column in columns]
+        if len(set(values)) > 1:
+            yield name, *values
+
+
+def sweep(found: Sweep) -> Html:
+    """The table of a sweep, and what it recommends."""
+    rows = [
+        {path: text for path, text in flat(row) if not path.startswith("layers.")}
+        for row in found.rows
+    ]
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_short(row.get(name, "")) for name in header] for row in rows]
+    advice = list(flat(found.recommended)) if found.recommended else []
+    return together(
+        element("h3", f"{found.label}: {found.kind}"),
+        table(("recommended", ""), advice) if advice else None,
+        table(header, cells, caption="Rows") if rows else element("p", "It has no rows yet."),
+    )
+
+
+def _short(text: str) -> str:
+    try:
+        return f"{float(text):.4g}" if "." in text or "e" in text else text
+    except ValueError:
+        return text
