@@ -15,23 +15,25 @@ import numpy as np
 from bokeh.models import (
     BasicTickFormatter,
     BoxZoomTool,
-    ColorBar,
     ColumnDataSource,
     CrosshairTool,
+    DataRange1d,
     FixedTicker,
     HoverTool,
-    Label,
+    Line,
     LogAxis,
     LogColorMapper,
     LogScale,
-    LogTickFormatter,
     LogTicker,
+    LogTickFormatter,
     PanTool,
     Range1d,
     Scatter,
-    Span,
+    Step,
     VSpan,
 )
+from bokeh.models.annotations import ColorBar, Label, Span
+from bokeh.models.renderers import GlyphRenderer
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
@@ -71,8 +73,11 @@ class StepCharts:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
-        last = max([_last_step(run) for run in runs], default=1.0)
-        self.steps = Range1d(1, max(2.0, last), bounds=(1, max(2.0, last)), name="steps")
+        self.last = last = max([_last_step(run) for run in runs], default=1.0)
+        edge = max(0.5, last / 100)
+        self.steps = Range1d(
+            start=1 - edge, end=last + edge, bounds=(1 - edge, last + edge), name="steps"
+        )
         self.cursor = Span(
             dimension="height", level="overlay", line_dash="dashed", visible=False, name="cursor"
         )
@@ -124,8 +129,8 @@ class StepCharts:
             chart = self._chart("lr", "Learning rate", log=False)
             self._curve(chart, "lr", "learning rate")
             # A constant one is in the middle of an axis that begins at 0.
-            largest = max(float(np.nanmax(source.data["lr"], initial=0)) for source in self.sources)
-            chart.figure.y_range.default_span = 2 * largest or 1.0
+            largest = max(float(np.nanmax(run.steps["lr"], initial=0)) for run in self.runs)
+            chart.figure.y_range.update(default_span=2 * min(largest, 1e30) or 1.0)
             yield chart
 
     def speed(self) -> Iterator[Chart]:
@@ -153,13 +158,14 @@ class StepCharts:
         """How many values of a tensor have an exponent, over time; the script fills it."""
         chart = self._chart("exponents", "Exponents of one tensor over time")
         plot = chart.figure
-        plot.y_range = Range1d(-30, 20)
+        plot.y_range = Range1d(start=-30, end=20)
+        plot.grid.visible = False
         plot.height = 380
-        mapper = LogColorMapper(Viridis256, low=SMALLEST_SHARE, high=1.0)
+        mapper = LogColorMapper(palette=Viridis256, low=SMALLEST_SHARE, high=1.0)
         cells = ColumnDataSource({n: [] for n in _CELL}, name="exponents-cells")
         drawn = plot.quad(
-            left="left", right="right", bottom="bottom", top="top", source=cells, line_color=None,
-            fill_color={"field": "value", "transform": mapper}, name="exponents",
+            left="left", right="right", bottom="bottom", top="top", source=cells,
+            color={"field": "value", "transform": mapper}, line_width=0.5, name="exponents",
         )  # fmt: skip
         for name, exponent, words in LIMITS:
             limit = Span(location=exponent, dimension="width", line_width=1.5, tags=["limit"])
@@ -187,13 +193,14 @@ class StepCharts:
         """A quantity of every tensor over time; the script fills it."""
         chart = self._chart("layers", "All tensors over time")
         plot = chart.figure
-        plot.y_range = Range1d(0, 1)
+        plot.y_range = Range1d(start=0, end=1)
+        plot.grid.visible = False
         plot.yaxis.ticker = FixedTicker(ticks=[])
-        mapper = LogColorMapper(Viridis256, low=SMALLEST_SHARE, high=1.0, name="layers-log")
+        mapper = LogColorMapper(palette=Viridis256, low=SMALLEST_SHARE, high=1.0, name="layers-log")
         cells = ColumnDataSource({n: [] for n in (*_CELL, "name")}, name="layers-cells")
         drawn = plot.quad(
-            left="left", right="right", bottom="bottom", top="top", source=cells, line_color=None,
-            fill_color={"field": "shown", "transform": mapper}, name="layers",
+            left="left", right="right", bottom="bottom", top="top", source=cells,
+            color={"field": "value", "transform": mapper}, line_width=0.5, name="layers",
         )  # fmt: skip
         plot.add_layout(_color_bar(mapper, None), "right")
         tooltips = [("tensor", "@name"), ("step", "@step{0,0}"), ("value", "@value{%.3g}")]
@@ -221,18 +228,26 @@ class StepCharts:
     ) -> None:  # fmt: skip
         number = _series(chart, key, words)
         color = COLORS[(run if len(self.runs) > 1 else number) % len(COLORS)]
-        common = {
-            "source": source, "name": self._name(run, words),
-            "tags": [{"run": run, "series": key, "column": column}],
-        }  # fmt: skip
+        about = {"run": run, "series": key, "column": column}
+        common: dict[str, Any] = {"source": source, "name": self._name(run, words)}
         dash = DASHES[number % len(DASHES)] if len(self.runs) > 1 else "solid"
-        style = {"line_color": color, "line_dash": dash, "line_width": 1.5, **common}
+        style: dict[str, Any] = {
+            "line_color": color,
+            "line_dash": dash,
+            "line_width": 1.5,
+            **common,
+        }
         if step:
-            chart.figure.step("step", column, mode="after", **style)
+            chart.figure.step("step", column, mode="after", **style).tags = [about]
         else:
-            chart.figure.line("step", column, **style)
-        if marked or len(source.data["step"]) == 1:
-            chart.figure.scatter("step", column, size=5, color=color, **common)
+            chart.figure.line("step", column, **style).tags = [about]
+        # A line shows no point between two that are not finite.
+        data = {name: np.asarray(source.data[name]) for name in ("step", column)}
+        alone = np.arange(len(data["step"])) if marked else _alone(data[column])
+        if len(alone):
+            points = _source({name: values[alone] for name, values in data.items()})
+            style = {"size": 5 if marked else 3, "color": color, **common, "source": points}
+            chart.figure.scatter("step", column, **style).tags = [about]
 
     def _name(self, run: int, words: str) -> str:
         return f"{self.runs[run].label}: {words}" if len(self.runs) > 1 else words
@@ -318,7 +333,7 @@ LIMITS = (
     ("bf16", -126, "bf16, fp32: subnormal below"),
 )
 """Exponents at which a format ends."""
-_CELL = ("left", "right", "bottom", "top", "value", "shown", "step")
+_CELL = ("left", "right", "bottom", "top", "value", "step")
 
 
 def sweep_charts(sweep: Sweep, number: int) -> Iterator[Chart]:
@@ -351,12 +366,14 @@ def _sweep_chart(
     source = _source({"step": x, **{name: np.array(values) for name, values in shown.items()}})
     for name in shown:
         number = _series(chart, name, name)
-        style = {
-            "source": source, "name": name, "tags": [{"series": name, "column": name}],
-        }  # fmt: skip
-        color = COLORS[number % len(COLORS)]
-        chart.figure.line("step", name, line_color=color, line_width=1.5, **style)
-        chart.figure.scatter("step", name, size=7, color=color, **style)
+        style: dict[str, Any] = {
+            "source": source,
+            "name": name,
+            "color": COLORS[number % len(COLORS)],
+        }
+        about = {"series": name, "column": name}
+        chart.figure.line("step", name, line_width=1.5, **style).tags = [about]
+        chart.figure.scatter("step", name, size=7, **style).tags = [about]
     _hover(chart, 1)
     yield chart
 
@@ -364,12 +381,13 @@ def _sweep_chart(
 def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> figure:
     """A figure without a toolbar: the page has its own controls, for a keyboard too."""
     plot = figure(
+        y_range=DataRange1d(only_visible=True),
+        border_fill_color=None,  # the page's
         height=_HEIGHT, sizing_mode="stretch_width", toolbar_location=None, name=key,
         tools=[BoxZoomTool(dimensions="width"), PanTool(dimensions="width")], **options,
     )  # fmt: skip
     plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
     plot.min_border_right = 20
-    plot.y_range.only_visible = True
     if log is not None:
         linear_axis = plot.yaxis[0]
         log_axis = LogAxis(visible=log, ticker=LogTicker(base=base))
@@ -385,13 +403,13 @@ def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> fi
 
 def _hover(chart: Chart, num_runs: int) -> None:
     """Tell what is under the mouse, for each column of numbers that has no such tool yet."""
-    known = {r for tool in chart.figure.select(HoverTool) for r in tool.renderers}
+    tools = [tool for tool in chart.figure.tools if isinstance(tool, HoverTool)]
+    known = {renderer for tool in tools for renderer in tool.renderers}
     by_column: dict[str, list[Any]] = {}
     for renderer in chart.figure.renderers:
-        about = renderer.tags[0] if renderer.tags else {}
-        is_line = type(renderer.glyph).__name__ in ("Line", "Step")
-        if "column" in about and renderer not in known and is_line:
-            by_column.setdefault(about["column"], []).append(renderer)
+        is_line = isinstance(renderer, GlyphRenderer) and isinstance(renderer.glyph, Line | Step)
+        if is_line and renderer not in known:
+            by_column.setdefault(renderer.tags[0]["column"], []).append(renderer)
     for column, renderers in by_column.items():
         chart.figure.add_tools(
             HoverTool(
@@ -407,6 +425,12 @@ def _series(chart: Chart, key: str, words: str) -> int:
     """Its number within the chart."""
     chart.series.setdefault(key, words)
     return list(chart.series).index(key)
+
+
+def _alone(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Indices of the finite values without a finite neighbour."""
+    finite = np.isfinite(np.concatenate([[np.nan], values, [np.nan]]))
+    return np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
 
 
 def _source(columns: dict[str, np.ndarray[Any, Any]]) -> ColumnDataSource:
@@ -436,5 +460,6 @@ def _is_positive(value: Any) -> bool:
 
 def _value(row: Any, name: str) -> float:
     value = row.get(name) if isinstance(row, dict) else None
-    known = isinstance(value, int | float) and abs(value) < 2**1000
-    return float(value) if known else math.nan
+    if isinstance(value, int | float) and abs(value) < 2**1000:
+        return float(value)
+    return math.nan

@@ -15,7 +15,7 @@ class Html(str):
     """Markup; every other string is text."""
 
 
-Content = str | None | Iterable[str]
+Content = str | None | Iterable[str | None]
 
 
 def element(name: str, /, *content: Content, **attributes: str | bool | int | None) -> Html:
@@ -37,7 +37,7 @@ def together(*content: Content) -> Html:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str | None = None
+    header: Sequence[str], rows: Iterable[Sequence[Content]], *, caption: str | None = None
 ) -> Html:
     """A table that scrolls by itself where it is too wide; the first cell of a row names it."""
     head = element("tr", [element("th", cell, scope="col") for cell in header])

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import importlib.resources
 import importlib.util
-
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from mpcli.recipe.errors import Exit, user_error
 from mpcli.report import tables
 from mpcli.report.layers import QUANTITIES, SMALLEST_SHARE, compressed
-from mpcli.report.markup import Content, Html, details, element, json_script, together
+from mpcli.report.markup import Content, Html, element, json_script, together
 from mpcli.report.sources import Run, Sources
 
 MOST_LAYER_ROWS = 60_000
@@ -94,9 +93,10 @@ def report_page(found: Sources) -> str:
         "layers": compressed(layers),
         "quantities": QUANTITIES,
         "smallest_share": SMALLEST_SHARE,
-        "runs": [run.label for run in runs],
+        "last_step": charts.last,
     }
-    labels = [about.label for about in (*found.runs, *found.sweeps, *found.diagnoses)]
+    labels = [run.label for run in found.runs] + [sweep.label for sweep in found.sweeps]
+    labels += [diagnosis.label for diagnosis in found.diagnoses]
     shown = list(dict.fromkeys(labels))
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     title = ", ".join(shown[:3]) + more
@@ -191,11 +191,7 @@ def _toolbar(runs: Sequence[Run]) -> Html:
 def _chart(chart: Any, several: bool) -> Html:
     series = [
         _checkbox(
-            together(
-                element("i", class_=f"swatch dash{number % 4}", aria_hidden="true")
-                if several else tables.swatch(_color(key, number)),
-                words,
-            ),
+            together(_sample(key, number, several), words),
             data_series=key,
         )
         for number, (key, words) in enumerate(chart.series.items())
@@ -219,8 +215,13 @@ def _chart(chart: Any, several: bool) -> Html:
     )  # fmt: skip
 
 
-def _color(key: str, number: int) -> int:
-    return 3 if key in ("skipped", "nonfinite") else number
+def _sample(key: str, number: int, several: bool) -> Html:
+    """What a curve looks like, beside its name."""
+    if key in ("skipped", "nonfinite"):
+        return element("i", "×", class_="cross", aria_hidden="true")
+    if several:  # colours are those of runs
+        return element("i", class_=f"swatch dash{number % 4}", aria_hidden="true")
+    return tables.swatch(number)
 
 
 def _checkbox(label: Content, *, checked: bool = True, **attributes: Any) -> Html:

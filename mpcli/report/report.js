@@ -31,11 +31,11 @@ async function main() {
 
 function useTheme(charts) {
   const names = {
-    background_fill_color: "--plot", border_fill_color: "--page", outline_line_color: "--line",
-    axis_line_color: "--line", major_tick_line_color: "--line", minor_tick_line_color: "--line",
+    outline_line_color: "--line", axis_line_color: "--line", major_tick_line_color: "--line", minor_tick_line_color: "--line",
     major_label_text_color: "--text", axis_label_text_color: "--text", grid_line_color: "--grid",
     title_text_color: "--text", bar_line_color: "--line",
   };
+  const backgrounds = { Figure: "--plot", Label: "--plot", ColorBar: "--page" };
   const apply = () => {
     const style = getComputedStyle(document.documentElement);
     const color = (name) => style.getPropertyValue(name).trim();
@@ -43,6 +43,7 @@ function useTheme(charts) {
       for (const [property, name] of Object.entries(names)) {
         if (property in model.properties) model[property] = color(name);
       }
+      if (model.type in backgrounds) model.background_fill_color = color(backgrounds[model.type]);
       if (model.name === "cursor") model.line_color = color("--text");
       if (model.tags?.[0] === "limit") {
         if ("line_color" in model.properties) model.line_color = color("--limit");
@@ -121,7 +122,7 @@ function connectZoom(steps) {
 function connectCursor(charts, figures) {
   const slider = one("#cursor");
   const cursor = charts.get_model_by_name("cursor");
-  slider.max = Math.floor(charts.get_model_by_name("steps").end);
+  slider.max = data.last_step;
   const show = (step) => {
     slider.value = step;
     slider.dataset.chosen = "true";
@@ -178,6 +179,7 @@ function lastUpTo(steps, step) {
 
 function number(value) {
   if (!Number.isFinite(value)) return "not finite";
+  if (Number.isInteger(value) && Math.abs(value) < 1e9) return value.toLocaleString("en");
   return Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3)
     ? value.toExponential(3) : value.toPrecision(5).replace(/\.?0+$/, "");
 }
@@ -237,7 +239,7 @@ function cellsOf(keys) {
 }
 
 function drawExponents(charts, tensor, wide) {
-  const cells = cellsOf(["left", "right", "bottom", "top", "value", "shown", "step"]);
+  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step"]);
   let [low, high] = [-26, 18];
   columnsOf(tensor?.steps ?? []).forEach(([left, right], index) => {
     [...tensor.cells[index]].forEach((character, offset) => {
@@ -246,8 +248,7 @@ function drawExponents(charts, tensor, wide) {
       const share = data.smallest_share ** (1 - (level - 1) / 62);
       const exponent = tensor.lowest[index] + offset;
       [low, high] = [Math.min(low, exponent), Math.max(high, exponent + 1)];
-      const cell = { left, right, bottom: exponent, top: exponent + 1, value: share, shown: share,
-        step: left };
+      const cell = { left, right, bottom: exponent, top: exponent + 1, value: share, step: left };
       for (const key of Object.keys(cells)) cells[key].push(cell[key]);
     });
   });
@@ -264,7 +265,7 @@ const ROW = 16; // pixels
 const LONGEST = 44; // characters of a name on the axis
 
 function drawMap(charts, tensors, quantity) {
-  const cells = cellsOf(["left", "right", "bottom", "top", "value", "shown", "step", "name"]);
+  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step", "name"]);
   const shown = tensors.filter((tensor) => quantity in tensor.quantities);
   const figure = figureOf(charts, "layers");
   shown.forEach((tensor, row) => {
@@ -272,8 +273,7 @@ function drawMap(charts, tensors, quantity) {
     columnsOf(tensor.steps).forEach(([left, right], index) => {
       const value = tensor.quantities[quantity][index];
       if (value === null) return;
-      const cell = { left, right, bottom, top: bottom + 1, value, shown: value, step: left,
-        name: tensor.name };
+      const cell = { left, right, bottom, top: bottom + 1, value, step: left, name: tensor.name };
       for (const key of Object.keys(cells)) cells[key].push(cell[key]);
     });
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -141,11 +142,12 @@ def _read_run(path: Path, label: str, found: Sources) -> None:
     found.runs.append(_run(directory, label, with_layers=True))
     if directory.diagnosis_path.is_file():
         try:
-            found.diagnoses.append(_diagnosis(directory.diagnosis_path, label))
+            about = _diagnosis(directory.diagnosis_path, label)
+            found.diagnoses.append(dataclasses.replace(about, of=None))
         except UserError as error:
             run = found.runs[-1]
             why = f"diagnosis.json: {_first(error, directory.diagnosis_path)}"
-            found.runs[-1] = Run(**{**vars(run), "missing": (*run.missing, why)})
+            found.runs[-1] = dataclasses.replace(run, missing=(*run.missing, why))
 
 
 def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpcli.report.thin import Numbers, kept
 from mpcli.rundir import RunDirectory
@@ -31,7 +32,7 @@ class Steps:
     def __getitem__(self, name: str) -> Numbers:
         return self.columns[name]
 
-    def at(self, places: Numbers) -> Steps:
+    def at(self, places: NDArray[np.bool_] | NDArray[np.intp]) -> Steps:
         """Some of them, by index or by what is true of each."""
         return Steps({name: column[places] for name, column in self.columns.items()})
 

@@ -26,8 +26,8 @@ def summary(found: Sources) -> Html:
     for run in found.runs:
         if run.result:
             parts += [_ended(run)]
-    missing = [(about.label, text) for about in (*found.runs, *found.sweeps)
-               for text in about.missing]  # fmt: skip
+    missing = [(run.label, text) for run in found.runs for text in run.missing]
+    missing += [(sweep.label, text) for sweep in found.sweeps for text in sweep.missing]
     if missing:
         items = [element("li", element("b", label), f": {text}") for label, text in missing]
         parts.append(element("div", element("h3", "What is missing"), element("ul", items),
