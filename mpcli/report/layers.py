@@ -118,8 +118,8 @@ def read_layers(run: RunDirectory, unread: Counter[str]) -> Layers:
         tensor.steps.append(row.step)
         tensor.lowest.append(lowest)
         tensor.places.append((start, len(found.shares)))
-        for name, values in tensor.quantities.items():
-            values.append(quantities[name])
+        for values, value in zip(tensor.quantities.values(), quantities, strict=True):
+            values.append(value)
     return found
 
 
@@ -137,18 +137,19 @@ def _add_shares(row: LayerRecord, shares: array[float]) -> int | None:
     return row.lowest_exponent
 
 
-def _quantities(row: LayerRecord) -> dict[str, float]:
-    return {
-        "would_flush": _number(row.would_flush),
-        "flushed": _number(row.shadow.flushed if row.shadow else None),
-        "zeros": row.zeros,
-        "subnormal": row.subnormal,
-        "overflow": row.at_least_65520,
-        "nonfinite": (row.nan + row.inf) / max(1, row.elements),
-        "range": row.max / 65520,
-        "update_ratio": _number(row.update_ratio),
-        "lost": _number(row.lost),
-    }
+def _quantities(row: LayerRecord) -> tuple[float, ...]:
+    """In the order of `QUANTITIES`."""
+    return (
+        _number(row.would_flush),
+        _number(row.shadow.flushed) if row.shadow else math.nan,
+        row.zeros,
+        row.subnormal,
+        row.at_least_65520,
+        (row.nan + row.inf) / max(1, row.elements),
+        row.max / 65520,
+        _number(row.update_ratio),
+        _number(row.lost),
+    )
 
 
 def _number(value: float | None) -> float:
@@ -204,7 +205,7 @@ def _widest(
 def _packed(key: tuple[str, str, int], tensor: Tensor, cells: list[str]) -> dict[str, Any]:
     kind, name, call = key
     quantities = {
-        name: [float(f"{value:.3g}") if math.isfinite(value) else None for value in values]
+        name: [_short(value) for value in values]
         for name, values in tensor.quantities.items()
         if any(map(math.isfinite, values))
     }
@@ -216,3 +217,10 @@ def _packed(key: tuple[str, str, int], tensor: Tensor, cells: list[str]) -> dict
         "cells": cells,
         "quantities": quantities,
     }
+
+
+def _short(value: float) -> float | None:
+    """Three digits."""
+    if value == 0:
+        return 0
+    return float(f"{value:.3g}") if math.isfinite(value) else None

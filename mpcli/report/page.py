@@ -52,8 +52,9 @@ def report_page(found: Sources) -> str:
     speed = list(charts.speed()) if runs else []
     by_layer = [charts.exponents(), charts.layer_map()] if any(layers) else []
     sweeps = [list(sweep_charts(sweep, n)) for n, sweep in enumerate(found.sweeps)]
-    for chart in (*training, *speed, *by_layer, *(chart for own in sweeps for chart in own)):
-        document.add_root(chart.figure)
+    with document.models.freeze():  # or they are searched through for each of them
+        for chart in (*training, *speed, *by_layer, *(chart for own in sweeps for chart in own)):
+            document.add_root(chart.figure)
 
     several = len(runs) > 1
     body = together(

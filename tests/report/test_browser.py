@@ -1,0 +1,131 @@
+"""A report of a real run with a skip, a resume and a finding, in a real browser.
+
+Screenshots are left in the folder of the test (`--basetemp`), to be looked at.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpcli.report.page import report_page
+from mpcli.report.sources import read_sources
+from mpcli.rundir import RunDirectory
+from tests.small import RECIPE, resume_small, run_small
+
+pytestmark = pytest.mark.slow
+STORM = "fp16, loss_scale: {kind: dynamic, init_scale: 1048576, growth_interval: 1}"
+CHARTS = {
+    "loss", "metric0", "scale", "grad_norm", "update_ratio", "lr", "exponents", "layers", "speed",
+    "memory",
+}  # fmt: skip
+POINTS = """() => Object.fromEntries(Bokeh.documents[0].roots().map((figure) => [figure.name,
+  figure.renderers.map((renderer) => renderer.data_source.get_length())]))"""
+DRAWN = """() => [...document.querySelectorAll(".plot")].map((place) => {
+  const found = [];
+  const walk = (node) => {
+    if (node.tagName === "CANVAS") found.push(node);
+    for (const child of [...(node.shadowRoot?.children ?? []), ...node.children]) walk(child);
+  };
+  walk(place);
+  return found.some((canvas) => {
+    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    return new Set(new Uint32Array(pixels.buffer)).size > 10;
+  });
+})"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of 24 steps, of which the last eight are a resume."""
+    folder = tmp_path_factory.mktemp("report")
+    text = RECIPE.replace("mode: fp32", f"mode: {STORM}").replace("steps: 4", "steps: 16")
+    settings = ("probe.every=4", "eval.every=8 steps", "output.checkpoint_every=8 steps")
+    run, _ = run_small(folder, *settings, text=text)
+    run.close()
+    resume_small(RunDirectory(run.path), "train.steps=24")
+    command = [sys.executable, "-m", "mpcli", "diagnose", "--no-replay", "--json", str(run.path)]
+    with (run.path / "diagnosis.json").open("w") as file:
+        subprocess.run(command, check=True, stdout=file)
+    file = folder / "report.html"
+    file.write_text(report_page(read_sources([run.path])))
+    return file
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1600, "light"), (800, "dark")])
+def test_every_chart_has_data_and_nothing_complains(
+    report: Path, opened: Any, width: int, scheme: str
+) -> None:
+    shown = opened(report, width, scheme)
+    points = shown.page.evaluate(POINTS)
+    assert set(points) == CHARTS
+    assert all(counts and all(counts) for counts in points.values()), points
+    assert all(shown.page.evaluate(DRAWN))
+    names = shown.page.evaluate(
+        "() => Bokeh.documents[0].roots().find((r) => r.name === 'scale').renderers"
+        ".map((r) => r.name)"
+    )
+    assert {"loss scale", "skipped steps", "resumed or restarted"} <= set(names)
+    assert "skip-storm" in shown.page.inner_text(".finding")
+    shown.page.screenshot(path=report.parent / f"{width}-{scheme}.png", full_page=True)
+    assert shown.page.evaluate("() => document.documentElement.scrollWidth") <= width
+    assert not shown.complaints
+    assert shown.requests == [report.as_uri()]
+
+
+def test_a_keyboard_reaches_and_works_every_control(report: Path, opened: Any) -> None:
+    page = opened(report).page
+    controls = "input, select, button, summary"
+    page.evaluate(
+        "(controls) => document.querySelectorAll(controls).forEach((c, n) => c.id ||= `c${n}`)",
+        controls,
+    )
+    wanted = set(page.eval_on_selector_all(controls, "(found) => found.map((c) => c.id)"))
+    reached = set()
+    for _ in range(3 * len(wanted)):  # summaries and scrolling regions are stops too
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("() => document.activeElement.id"))
+    assert wanted <= reached
+
+    page.focus("#cursor")
+    for _ in range(11):
+        page.keyboard.press("ArrowRight")
+    assert page.inner_text("#cursor-step") == "step 12"
+    assert page.inner_text('[data-chart="loss"] .readout').startswith("training ")
+    spans = "() => Bokeh.documents[0].get_model_by_name('cursor')"
+    assert page.evaluate(f"{spans}.location") == 12
+
+    page.focus('[data-chart="loss"] [data-log]')
+    page.keyboard.press("Space")
+    figure = "Bokeh.documents[0].roots().find((r) => r.name === 'loss')"
+    assert page.evaluate(f"() => {figure}.y_scale.type") == "LogScale"
+    page.focus('[data-chart="loss"] [data-series="loss"]')
+    page.keyboard.press("Space")
+    assert page.evaluate(f"() => {figure}.renderers[0].visible") is False
+
+    page.focus('[data-zoom="in"]')
+    page.keyboard.press("Enter")
+    shown = page.evaluate("() => { const r = Bokeh.documents[0].get_model_by_name('steps'); "
+                          "return [r.start, r.end]; }")  # fmt: skip
+    assert shown[0] < 12 < shown[1] and shown[1] - shown[0] < 15
+
+    page.focus("#layers-tensor")
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#layers-tensor") == "grad_output"
+    assert page.evaluate(POINTS)["exponents"] != [0]
+
+
+def test_a_mouse_moves_the_cursor_of_all_charts(report: Path, opened: Any) -> None:
+    shown = opened(report)
+    plot = shown.page.locator('[data-chart="grad_norm"] .plot')
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    shown.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    shown.page.wait_for_function("() => document.querySelector('#cursor').dataset.chosen")
+    assert "step" in shown.page.inner_text("#cursor-step")
+    assert shown.page.inner_text('[data-chart="lr"] .readout').startswith("learning rate")
+    assert not shown.complaints
