@@ -78,9 +78,7 @@ class StepCharts:
         self.steps = Range1d(
             start=1 - edge, end=last + edge, bounds=(1 - edge, last + edge), name="steps"
         )
-        self.cursor = Span(
-            dimension="height", level="overlay", line_dash="dashed", visible=False, name="cursor"
-        )
+        self.cursor = Span(dimension="height", level="overlay", line_dash="dashed", name="cursor")
         buckets = min(400, max(20, _MOST_POINTS // max(1, len(runs))))
         self.thinned = [run.steps.thinned(buckets) for run in runs]
         self.num_steps = [len(run.steps) for run in runs]

@@ -132,10 +132,10 @@ function connectCursor(charts, figures) {
     }
   };
   slider.addEventListener("input", () => {
-    cursor.setv({ location: Number(slider.value), location_units: "data", visible: true });
+    cursor.location = Number(slider.value);
     show(Number(slider.value));
   });
-  // The mouse moves the same line; Bokeh tells where it is in the units of the data.
+  // The mouse moves the same line, in the units of the data; where it leaves, the line stays.
   let waiting = false;
   cursor.properties.location.change.connect(() => {
     if (waiting) return;
@@ -143,7 +143,8 @@ function connectCursor(charts, figures) {
     requestAnimationFrame(() => {
       waiting = false;
       const step = Math.round(cursor.location);
-      if (cursor.visible && step >= 1 && step <= Number(slider.max)) show(step);
+      if (step >= 1 && step <= Number(slider.max)) show(step);
+      else if (slider.dataset.chosen) cursor.location = Number(slider.value);
     });
   });
 }
