@@ -39,6 +39,8 @@ def report(
     file = Path(output)
     if file.is_dir():
         raise user_error(f"--output {output}: is a folder", "name a file, such as report.html")
+    if not file.parent.is_dir():
+        raise user_error(f"--output {output}: no such folder", f"make {file.parent} first")
     page = report_page(read_sources([Path(path) for path in paths] if paths else [newest_run()]))
     try:
         file.write_text(page, "utf-8", errors="backslashreplace", newline="")

@@ -268,8 +268,7 @@ def test_nothing_runs_in_a_browser(page: str, opened: Any, tmp_path: Path) -> No
     for plot in shown.page.locator(".plot").all():  # tooltips and the cursor's values too
         plot.scroll_into_view_if_needed()
         box = plot.bounding_box()
-        for share in (0.3, 0.6):
-            shown.page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        shown.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     for kind in shown.page.eval_on_selector_all(
         "#layers-tensor option", "(o) => o.map(x => x.value)"
     ):

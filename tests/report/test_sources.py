@@ -1,0 +1,165 @@
+"""Runs half written, damaged, foreign, or of several kinds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mpcli.recipe.errors import UserError
+from mpcli.report import tables
+from mpcli.report.markup import together
+from mpcli.report.page import report_page
+from mpcli.report.sources import Sources, read_sources
+from tests.report.synthetic import finding, made_up_run, step_row
+
+FILES = (
+    "steps.jsonl", "layers.jsonl", "evals.jsonl", "rollbacks.jsonl", "result.json", "recipe.yaml",
+    "recipe.source.yaml", "attempts/1/plan.json", "attempts/1/environment.json",
+    "attempts/1/observed.json", "attempts/1/resumed.json", "diagnosis.json",
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner,
+                                                                max_size=3),
+    max_leaves=9,
+)  # fmt: skip
+
+
+def said(found: Sources) -> str:
+    """The page without its charts, which take a second."""
+    runs = found.runs
+    return together(
+        tables.summary(found), tables.findings(found.diagnoses), tables.attempts(runs),
+        map(tables.types, runs), tables.recipes(runs), tables.environments(runs),
+        map(tables.sweep, found.sweeps),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small made-up run."""
+    return made_up_run(tmp_path_factory.mktemp("run") / "run", steps=6, layers=1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.sampled_from(FILES), st.binary(max_size=60) | JSON.map(json.dumps).map(str.encode))
+def test_junk_in_any_file_is_read_over(
+    run: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    (copy / name).write_bytes(content)
+    found = read_sources([copy])
+    assert "copy" in said(found)
+    for few in (1, 100_000):
+        assert all(run.layers and run.layers.packed(few) is not None for run in found.runs)
+
+
+@pytest.mark.parametrize("value", [10**400, -1, 0, 2**60], ids=["10^400", "-1", "0", "2^60"])
+@pytest.mark.parametrize("name", ["steps.jsonl", "layers.jsonl"])
+def test_rows_with_impossible_numbers_are_left_out_and_counted(
+    run: Path, tmp_path: Path, name: str, value: int
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    row = json.loads((copy / name).read_text().splitlines()[0])
+    with (copy / name).open("a") as file:
+        file.write(json.dumps(row | {"step": value}) + "\n")
+    (found,) = read_sources([copy]).runs
+    assert f"{name}: 1 rows that cannot be read are left out" in found.missing
+    assert len(found.steps) == 6
+
+
+def test_a_killed_run_says_what_is_missing(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=6)
+    for name in ("result.json", "layers.jsonl", "evals.jsonl"):
+        (path / name).unlink()
+    with (path / "steps.jsonl").open("a") as file:
+        file.write(step_row(7)[:30])
+    page = said(read_sources([path]))
+    for told in ("result.json", "layers.jsonl: no step was sampled", "plan.json",
+                 "steps.jsonl: 1 rows"):  # fmt: skip
+        assert told in page
+
+
+def test_charts_of_numbers_that_no_axis_can_show(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=1)
+    values = [math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 0.0]
+    rows = [
+        step_row(n + 2, loss=v, grad_norm=v, lr=v, scale=v, samples_per_second=v,
+                 memory_peak_bytes=10**18) for n, v in enumerate(values)
+    ]  # fmt: skip
+    with (path / "steps.jsonl").open("a") as file:
+        file.writelines(row + "\n" for row in rows)
+    assert 'data-chart="loss"' in report_page(read_sources([path]))
+
+
+def test_a_run_of_no_steps_has_no_charts(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "recipe.yaml").write_text("name: x\n")
+    page = report_page(read_sources([path]))
+    assert "steps.jsonl: no step was recorded" in page
+    assert "data-chart" not in page[: page.index("<script")]
+
+
+def test_differences_of_recipes_come_first(tmp_path: Path) -> None:
+    paths = [made_up_run(tmp_path / name, steps=n) for name, n in (("a", 5), ("b", 6))]
+    page = said(read_sources(paths))
+    assert page.index("<td>5</td><td>6</td>") < page.index("as it was written")
+    same = said(read_sources([paths[0], paths[0]]))
+    assert "The recipes are the same." in same
+
+
+def test_a_diagnosis_beside_the_run_is_shown_once(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=5)
+    file = path / "diagnosis.json"
+    file.write_text(json.dumps({"verdict": "bad", "findings": [{"id": "no"}, finding()]}))
+    found = read_sources([file, path])
+    (diagnosis,) = found.diagnoses
+    assert (len(diagnosis.findings), diagnosis.unread) == (1, 1)
+    page = said(found)
+    assert page.count("gradients become zero") == 1
+    assert "--set precision.loss_scale.kind=dynamic" in page
+    assert "tried: it helps" in page
+
+
+def test_a_sweep_has_its_rows_its_curves_and_its_trials(tmp_path: Path) -> None:
+    trial = made_up_run(tmp_path / "sweep" / "trials" / "s0", steps=5)
+    rows = [
+        {"label": "2^4", "scale": 16.0, "predicted": {"underflow": 0.2},
+         "measured": {"underflow": 0.3}, "loss": 1.0, "skip_rate": 0.0, "layers": [{"a": 1}]},
+        {"label": "dynamic", "scale": None, "loss": 0.9},
+    ]  # fmt: skip
+    written = {"kind": "loss-scale", "recommended": {"set": ["a=1"]}, "rows": rows,
+               "trials": [{"run": trial.name, "label": "2^4", "seed": 0}]}  # fmt: skip
+    (tmp_path / "sweep" / "result.json").write_text(json.dumps(written))
+    from mpcli.report.charts import sweep_charts
+
+    found = read_sources([tmp_path / "sweep"])
+    assert [run.label.endswith("sweep: 2^4, seed 0") for run in found.runs] == [True]
+    charts = [chart for number, sweep in enumerate(found.sweeps)
+              for chart in sweep_charts(sweep, number)]  # fmt: skip
+    assert [chart.key for chart in charts] == [
+        f"sweep0-{n}" for n in ("underflow", "loss", "skip_rate")
+    ]
+    page = said(found)
+    assert "predicted.underflow" in page and "layers.0" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{}", "no diagnosis"), ("[]", "no JSON object"), ("x", "is no JSON")],
+)
+def test_other_files_are_refused(tmp_path: Path, content: str, told: str) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_sources([file])
