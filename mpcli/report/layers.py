@@ -125,7 +125,7 @@ def read_layers(run: RunDirectory, unread: Counter[str]) -> Layers:
 
 def compressed(value: Any) -> str:
     """JSON, deflated, in base64: the browser has a decompressor of its own."""
-    return base64.b64encode(zlib.compress(strict_json(value).encode(), 6)).decode()
+    return base64.b64encode(zlib.compress(strict_json(value).encode(), 3)).decode()
 
 
 def _add_shares(row: LayerRecord, shares: array[float]) -> int | None:
@@ -133,7 +133,8 @@ def _add_shares(row: LayerRecord, shares: array[float]) -> int | None:
         raise ValueError
     if row.lowest_exponent is not None and abs(row.lowest_exponent) > _WIDEST:
         raise ValueError
-    shares.extend([count / row.sampled for count in row.exponents])
+    sampled = row.sampled
+    shares.extend([count / sampled for count in row.exponents])
     return row.lowest_exponent
 
 
@@ -205,7 +206,7 @@ def _widest(
 def _packed(key: tuple[str, str, int], tensor: Tensor, cells: list[str]) -> dict[str, Any]:
     kind, name, call = key
     quantities = {
-        name: [_short(value) for value in values]
+        name: ("%.3g," * len(values) % tuple(values))[:-1]
         for name, values in tensor.quantities.items()
         if any(map(math.isfinite, values))
     }
@@ -217,10 +218,3 @@ def _packed(key: tuple[str, str, int], tensor: Tensor, cells: list[str]) -> dict
         "cells": cells,
         "quantities": quantities,
     }
-
-
-def _short(value: float) -> float | None:
-    """Three digits."""
-    if value == 0:
-        return 0
-    return float(f"{value:.3g}") if math.isfinite(value) else None

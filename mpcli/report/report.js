@@ -193,6 +193,9 @@ async function inflated(text) {
 
 async function connectLayers(charts, exponents) {
   const runs = await inflated(data.layers);
+  for (const { quantities } of runs.flat()) {
+    for (const key in quantities) quantities[key] = quantities[key].split(",").map(Number);
+  }
   const [run, kind, name, quantity] =
     ["run", "tensor", "name", "quantity"].map((key) => one(`#layers-${key}`));
   const wide = one("[data-wide]", exponents);
@@ -273,7 +276,7 @@ function drawMap(charts, tensors, quantity) {
     const bottom = shown.length - 1 - row;
     columnsOf(tensor.steps).forEach(([left, right], index) => {
       const value = tensor.quantities[quantity][index];
-      if (value === null) return;
+      if (!Number.isFinite(value)) return;
       const cell = { left, right, bottom, top: bottom + 1, value, step: left, name: tensor.name };
       for (const key of Object.keys(cells)) cells[key].push(cell[key]);
     });
