@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpcli.states import Overview
 
 _GAP = "  "
+_NARROWEST = 24  # cells of a column of paths
 _NUMBERS = {"steps", "time", "size", "skipped"}
 _STYLES = {
     "running": "cyan", "done": "green", "diverged": "red", "failed": "red", "killed": "red",
@@ -22,7 +23,7 @@ _STYLES = {
 
 
 def show_listing(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout whose first column may be long: on a line of its own, then.
+    """Print a table on stdout; a first cell that is too long stands in a line of its own.
 
     Args:
         header: numbers of a column that is called so stand to the right.
@@ -34,29 +35,33 @@ def show_listing(title: str, header: Sequence[str], rows: Iterable[Sequence[str]
     from mpcli.recipe.render import visible
 
     rows = [tuple(map(visible, row)) for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 10_000
-    is_apart = sum(widths) + len(_GAP) * (len(widths) - 1) > width
+    firsts, *columns = zip(header, *rows, strict=True)
+    widths = [max(map(cell_len, column)) for column in columns]
+    room = width - sum(widths) - len(_GAP) * len(widths)
+    if room < _NARROWEST:
+        room = 0
+    indent = max((cell_len(cell) for cell in firsts if cell_len(cell) <= room), default=0)
 
-    def cells(row: Sequence[str]) -> list[str]:
-        filled = []
-        for name, text, room in zip(header, row, widths, strict=True):
-            blanks = " " * (room - cell_len(text))
-            filled.append(blanks + text if name in _NUMBERS else text + blanks)
-        return filled
-
-    def facts(row: Sequence[str], style: str | None = None) -> Text:
-        texts = [Text(c, style or _STYLES.get(c.rstrip(), "")) for c in cells(row)]
-        return Text(_GAP).join(texts[1:] if is_apart else texts)
+    def facts(row: Sequence[str], style: str = "") -> Text:
+        line = Text()
+        for name, cell, room in zip(header[1:], row[1:], widths, strict=True):
+            blanks = " " * (room - cell_len(cell))
+            line.append(_GAP)
+            line.append(
+                blanks + cell if name in _NUMBERS else cell + blanks, style or _STYLES.get(cell)
+            )
+        return line
 
     lines = [Text(title, "bold")]
-    named = facts(header, "dim")
-    lines.append(Text(_GAP) + named if is_apart else named)
-    for row in rows:
-        if is_apart:
-            lines.append(Text(row[0]))
-        lines.append(Text(_GAP) + facts(row) if is_apart else facts(row))
+    for number, row in enumerate([header, *rows]):
+        style, first = "" if number else "dim", row[0]
+        if cell_len(first) > indent:
+            lines += [Text(first, style)] if number else []
+            first = ""
+        blanks = " " * (indent - cell_len(first))
+        lines.append(Text(first + blanks, style) + facts(row, style))
     text = io.StringIO()
     console = Console(file=text, width=width, force_terminal=on_terminal, highlight=False)
     for line in lines:

@@ -110,12 +110,15 @@ class LiveView:
     def _drawn(self, watched: Watched, silent: float) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         width = self._console.width
         lines: list[RenderableType] = []
         if watched.steps and watched.last:
-            lines.append(ProgressBar(watched.steps, watched.last.step, width=min(width, 60)))
+            bar = Table.grid()  # which ends the line that a bar by itself leaves open
+            bar.add_row(ProgressBar(watched.steps, watched.last.step, width=min(width, 60)))
+            lines.append(bar)
         lines.append(Text(_fitting(facts(watched), width), no_wrap=True))
         if watched.last:
             lines.append(Text(_loss_line(watched, min(width, 60)), no_wrap=True))
@@ -199,8 +202,8 @@ def _ranks(watched: Watched) -> str:
     beats = watched.run.heartbeats() if watched.plan and watched.plan.world_size > 1 else {}
     if not beats:
         return ""
-    steps = [beat.step for beat in beats.values()]
-    where = f"step {min(steps):,}"
-    if max(steps) != min(steps):
-        where = f"steps {min(steps):,} to {max(steps):,}"
+    least, most = min(b.step for b in beats.values()), max(b.step for b in beats.values())
+    if most == 0:
+        return f"{len(beats)} processes, before step 1"
+    where = f"step {least:,}" if least == most else f"steps {least:,} to {most:,}"
     return f"{len(beats)} processes in {where}"
