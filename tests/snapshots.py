@@ -30,8 +30,13 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, *arguments: str
         patch.setenv("COLUMNS", str(columns))
         patch.setenv("TERM", "xterm")
         assert main(list(arguments)) == 0
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    return "".join(f"{line.rstrip()}\n" for line in plain.splitlines())
+    return plain(terminal.getvalue())
+
+
+def plain(text: str) -> str:
+    """Without colours, movements of the cursor, and blanks at the ends of lines."""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
 def check(name: str, text: str) -> None:

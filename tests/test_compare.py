@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcli.comparison.compare import Comparison, compare
@@ -55,6 +55,7 @@ def test_a_path_differs_between_sides_or_within_one():
     assert differing([[one], [dict(one)]]) == []
 
 
+@settings(max_examples=40)
 @given(VALUES, VALUES)
 def test_values_differ_from_themselves_nowhere(a, b):
     assert differing([[flat(a)], [flat(a)]]) == []

@@ -145,7 +145,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(folder / "run", metrics={"accuracy": 0.9}, done=10)
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_junk_in_any_file_is_told_and_not_raised(whole, tmp_path_factory, capsys, data):
     folder = tmp_path_factory.mktemp("junk")
@@ -156,7 +156,7 @@ def test_junk_in_any_file_is_told_and_not_raised(whole, tmp_path_factory, capsys
     _commands(path, whole, capsys, as_json=data.draw(st.booleans()))
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_numbers_of_any_kind_in_its_records_are_told(whole, tmp_path_factory, capsys, data):
     folder = tmp_path_factory.mktemp("numbers")

@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mpcli.cli.console import clock_text, memory_text, metric_text, show_table, write
@@ -29,7 +29,7 @@ def show(compared: Comparison) -> None:
     _show_runs(compared.sides)
     _show_differences("Recipe", compared, compared.recipe)
     _show_differences("Environment", compared, compared.environment)
-    _show_differences("Plan", compared, compared.plan)
+    _show_differences("Plan", compared, _by_module(compared.plan))
     _show_measures(compared)
     _show_curves(compared)
     _show_findings(compared.sides)
@@ -114,6 +114,20 @@ def _show_differences(title: str, compared: Comparison, rows: Sequence[Differing
     _show(title, ("", *labels), shown, len(rows))
 
 
+def _by_module(rows: Iterable[Differing]) -> list[Differing]:
+    """Modules that differ alike in one row, with the name of the first."""
+    alike: dict[tuple[str, str], list[Differing]] = {}
+    for row in rows:
+        prefix, _, field = row.path.rpartition(".")
+        of_module = prefix.startswith("modules.")
+        key = (field, repr(row.values)) if of_module else (row.path, "")
+        alike.setdefault(key, []).append(row)
+    return [
+        replace(first, path=f"{first.path} and of {len(others):,} more") if others else first
+        for first, *others in alike.values()
+    ]
+
+
 def _show(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], number: int | None = None
 ) -> None:
@@ -125,7 +139,9 @@ def _show(
 def _values_text(values: tuple[Any, ...] | None) -> str:
     if values is None:
         return "unknown"
-    return " or ".join(_shortened(written(value)) for value in values) or "-"
+    return (
+        " or ".join("-" if value == "-" else _shortened(written(value)) for value in values) or "-"
+    )
 
 
 def _wrapped(sentence: str) -> str:
@@ -226,8 +242,11 @@ def _show_findings(sides: Sequence[Side]) -> None:
     ids = dict.fromkeys(f.id for runs in diagnosed for run in runs for f in run.findings or ())
     labels = [side.label for side in sides]
     if not ids:
-        of_whom = " and ".join(s for s, runs in zip(labels, diagnosed, strict=True) if runs)
-        write(f"Findings: none of {of_whom}\n")
+        known = dict(zip(labels, diagnosed, strict=True))
+        unknown = ", ".join(label for label in labels if not known[label])
+        of_whom = ", ".join(label for label in labels if known[label])
+        others = f"; not diagnosed: {unknown}" if unknown else ""
+        write(f"Findings: none in {of_whom}{others}\n")
         return
     rows = [(_shortened(name), *(_finding_text(name, runs) for runs in diagnosed)) for name in ids]
     _show("Findings", ("", *labels), rows[:ROWS], len(rows))
@@ -300,11 +319,9 @@ def _verdict(verdict: Verdict, name: str, number: int) -> str:
     found = verdict.difference
     if found.mean is None:
         return f"cannot tell: {verdict.why_not}"
-    text = _difference_text(name, found.mean)
+    text = _difference_text(name, found.mean, found.standard_error)
     if verdict.is_significant is None:
         return f"{text}; cannot tell from {verdict.why_not} whether that is more than seed noise"
-    if found.standard_error:
-        text += f" ± {_difference_text(name, found.standard_error, sign='')}"
     how = f"paired over {found.pairs} seeds" if found.test == "paired" else "over all seeds"
     p = f"p = {verdict.p_holm:.2g}"
     if number > 1:
@@ -313,7 +330,7 @@ def _verdict(verdict: Verdict, name: str, number: int) -> str:
     return f"{text}, {how}, {p}: {more} than seed noise"
 
 
-def _difference_text(name: str, value: float, sign: str = "+") -> str:
-    if name in METRICS:
-        return f"{100 * value:{sign}.2f} points"
-    return f"{value:{sign}.4f}"
+def _difference_text(name: str, value: float, error: float | None) -> str:
+    factor, decimals, unit = (100, 2, " points") if name in METRICS else (1, 4, "")
+    within = f" ± {factor * error:.{decimals}f}" if error else ""
+    return f"{factor * value:+.{decimals}f}{within}{unit}"

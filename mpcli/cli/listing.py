@@ -42,7 +42,7 @@ def show_listing(title: str, header: Sequence[str], rows: Iterable[Sequence[str]
     room = width - sum(widths) - len(_GAP) * len(widths)
     if room < _NARROWEST:
         room = 0
-    indent = max((cell_len(cell) for cell in firsts if cell_len(cell) <= room), default=0)
+    indent = max((cell_len(cell) for cell in firsts[1:] if cell_len(cell) <= room), default=0)
 
     def facts(row: Sequence[str], style: str = "") -> Text:
         line = Text()

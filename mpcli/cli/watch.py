@@ -48,9 +48,10 @@ def watch(
             run = _begun(place)
             with view() as shown:
                 watched = _follow(Watched(run), shown)
-    except Stopped as stopped:
-        code = Exit.PREEMPTED if stopped.preempted else Exit.INTERRUPTED
-        how = "ended by SIGTERM" if stopped.preempted else "interrupted"
+    except KeyboardInterrupt as stopped:
+        preempted = isinstance(stopped, Stopped) and stopped.preempted
+        code = Exit.PREEMPTED if preempted else Exit.INTERRUPTED
+        how = "ended by SIGTERM" if preempted else "interrupted"
         raise user_error(f"{how}; the run is left alone", exit_code=code) from None
     except ReaderLeft:
         return

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from mpcli.comparison.curves import Apart, apart, tenths
-from mpcli.comparison.differences import Differing, differing
+from mpcli.comparison.differences import Differing, Flat, differing
 from mpcli.comparison.sides import ComparedRun, Side, Spread, are_alike, sides_of, spread
 from mpcli.comparison.verdict import Split, Verdict, common_metric, verdicts
 
@@ -55,7 +55,7 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
     """Two runs or more beside each other."""
     sides, alike = sides_of(runs), are_alike(runs)
     grouped = any(len(side.runs) > 1 for side in sides)
-    recipe = differing([[run.recipe for run in side.runs] for side in sides])
+    recipe = differing(_recipes(sides))
     metric = common_metric(sides)
     curves = [[run.curve for run in side.counted] for side in sides]
     return Comparison(
@@ -72,6 +72,15 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
         verdicts=verdicts(sides, *metric) if metric and not alike else (),
         together=_together(runs, metric) if alike else None,
     )
+
+
+def _recipes(sides: Sequence[Side]) -> list[list[Flat | None]]:
+    """Of runs that are not ours their settings, unless there is a recipe to hold them to."""
+    has_recipe = any(not run.is_foreign for side in sides for run in side.runs)
+    return [
+        [None if has_recipe and run.is_foreign else run.recipe for run in side.runs]
+        for side in sides
+    ]
 
 
 def _together(runs: Sequence[ComparedRun], metric: tuple[Split, str] | None) -> Spread | None:

@@ -14,7 +14,7 @@ from mpcli.comparison.curves import Curve, read_curve
 from mpcli.comparison.differences import Flat, flat
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import recorded_values
-from mpcli.records import Plan, Result
+from mpcli.records import ForeignRun, Plan, Result
 from mpcli.rundir import RunDirectory
 from mpcli.significance import standard_error
 from mpcli.states import Metrics, Overview, metrics_of, overview, state_of
@@ -37,12 +37,14 @@ class ComparedRun:
     """Everything of a run that is compared. What cannot be read is None.
 
     Attributes:
+        is_foreign: it was recorded, and its settings stand for a recipe.
         seed: None where nothing says it.
         findings: None where no diagnosis is kept in the run directory.
     """
 
     path: Path
     about: Overview
+    is_foreign: bool
     recipe: Flat | None
     seed: int | None
     environment: Flat | None
@@ -118,12 +120,14 @@ def read_run(path: Path) -> ComparedRun:
     about = overview(path)
     result = state_of(run)[1]
     plan = _plan(run)
-    recipe = _recipe(run)
+    foreign = run.foreign()
+    recipe = _settings(foreign) if foreign else _recipe(run)
     peaks = [row.memory_peak_bytes for row in run.last_steps(1)]
     environment = flat(run.environment())
     return ComparedRun(
         path=path,
         about=about,
+        is_foreign=foreign is not None,
         recipe=recipe,
         seed=_seed(recipe),
         environment=_without_times(environment) or None,
@@ -172,11 +176,13 @@ def _labels() -> Iterator[str]:
     yield from (first + label for first in _labels() for label in letters)
 
 
+def _settings(foreign: ForeignRun) -> Flat:
+    """What stands for a recipe where there is none."""
+    return flat(foreign.model_dump(exclude={"version", "modules", "every"}))
+
+
 def _recipe(run: RunDirectory) -> Flat | None:
-    """Of a run that is not ours, what is recorded of its settings."""
     try:
-        if foreign := run.foreign():
-            return flat(foreign.model_dump(exclude={"version", "modules", "every"}))
         return flat(recorded_values(run.recipe_path))
     except UserError:
         return None
