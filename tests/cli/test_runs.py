@@ -124,6 +124,7 @@ def test_names_of_strangers_do_not_move_the_cursor(tmp_path, mptrain):
     assert "\\x1b[31mred\\x0aline" in out
 
 
+@pytest.mark.slow
 def test_none_of_the_three_imports_torch(there):
     code = (
         "import sys; from mpcli.cli.app import main; "

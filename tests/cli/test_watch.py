@@ -173,6 +173,7 @@ def test_what_will_be_no_run_is_told(tmp_path, mptrain, make, message):
     assert message in outcome.err
 
 
+@pytest.mark.slow
 def test_a_reader_who_left_ends_the_watch(tmp_path, mptrain_process):
     run = begin_run(tmp_path / "run")
     outcome = mptrain_process("timeout 60 mptrain watch run | true")
