@@ -10,13 +10,26 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mpcli import __version__
-from mpcli.cli import check, diagnose, env, eval, init, plan, report, run, schema
+from mpcli.cli import (
+    check,
+    compare,
+    diagnose,
+    env,
+    eval,
+    init,
+    plan,
+    report,
+    run,
+    runs,
+    schema,
+    watch,
+)
 from mpcli.cli.console import prepare_streams, write
 from mpcli.cli.errors import guarded, interruptible
 
 COMMANDS = (
-    run.run, check.check, plan.plan, eval.eval, diagnose.diagnose, report.report,
-    init.init, schema.schema, env.env,
+    run.run, check.check, plan.plan, eval.eval, diagnose.diagnose, report.report, runs.runs,
+    watch.watch, compare.compare, init.init, schema.schema, env.env,
 )  # fmt: skip
 
 

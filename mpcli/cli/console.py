@@ -39,15 +39,22 @@ def prepare_streams() -> None:
 
 def write(text: str, stream: TextIO | None = None) -> None:
     """Print a line (on stdout by default). A reader who left early, such as `head`, is no error."""
+    printed(text, stream)
+
+
+def printed(text: str, stream: TextIO | None = None) -> bool:
+    """Print a line as `write` does, and say whether anybody reads it."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
+        return True
     except OSError as error:
         _discard_rest(stream)
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise user_error(
                 f"cannot write to stdout: {error.strerror}", exit_code=Exit.STORAGE
             ) from error
+        return False
 
 
 def _discard_rest(stream: TextIO) -> None:
@@ -109,7 +116,9 @@ _SHARES = ("accuracy", "masked_accuracy", "f1")
 
 def metric_text(name: str, value: float) -> str:
     """A metric's value for people: shares in percent."""
-    return f"{value:.2%}" if name in _SHARES else f"{value:.4f}"
+    if name in _SHARES and abs(value) <= 1:
+        return f"{value:.2%}"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def display() -> Display:
@@ -146,7 +155,7 @@ class _Facts:
             f"loss {last.loss:.4f}",
             f"scale {last.scale:g}",
             f"skipped {self.skipped}",
-            f"{_clock(left)} left",
+            f"{clock_text(left)} left",
             f"{last.samples_per_second:,.0f} samples/s",
         ]
         while room is not None and len(facts) > 1 and len("  ".join(facts)) > room:
@@ -154,13 +163,17 @@ class _Facts:
         return "  ".join(facts)
 
 
-def _evaluation(row: EvalRecord) -> str:
+def evaluation_text(row: EvalRecord) -> str:
+    """A line on an evaluation."""
     metrics = ", ".join(f"{name} {metric_text(name, v)}" for name, v in row.metrics.items())
     average = " with averaged weights" if row.ema else ""
     return f"step {row.step}: eval {metrics}{average} ({row.seconds:.1f} s)"
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """A time for people: `3:07`, `1:02:03`; empty for none that a clock can show."""
+    if not 0 <= seconds < 1e9:
+        return ""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -190,7 +203,7 @@ class LineDisplay:
 
     def evaluated(self, row: EvalRecord) -> None:
         """One line."""
-        self.message(_evaluation(row))
+        self.message(evaluation_text(row))
 
     def message(self, text: str) -> None:
         """One line."""
@@ -237,7 +250,7 @@ class BarDisplay:
 
     def evaluated(self, row: EvalRecord) -> None:
         """One line above the bar."""
-        self.message(_evaluation(row))
+        self.message(evaluation_text(row))
 
     def message(self, text: str) -> None:
         """One line above the bar."""

@@ -33,7 +33,7 @@ def show_result(
     if as_json:
         write_json(result.model_dump(mode="python"))
     else:
-        show_table("Result", ("", ""), _summary(result, directory.path))
+        show_summary(result, directory.path)
     show_problems(
         Problem(
             p["message"],
@@ -61,6 +61,11 @@ def _place(problem: ResultProblem, loaded: LoadedRecipe) -> Place | None:
     if loaded.plugin and problem["file"]:
         return Place(loaded.plugin.file, 0, 0)
     return loaded.place(problem["path"] or "")
+
+
+def show_summary(result: Result, path: Path) -> None:
+    """Print how a run ended."""
+    show_table("Result", ("", ""), _summary(result, path))
 
 
 def _summary(result: Result, path: Path) -> list[tuple[str, str]]:

@@ -119,15 +119,29 @@ def recorded_recipe(path: Path) -> Recipe:
     Raises:
         UserError: it is no resolved recipe.
     """
-    source = _read(path, str(path))
-    root, problems = nodes.parse(source)
-    if problems or not isinstance(root, nodes.Mapping):
-        raise UserError(*problems, Problem("it is no recipe", place=Place(str(path), 0, 0)))
+    root = _recorded(path)
     schema = recipe_with(_Unread)
     try:
         return schema.model_validate(_with_default_kinds(schema, nodes.plain(root)))
     except ValidationError as error:
-        raise UserError(*validation_problems(error, schema, root, source.file)) from error
+        raise UserError(*validation_problems(error, schema, root, str(path))) from error
+
+
+def recorded_values(path: Path) -> dict[str, Any]:
+    """The values of the recipe that a run wrote, also those that no schema of today knows.
+
+    Raises:
+        UserError: it is no recipe.
+    """
+    values: dict[str, Any] = nodes.plain(_recorded(path))
+    return values
+
+
+def _recorded(path: Path) -> nodes.Mapping:
+    root, problems = nodes.parse(_read(path, str(path)))
+    if problems or not isinstance(root, nodes.Mapping):
+        raise UserError(*problems, Problem("it is no recipe", place=Place(str(path), 0, 0)))
+    return root
 
 
 def _plugin_problems(

@@ -14,13 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from mpcli.diagnose.finding import Finding
-from mpcli.recipe import nodes
 from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.load import recorded_values
 from mpcli.recipe.source import read_source
 from mpcli.records import EvalRecord, ForeignRun, ModuleTypes, Plan, Result, RollbackRecord
 from mpcli.report.layers import Layers, read_layers
 from mpcli.report.steps import Steps, read_steps
 from mpcli.rundir import RunDirectory
+from mpcli.states import State, state_of
 
 MOST_TRIALS = 24
 """Of a sweep whose curves are shown."""
@@ -63,6 +64,7 @@ class Run:
 
     label: str
     path: Path
+    state: State
     result: Result | None
     foreign: ForeignRun | None
     values: dict[str, str]
@@ -75,13 +77,6 @@ class Run:
     evaluations: tuple[EvalRecord, ...]
     rollbacks: tuple[RollbackRecord, ...]
     missing: tuple[str, ...]
-
-    @property
-    def state(self) -> str:
-        """How it ended."""
-        if self.foreign:
-            return "recorded"
-        return self.result.status if self.result else "not ended"
 
 
 @dataclass(frozen=True)
@@ -158,9 +153,11 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
     steps = read_steps(directory, unread)
     layers = read_layers(directory, unread) if with_layers else None
     values, source = _recipe(directory, missing) if not foreign else (_foreign(foreign), None)
-    result = directory.result()
-    if not result and not foreign:
-        missing.append("result.json: the run goes on, or it was killed")
+    state, result = state_of(directory)
+    if state in ("running", "killed"):
+        missing.append(f"result.json: the run {'goes on' if state == 'running' else 'was killed'}")
+    elif state == "unreadable":
+        missing.append("result.json: cannot be read")
     if not len(steps):
         missing.append("steps.jsonl: no step was recorded")
     if layers and not layers.tensors:
@@ -170,6 +167,7 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
     return Run(
         label=label,
         path=directory.path,
+        state=state,
         result=result,
         foreign=foreign,
         values=values,
@@ -198,12 +196,11 @@ def _recipe(directory: RunDirectory, missing: list[str]) -> tuple[dict[str, str]
     try:
         if directory.source_path.is_file():
             source = read_source(directory.source_path, directory.source_path.name).text
-        text = read_source(directory.recipe_path, directory.recipe_path.name)
-        root, _ = nodes.parse(text)
+        values = recorded_values(directory.recipe_path)
     except (OSError, UserError) as error:
         missing.append(f"the recipe: {_first(error, directory.path)}")
         return {}, source
-    return dict(flat(nodes.plain(root) if root else {})), source
+    return dict(flat(values)), source
 
 
 def _foreign(about: ForeignRun) -> dict[str, str]:
@@ -214,13 +211,7 @@ def _foreign(about: ForeignRun) -> dict[str, str]:
 def _attempts(directory: RunDirectory) -> Iterator[Attempt]:
     for number in range(1, min(directory.attempt, 1000) + 1):
         attempt = RunDirectory.join(directory.path, number, 0)
-        resumed = _object(attempt.resumed_path)
-        changes = resumed.get("changes")
-        yield Attempt(
-            number,
-            tuple(map(str, changes)) if isinstance(changes, list) else (),
-            dict(flat(_object(attempt.environment_path))),
-        )
+        yield Attempt(number, attempt.changes(), dict(flat(attempt.environment())))
 
 
 def flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:

@@ -15,9 +15,9 @@ rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: 
 flights/               step-<N>: batch, random state and last table of a step that went wrong
 checkpoints/           step-<N>, to go on from
 final/                 model.safetensors, model.json, README.md, and what loads it elsewhere
-diagnosis.json         where somebody keeps it: what `mptrain diagnose --json` printed
 lock                   held while a process writes here
 result.json            last, and atomically
+diagnosis.json         what `mptrain diagnose --json` printed, where somebody kept it
 
 A run that is not ours (`foreign.json` instead of a recipe) was written by a recorder in somebody's
 own loop; it also has `events.jsonl`: what happened in a step, whenever that changes.
@@ -60,6 +60,7 @@ from mpcli.records import (
     TrainedOn,
     strict_json,
 )
+from mpcli.rundir.locks import is_held
 from mpcli.rundir.members import Pulse, failures, heartbeats, write_failure
 from mpcli.rundir.places import (
     attempts,
@@ -69,10 +70,11 @@ from mpcli.rundir.places import (
     newest_run,
     point_latest,
 )
-from mpcli.rundir.rows import cut, read_rows, thin
+from mpcli.rundir.rows import GrowingRows, cut, last_rows, read_rows, thin
+from mpcli.rundir.search import find_runs, num_bytes
 from mpcli.rundir.storage import storage_errors, sync
 
-__all__ = ["RunDirectory", "newest_run", "storage_errors", "sync"]
+__all__ = ["RunDirectory", "find_runs", "newest_run", "num_bytes", "storage_errors", "sync"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ MAX_LAYER_BYTES = 2**25
 RESERVE = 2**18
 """Bytes on the disk that evidence leaves free."""
 _LONGEST_RESULT = 2**20
+_LONGEST_JSON = 2**24
 _OBSERVED = TypeAdapter(dict[str, ModuleTypes])
 
 
@@ -223,6 +226,10 @@ class RunDirectory:
             (self.path / "result.json").unlink(missing_ok=True)
         self.attempt, self.step = attempt, 0
 
+    def newest_attempt(self) -> RunDirectory:
+        """The same run, whose attempt is the newest there is now."""
+        return RunDirectory(self.path, max(attempts(self.path), default=1))
+
     def foreign(self) -> ForeignRun | None:
         """What was recorded, where the run is not ours."""
         path = self.path / "foreign.json"
@@ -263,16 +270,6 @@ class RunDirectory:
     def source_path(self) -> Path:
         """The text that the recipe was written in."""
         return self.path / "recipe.source.yaml"
-
-    @property
-    def environment_path(self) -> Path:
-        """What this attempt ran on."""
-        return self.attempt_path / "environment.json"
-
-    @property
-    def resumed_path(self) -> Path:
-        """What this attempt changed, where it went on with another."""
-        return self.attempt_path / "resumed.json"
 
     @property
     def diagnosis_path(self) -> Path:
@@ -359,6 +356,36 @@ class RunDirectory:
                 return Result.model_validate_json(file.read(_LONGEST_RESULT))
         except (OSError, ValueError):
             return None
+
+    def has_result(self) -> bool:
+        """Whether there is a `result.json`, readable or not."""
+        return (self.path / "result.json").exists()
+
+    def is_held(self) -> bool:
+        """Whether a process of this machine writes to the run."""
+        return is_held(self.path / "lock")
+
+    def environment(self) -> dict[str, Any]:
+        """Of this attempt; empty if unknown."""
+        return _json_object(self.attempt_path / "environment.json")
+
+    def changes(self) -> tuple[str, ...]:
+        """What this attempt changed, or why it was begun, in words; a first one has nothing."""
+        changes = _json_object(self.attempt_path / "resumed.json").get("changes")
+        return tuple(map(str, changes)) if isinstance(changes, list) else ()
+
+    def diagnosis(self) -> dict[str, Any]:
+        """What `mptrain diagnose --json` printed; empty where nobody kept it."""
+        return _json_object(self.path / "diagnosis.json")
+
+    def began(self, attempt: int | None = None) -> float | None:
+        """When an attempt (default: this one) began, in seconds since 1970."""
+        folder = self.path / "attempts" / str(attempt or self.attempt)
+        return _changed(folder / "environment.json")
+
+    def last_written(self) -> float | None:
+        """When the newest row of a step was written, in seconds since 1970."""
+        return _changed(self.path / "steps.jsonl")
 
     def cut(self, steps: int, evaluations: int) -> int:
         """Take back the rows of later steps, and a last row that is not whole.
@@ -481,6 +508,14 @@ class RunDirectory:
         """The rows of `steps.jsonl` that can be read, in order; `unread` counts the others."""
         return read_rows(self.path / "steps.jsonl", StepRecord, unread)
 
+    def last_steps(self, count: int) -> list[StepRecord]:
+        """The newest rows of `steps.jsonl` that can be read, in order."""
+        return last_rows(self.path / "steps.jsonl", StepRecord, count)
+
+    def growing_steps(self) -> GrowingRows[StepRecord]:
+        """The rows of `steps.jsonl` as they come."""
+        return GrowingRows(self.path / "steps.jsonl", StepRecord)
+
     def layers(self, unread: Counter[str] | None = None) -> Iterator[LayerRecord]:
         """The rows of `layers.jsonl` that can be read, in order; `unread` counts the others."""
         return read_rows(self.path / "layers.jsonl", LayerRecord, unread)
@@ -492,6 +527,14 @@ class RunDirectory:
     def evaluations(self) -> Iterator[EvalRecord]:
         """The rows of `evals.jsonl` that can be read, in order."""
         return read_rows(self.path / "evals.jsonl", EvalRecord)
+
+    def last_evaluation(self) -> EvalRecord | None:
+        """The newest row of `evals.jsonl` that can be read."""
+        return next(iter(last_rows(self.path / "evals.jsonl", EvalRecord, 1)), None)
+
+    def growing_evaluations(self) -> GrowingRows[EvalRecord]:
+        """The rows of `evals.jsonl` as they come."""
+        return GrowingRows(self.path / "evals.jsonl", EvalRecord)
 
     def observed(self) -> dict[str, ModuleTypes]:
         """The types of every module in the first step of this attempt; empty if unknown."""
@@ -617,3 +660,20 @@ class RunDirectory:
     def _write_process(self) -> None:
         self._files["lock"].truncate(0)
         self._files["lock"].write(f"{os.getpid()}\n".encode())
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_LONGEST_JSON))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

@@ -8,12 +8,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from mpcli.records import Record
 from mpcli.rundir.storage import storage_errors, sync
 
 LONGEST_ROW = 65536
+_TAIL = 2**18
 
 Row = TypeVar("Row", bound=Record)
 
@@ -33,6 +34,46 @@ def read_rows(path: Path, kind: type[Row], unread: Counter[str] | None = None) -
                     unread[path.name] += 1
             else:
                 yield row
+
+
+def last_rows(path: Path, kind: type[Row], count: int) -> list[Row]:
+    """The newest rows of a file that can be read, in order; those of its last 256 KiB at most."""
+    rows: list[Row] = []
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        for line in reversed(file.read(_TAIL).split(b"\n")):
+            with contextlib.suppress(ValueError):
+                rows.append(kind.model_validate_json(line))
+            if len(rows) == count:
+                break
+    return rows[::-1]
+
+
+class GrowingRows(Generic[Row]):
+    """The rows of a file that another process writes, as they come."""
+
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self._path = path
+        self._kind = kind
+        self._end = 0
+
+    def was_cut(self) -> bool:
+        """Whether rows that were read are gone."""
+        try:
+            return self._path.stat().st_size < self._end
+        except OSError:
+            return self._end > 0
+
+    def new(self) -> Iterator[Row]:
+        """Those that came since the last call and can be read."""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            file.seek(self._end)
+            while line := file.readline(LONGEST_ROW):
+                if not line.endswith(b"\n") and len(line) < LONGEST_ROW:
+                    break  # it is not whole yet
+                self._end += len(line)
+                with contextlib.suppress(ValueError):
+                    yield self._kind.model_validate_json(line)
 
 
 def cut(path: Path, last: int, *, several: bool = False) -> int:
