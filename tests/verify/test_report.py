@@ -1,0 +1,48 @@
+"""The report of a real CIFAR-10 run with a skip, a resume and a finding, in a real browser."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import MPTRAIN
+from tests.report.conftest import chromium, opened
+from tests.report.test_browser import CHARTS, DRAWN, POINTS
+from tests.verify.page import ROOT, run
+
+pytestmark = pytest.mark.verify
+__all__ = ["chromium", "opened"]  # fixtures
+STORM = "precision.loss_scale={kind: dynamic, init_scale: 16777216, growth_interval: 1}"
+
+
+def test_cifar10_with_a_skip_a_resume_and_a_finding(
+    tmp_path: Path, shared_data: Path, opened: Any
+) -> None:
+    folder = tmp_path / "cifar10"
+    settings = [
+        "train={steps: 16, global_batch_size: 32}", "eval.every=null", "probe.every=4",
+        "output.checkpoint_every=8 steps", STORM,
+    ]  # fmt: skip
+    run(folder, "cifar10-fp16.yaml", *settings)
+    subprocess.run([MPTRAIN, "run", "--resume", folder, "--set", "train.steps=24"], check=True)
+    with (tmp_path / "diagnosis.json").open("w") as file:
+        command = [MPTRAIN, "diagnose", "--no-replay", "--json", folder]
+        subprocess.run(command, check=True, stdout=file)
+    shutil.copy(tmp_path / "diagnosis.json", folder)
+    page = tmp_path / "report.html"
+    subprocess.run([MPTRAIN, "report", folder, "-o", page], check=True)
+    for width, scheme in ((1600, "light"), (1600, "dark"), (800, "light"), (800, "dark")):
+        shown = opened(page, width, scheme)
+        points = shown.page.evaluate(POINTS)
+        assert set(points) == CHARTS - {"metric0"}
+        assert all(counts and all(counts) for counts in points.values()), points
+        assert all(shown.page.evaluate(DRAWN))
+        assert shown.page.locator(".finding").count() >= 1
+        assert not shown.complaints
+        assert shown.requests == [page.as_uri()]
+        shown.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+    assert ROOT not in page.parents
