@@ -220,6 +220,8 @@ def _sample(key: str, number: int, several: bool) -> Html:
     """What a curve looks like, beside its name."""
     if key in ("skipped", "nonfinite"):
         return element("i", "×", class_="cross", aria_hidden="true")
+    if key in ("resumed", "rolled back"):
+        return element("i", class_=f"swatch dash2 c{number % 8}" if not several else "swatch dash2")
     if several:  # colours are those of runs
         return element("i", class_=f"swatch dash{number % 4}", aria_hidden="true")
     return tables.swatch(number)

@@ -50,7 +50,7 @@ def _summary_row(run: Run, number: int) -> tuple[Content, ...]:
         memory += f" ({size_text(planned)} planned)"
     return (
         name, state, _metrics(run), steps,
-        f"{run.result.wall_seconds:,.1f} s" if run.result else "unknown",
+        f"{run.result.wall_seconds:,.1f}\u00a0s" if run.result else "unknown",
         memory, run.values.get("precision.mode", "unknown"),
     )  # fmt: skip
 
