@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import recorded_values
 from mpcli.records import EvalRecord, Plan, Result, StepRecord
 from mpcli.rundir import RunDirectory
+from mpcli.rundir.rows import Row, Tail
 from mpcli.states import State, state_of
 
 RECENT = 20
 """Rows whose median speed tells how long the rest will take."""
+_ROWS = 1000  # that are in memory at a time
 _CELLS = 120
 _MAX_STEP = 10**12  # rows that say more are damaged
 
@@ -30,13 +33,15 @@ def begun(path: Path) -> RunDirectory | None:
         UserError: exit 2, there is something else.
     """
     try:
-        return RunDirectory.read(path)
+        # `latest` will be another run's, while this one is watched.
+        is_link = path.is_symlink()
+        return RunDirectory.read(Path(os.path.relpath(path.resolve())) if is_link else path)
     except UserError:
-        if RunDirectory(path).is_held():  # it is being made
-            return None
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise
-        return None
+        with contextlib.suppress(OSError):
+            is_empty = path.is_dir() and not any(path.iterdir())
+            if is_empty or not path.exists() or RunDirectory(path).is_held():  # it is being made
+                return None
+        raise
 
 
 class Course:
@@ -115,8 +120,8 @@ class Watched:
         self.skipped = 0
         self.losses = Course()
         self._speeds: deque[float] = deque(maxlen=RECENT)
-        self._steps = self.run.growing_steps()
-        self._evaluations = self.run.growing_evaluations()
+        self._steps = self.run.new_steps()
+        self._evaluations = self.run.new_evaluations()
 
     def look(self) -> News:
         """Read what is new; the state is that of before, so that the last rows are read too."""
@@ -133,14 +138,14 @@ class Watched:
         if self.plan is None:
             with contextlib.suppress(OSError, ValueError):
                 self.plan = self.run.plan()
-        for row in self._steps.new():
+        for row in _unread(self._steps):
             if row.step <= _MAX_STEP:
                 news.rows += 1
                 self.last = row
                 self.skipped += not row.applied
                 self.losses.add(row.loss)
                 self._speeds.append(row.samples_per_second)
-        for evaluation in self._evaluations.new():
+        for evaluation in _unread(self._evaluations):
             known = evaluation.attempt, evaluation.step
             if known not in self._told:
                 self._told.add(known)
@@ -166,3 +171,9 @@ class Watched:
         if not (isinstance(batch, int) and batch <= _MAX_STEP and self.steps and self.last):
             return None
         return batch * max(0, self.steps - self.last.step) / self.speed if self.speed > 0 else None
+
+
+def _unread(tail: Tail[Row]) -> Iterator[Row]:
+    while rows := tail.read(_ROWS):
+        tail.advance()
+        yield from rows

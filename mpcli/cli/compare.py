@@ -23,8 +23,9 @@ def compare(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN RUN [RUN]...",
-            help="Run directories. Those whose recipes differ in `train.seed` alone form a group.",
+            metavar="RUN",
+            help="Two run directories or more. Those whose recipes differ in `train.seed` alone "
+            "form a group.",
             show_default=False,
         ),
     ],

@@ -25,7 +25,7 @@ Order = Literal["state", "name", "metric", "time", "size", "started"]
 
 def runs(
     folder: Annotated[
-        str, typer.Argument(metavar="[DIR]", help="Where to look, at any depth.")
+        str, typer.Argument(metavar="DIR", help="Where to look, at any depth.")
     ] = "runs",
     sort: Annotated[
         Order,
@@ -129,9 +129,14 @@ def _show(folder: str, shown: list[Overview]) -> None:
 
 
 def _as_json(run: Overview) -> dict[str, Any]:
-    about = asdict(run)
-    started = run.started and datetime.fromtimestamp(run.started, UTC)
-    return about | {
-        "path": str(run.path),
-        "started": started.isoformat(timespec="seconds") if started else None,
-    }
+    return asdict(run) | {"path": str(run.path), "started": _time_text(run.started)}
+
+
+def _time_text(seconds: float | None) -> str | None:
+    """In UTC; None also for a file's date that no calendar has."""
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return None

@@ -96,6 +96,9 @@ def _tell_end(watched: Watched) -> None:
     from mpcli.cli.result import show_summary
 
     path, result = watched.run.path, watched.result
+    if not path.is_dir():
+        write(visible(f"{path}: is gone"))
+        return
     if result is None:
         step = f"after step {watched.last.step:,}" if watched.last else "before step 1"
         write(visible(f"{path}: {_ENDS[watched.state]} {step}"))

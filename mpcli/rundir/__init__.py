@@ -70,7 +70,7 @@ from mpcli.rundir.places import (
     newest_run,
     point_latest,
 )
-from mpcli.rundir.rows import GrowingRows, cut, last_rows, read_rows, thin
+from mpcli.rundir.rows import Tail, cut, last_rows, read_rows, thin
 from mpcli.rundir.search import find_runs, num_bytes
 from mpcli.rundir.storage import storage_errors, sync
 
@@ -512,13 +512,17 @@ class RunDirectory:
         """The newest rows of `steps.jsonl` that can be read, in order."""
         return last_rows(self.path / "steps.jsonl", StepRecord, count)
 
-    def growing_steps(self) -> GrowingRows[StepRecord]:
-        """The rows of `steps.jsonl` as they come."""
-        return GrowingRows(self.path / "steps.jsonl", StepRecord)
-
     def layers(self, unread: Counter[str] | None = None) -> Iterator[LayerRecord]:
         """The rows of `layers.jsonl` that can be read, in order; `unread` counts the others."""
         return read_rows(self.path / "layers.jsonl", LayerRecord, unread)
+
+    def new_steps(self) -> Tail[StepRecord]:
+        """The rows of `steps.jsonl`, while they are written."""
+        return Tail(self.path / "steps.jsonl", StepRecord)
+
+    def new_evaluations(self) -> Tail[EvalRecord]:
+        """The rows of `evals.jsonl`, while they are written."""
+        return Tail(self.path / "evals.jsonl", EvalRecord)
 
     def rollbacks(self) -> Iterator[RollbackRecord]:
         """The rows of `rollbacks.jsonl` that can be read, in order."""
@@ -531,10 +535,6 @@ class RunDirectory:
     def last_evaluation(self) -> EvalRecord | None:
         """The newest row of `evals.jsonl` that can be read."""
         return next(iter(last_rows(self.path / "evals.jsonl", EvalRecord, 1)), None)
-
-    def growing_evaluations(self) -> GrowingRows[EvalRecord]:
-        """The rows of `evals.jsonl` as they come."""
-        return GrowingRows(self.path / "evals.jsonl", EvalRecord)
 
     def observed(self) -> dict[str, ModuleTypes]:
         """The types of every module in the first step of this attempt; empty if unknown."""

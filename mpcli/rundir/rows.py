@@ -36,6 +36,40 @@ def read_rows(path: Path, kind: type[Row], unread: Counter[str] | None = None) -
                 yield row
 
 
+class Tail(Generic[Row]):
+    """The rows of a file that grows, as they come; lines that cannot be read are left out."""
+
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self._path, self._kind = path, kind
+        self._begin = self._end = 0  # of the lines that `read` gave
+
+    def read(self, most: int) -> list[Row]:
+        """The next rows, at most so many; the same ones again until `advance`."""
+        rows: list[Row] = []
+        self._end = self._begin
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._begin)
+            while len(rows) < most:
+                line = file.readline(LONGEST_ROW)
+                if not line.endswith(b"\n") and len(line) < LONGEST_ROW:
+                    break  # it is being written
+                self._end += len(line)
+                with contextlib.suppress(ValueError):
+                    rows.append(self._kind.model_validate_json(line))
+        return rows
+
+    def advance(self) -> None:
+        """Go on behind what was read."""
+        self._begin = self._end
+
+    def was_cut(self) -> bool:
+        """Whether rows that were read are gone."""
+        try:
+            return self._path.stat().st_size < self._begin
+        except OSError:
+            return self._begin > 0
+
+
 def last_rows(path: Path, kind: type[Row], count: int) -> list[Row]:
     """The newest rows of a file that can be read, in order; those of its last 256 KiB at most."""
     rows: list[Row] = []
@@ -47,33 +81,6 @@ def last_rows(path: Path, kind: type[Row], count: int) -> list[Row]:
             if len(rows) == count:
                 break
     return rows[::-1]
-
-
-class GrowingRows(Generic[Row]):
-    """The rows of a file that another process writes, as they come."""
-
-    def __init__(self, path: Path, kind: type[Row]) -> None:
-        self._path = path
-        self._kind = kind
-        self._end = 0
-
-    def was_cut(self) -> bool:
-        """Whether rows that were read are gone."""
-        try:
-            return self._path.stat().st_size < self._end
-        except OSError:
-            return self._end > 0
-
-    def new(self) -> Iterator[Row]:
-        """Those that came since the last call and can be read."""
-        with contextlib.suppress(OSError), self._path.open("rb") as file:
-            file.seek(self._end)
-            while line := file.readline(LONGEST_ROW):
-                if not line.endswith(b"\n") and len(line) < LONGEST_ROW:
-                    break  # it is not whole yet
-                self._end += len(line)
-                with contextlib.suppress(ValueError):
-                    yield self._kind.model_validate_json(line)
 
 
 def cut(path: Path, last: int, *, several: bool = False) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
-import signal
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,7 +20,6 @@ from mpcli.rundir import RunDirectory
 from mpcli.watching import Course
 from tests import snapshots
 from tests.cli.test_terminal import on_a_terminal
-from tests.processes import started
 from tests.synthetic_runs import (
     begin_recording,
     begin_run,
@@ -134,6 +136,19 @@ def test_a_killed_run_and_a_recording_have_no_result(tmp_path, mptrain, meanwhil
     assert lines[-1] == f"{recording.path}: the recording ended after step 3"
 
 
+def test_a_run_that_is_deleted_is_gone(tmp_path, mptrain, meanwhile):
+    run = begin_run(tmp_path / "run")
+
+    def delete() -> None:
+        run.close()
+        shutil.rmtree(run.path)
+
+    meanwhile([rows(run, 1, 3), delete])
+    outcome = mptrain("watch", run.path)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1] == f"{run.path}: is gone"
+
+
 def test_ctrl_c_leaves_the_run_alone(tmp_path, mptrain, meanwhile):
     run = begin_run(tmp_path / "run")
 
@@ -153,7 +168,9 @@ def test_the_newest_run_is_the_default(tmp_path, mptrain, monkeypatch):
     assert mptrain("watch").code == 2
     make_run(tmp_path / "runs" / "small" / "20270115T010000Z-1a2b3c41", done=2)
     (tmp_path / "runs" / "small" / "latest").symlink_to("20270115T010000Z-1a2b3c41")
-    assert "20270115T010000Z-1a2b3c41" in mptrain("watch").out
+    for arguments in ((), ("runs/small/latest",)):  # which may soon be another run's
+        out = mptrain("watch", *arguments).out
+        assert "run directory  runs/small/20270115T010000Z-1a2b3c41" in out
 
 
 @pytest.mark.parametrize(
@@ -237,24 +254,34 @@ def test_the_course_of_a_long_run_takes_little_room(steps):
     assert len(course.means(10_000)) <= 240
 
 
+_WRITER = """
+import sys, threading
+from pathlib import Path
+from tests.synthetic_runs import begin_run, end_run, row
+run = begin_run(Path(sys.argv[1]), steps=100000)
+over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+step = 0
+while not over.wait(0.01):
+    step += 1
+    run.append_steps([row(step, loss=1 / step)])
+end_run(run, "preempted")
+"""
+
+
 @pytest.mark.slow
-def test_a_real_run_is_watched_and_left_alone(recipe):
-    folder = recipe.parent
-    process = started(
-        recipe, "--output", folder / "out", "--set", "train.steps=100000",
-        "--set", "output.checkpoint_every=null",
-    )  # fmt: skip
-    try:
+def test_a_run_of_another_process_is_watched_and_left_alone(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITER, tmp_path / "out"],
+        stdin=subprocess.PIPE, cwd=Path(__file__).parents[2],
+    ) as writer:  # fmt: skip
         code, shown = on_a_terminal(
-            folder, "watch", "out", columns=100, interrupt_after="samples/s"
+            tmp_path, "watch", "out", columns=100, interrupt_after="samples/s"
         )
         assert code == 130, shown
         assert "\x1b[?25h" in shown  # the cursor is there again
-        assert process.poll() is None
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-    assert process.returncode == 75
-    code, shown = on_a_terminal(folder, "watch", "out", columns=100)
+        assert writer.poll() is None
+    assert writer.returncode == 0
+    code, shown = on_a_terminal(tmp_path, "watch", "out", columns=100)
     assert code == 0
     assert "preempted" in shown.rpartition("Result")[2]
