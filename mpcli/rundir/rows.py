@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from mpcli.records import Record
 from mpcli.rundir.storage import storage_errors, sync
@@ -33,6 +33,33 @@ def read_rows(path: Path, kind: type[Row], unread: Counter[str] | None = None) -
                     unread[path.name] += 1
             else:
                 yield row
+
+
+class Tail(Generic[Row]):
+    """The rows of a file that grows, as they come; lines that cannot be read are left out."""
+
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self._path, self._kind = path, kind
+        self._begin = self._end = 0  # of the lines that `read` gave
+
+    def read(self, most: int) -> list[Row]:
+        """The next rows, at most so many; the same ones again until `advance`."""
+        rows: list[Row] = []
+        self._end = self._begin
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._begin)
+            while len(rows) < most:
+                line = file.readline(LONGEST_ROW)
+                if not line.endswith(b"\n") and len(line) < LONGEST_ROW:
+                    break  # it is being written
+                self._end += len(line)
+                with contextlib.suppress(ValueError):
+                    rows.append(self._kind.model_validate_json(line))
+        return rows
+
+    def advance(self) -> None:
+        """Go on behind what was read."""
+        self._begin = self._end
 
 
 def cut(path: Path, last: int, *, several: bool = False) -> int:
