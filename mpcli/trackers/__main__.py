@@ -132,7 +132,10 @@ def main() -> None:
 
     try:
         with run.tracking(name):
-            follow(run, name, int(step), say)
+            if (
+                RunDirectory.read(run.path).attempt == run.attempt
+            ):  # not left over from a killed one
+                follow(run, name, int(step), say)
     except Exception as error:
         say("warning", reason(error))
     os._exit(0)  # whatever threads and hooks a library has: it had its time to finish

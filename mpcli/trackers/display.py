@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE, _SHORT_PATIENCE = 30.0, 5.0  # seconds, that the end of a run may take longer
 _PERIOD = 0.05
+_COMMAND = (sys.executable, "-P", "-m", "mpcli.trackers")
 _HINT = "the run is not affected: steps.jsonl and evals.jsonl have everything"
 
 
@@ -130,7 +131,7 @@ class _Process:
         arguments = (name, str(run.path), str(run.attempt), str(step))
         with blocked():  # signals to the process group are the training's business
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mpcli.trackers", *arguments],
+                [*_COMMAND, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
