@@ -92,12 +92,13 @@ class Tracked:
         for process in self._processes:
             process.tell(status)
         began = time.monotonic()
-        long = status in ("done", "diverged")
-        while any(process.runs for process in self._processes):
-            patience = _PATIENCE if long and asked() is None else _SHORT_PATIENCE
-            if time.monotonic() > began + patience:
-                break
-            time.sleep(_PERIOD)
+        patience = _PATIENCE if status in ("done", "diverged") else _SHORT_PATIENCE
+        with contextlib.suppress(KeyboardInterrupt):  # the second: the result is not written yet
+            while any(process.runs for process in self._processes):
+                patience = min(patience, _SHORT_PATIENCE) if asked() else patience
+                if time.monotonic() > began + patience:
+                    break
+                time.sleep(_PERIOD)
         self._listen()
         for process in self._processes:
             if process.runs:
