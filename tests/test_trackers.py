@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 
 from mpcli.machine import without_secrets
+from mpcli.plan import make_plan
+from mpcli.progress import Progress
 from mpcli.records import EvalRecord, StepRecord, TrackerState
 from mpcli.rundir import RunDirectory
 from mpcli.rundir.rows import LONGEST_ROW, Tail
 from mpcli.trackers import __main__ as process
 from mpcli.trackers import display
 from mpcli.trackers.base import About
-from tests.small import resume_small, run_small
+from tests.small import CPU, Silent, resume_small, run_small, small_recipe
 from tests.stopped import EVERY_OTHER, kill_at, killed_run
 
 SECRET = "0123456789abcdef" * 3
@@ -195,6 +197,19 @@ def test_the_training_waits_for_no_tracker(tmp_path, monkeypatch, program, told)
     assert tracker.returncode is not None
     model = "final/model.safetensors"
     assert (run.path / model).read_bytes() == (plain.path / model).read_bytes()
+
+
+def test_only_rank_0_has_trackers(tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    recipe = small_recipe(tmp_path, "output.trackers=[tensorboard]").recipe
+    plan, started = make_plan(recipe, CPU), []
+    for rank in (0, 1):
+        progress = Progress()
+        with display.Tracked(Silent(), RunDirectory.join(tmp_path, 1, rank), progress) as tracked:
+            tracked.start(plan, recipe)
+            tracked.finish("done")
+        started.append(len(progress.warnings))
+    assert started == [1, 0]
 
 
 class Flaky:

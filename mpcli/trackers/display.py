@@ -56,9 +56,9 @@ class Tracked:
             process.leave()
 
     def start(self, plan: Plan, recipe: Recipe) -> None:
-        """The training begins; so do the trackers."""
+        """The training begins; so do, beside rank 0, the trackers."""
         self._display.start(plan, recipe)
-        for name in recipe.output.trackers:
+        for name in () if self._run.rank else recipe.output.trackers:
             try:
                 process = _Process(name, self._run, self._progress.attempted)
             except OSError as error:

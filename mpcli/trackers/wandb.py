@@ -14,8 +14,7 @@ from mpcli.trackers.base import About, points
 class WandB:
     """The rows as history, with `step` as their axis, and the recipe as the run's config.
 
-    Of the machine and the program it is told nothing but that: command lines and the addresses of
-    Git remotes may hold secrets.
+    It is not told the command line or anything of Git, which may hold secrets, nor the code.
     """
 
     def __init__(self, about: About, say: Callable[[str], None]) -> None:
