@@ -31,6 +31,7 @@ from mpcli.recipe.task import Task
 from mpcli.records import MemoryPlan, Plan, Result, ResultProblem, Status
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, handled, held
+from mpcli.trackers.display import Tracked
 from mpcli.trainer import Display, train
 
 logger = logging.getLogger("mpcli")
@@ -149,11 +150,15 @@ def trained(
     recipe: Recipe, run: RunDirectory, display: Display, progress: Progress, ranks: Ranks = ALONE
 ) -> Ending:
     """Train what the run directory says, as one of the ranks; every way to end is told here."""
-    try:
-        train(recipe, run.plan(), run, display, progress, resume=run.attempt > 1, ranks=ranks)
-        return Ending("done", Exit.DONE)
-    except (Exception, KeyboardInterrupt) as error:
-        return ended_by(error, recipe, training=run.step > 0)
+    resume = run.attempt > 1
+    with Tracked(display, run, progress) as shown:
+        try:
+            train(recipe, run.plan(), run, shown, progress, resume=resume, ranks=ranks)
+            ending = Ending("done", Exit.DONE)
+        except (Exception, KeyboardInterrupt) as error:
+            ending = ended_by(error, recipe, training=run.step > 0)
+        shown.finish(ending.status)
+    return ending
 
 
 def ended_by(

@@ -275,6 +275,14 @@ def _cgroup_room(
     return min(rooms, default=None)
 
 
+def without_secrets(text: str) -> str:
+    """A text that may have come of this process's variables, without what is secret in them."""
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) > 3:
+            text = text.replace(value, "***")
+    return _redact("", text)
+
+
 def _redact(name: str, value: str) -> str:
     if _SECRET_NAME.search(name):
         return "***"

@@ -152,6 +152,17 @@ class PluginRecord(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class TrackerState(Record):
+    """`trackers/<name>/run.json`: how far a tracker has got; the next attempt goes on from there.
+
+    The steps are those of the newest rows of `steps.jsonl` and `evals.jsonl` that it has.
+    """
+
+    run: str | None = Field(default=None, description="what names the run there")
+    step: int = 0
+    evaluated: int = 0
+
+
 class TrainedOn(Record):
     """What a model took from its training data: `data` of `final/model.json`.
 

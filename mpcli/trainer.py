@@ -36,7 +36,6 @@ from mpcli.records import EvalRecord, Plan, RollbackRecord, StepRecord
 from mpcli.rundir import RunDirectory, storage_errors
 from mpcli.signals import Stopped, asked, check, released, save_asked, shared
 from mpcli.tasks import apply_activation_checkpointing, task_of
-from mpcli.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +118,6 @@ def train(
             lambda: task.build_model(options, data.info).to(device),
             ranks,
         )
-        board = None
-        if recipe.output.tensorboard and ranks.is_main:
-            board = TensorBoard(run.tensorboard_path, progress.attempted)
-            stack.callback(_close_board, board, run)
 
         def record(*, wait: bool = False) -> None:
             rows = log.collect(wait=wait)
@@ -139,9 +134,6 @@ def train(
             run.append_steps(rows)
             evidence.write(progress.attempted, wait=wait or reason is not None)
             display.steps(rows)
-            if board:
-                with run.recording():
-                    board.steps(rows)
             if reason:
                 raise reason
 
@@ -161,9 +153,6 @@ def train(
             )
             run.append_evaluation(row)
             display.evaluated(row)
-            if board:
-                with run.recording():
-                    board.evaluated(row)
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, engine.memory()[1])
             logger.info("step %d: evaluation %s", step, metrics)
             log.restart_clock()
@@ -358,11 +347,6 @@ def _kept(recipe: Recipe, progress: Progress) -> set[int]:
     if recipe.train.on_nonfinite == "rollback" and progress.scheduled is not None:
         kept.add(progress.scheduled)
     return kept
-
-
-def _close_board(board: TensorBoard, run: RunDirectory) -> None:
-    with run.recording():
-        board.close()
 
 
 def _until_stopped(batches: Iterator[Batch], device: torch.device, ranks: Ranks) -> Iterator[Batch]:

@@ -20,7 +20,6 @@ from mpcli.plan import make_plan
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.records import EvalRecord
 from mpcli.rundir import RunDirectory
-from mpcli.tensorboard import TensorBoard
 from tests.small import CPU, resume_small, run_small, small_recipe
 
 
@@ -151,22 +150,13 @@ def test_training_goes_on_when_only_records_have_no_room(tmp_path, monkeypatch):
     assert (run.path / model).read_bytes() == (whole.path / model).read_bytes()
 
 
-def test_tensorboard_that_cannot_write_is_records_too(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    monkeypatch.setattr(TensorBoard, "_scalars", full)
-    monkeypatch.setattr(TensorBoard, "close", full)
-    _, result = run_small(tmp_path, "output.tensorboard=true")
-    assert result.status == "done"
-    assert len(result.problems) == 1
-
-
 @pytest.mark.slow
 def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path):
     pytest.importorskip("tensorboard")
     small_recipe(tmp_path)
     done = subprocess.run(
         [Path(sys.executable).with_name("mptrain"), "run", "small.yaml", "--output", "out",
-         "--set", "train.steps=1000", "--set", "output.tensorboard=true",
+         "--set", "train.steps=1000", "--set", "output.trackers=[tensorboard]",
          "--set", "output.checkpoint_every=null"],
         cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
@@ -178,10 +168,9 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path):
 
 
 def test_an_error_of_the_training_itself_is_no_lost_record(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     monkeypatch.setattr(LocalEngine, "step", full)
     with pytest.raises(OSError, match="No space left"):
-        run_small(tmp_path, "output.tensorboard=true")
+        run_small(tmp_path)
     assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
 
 

@@ -330,18 +330,3 @@ def test_a_diverged_state_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     run, result = run_small(tmp_path, static, skips)
     assert (result.status, result.checkpoint) == ("diverged", None)
     assert not any(run.checkpoints_path.iterdir())
-
-
-def test_tensorboard_hides_the_steps_that_were_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        run = killed_run(tmp_path, "output.tensorboard=true", EVERY_OTHER)
-    resume_small(run)
-    events = event_accumulator.EventAccumulator(str(run.tensorboard_path))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]

@@ -549,18 +549,6 @@ def test_nan_loss_is_recorded_raw_in_strict_json(
     assert json.loads((run.path / "result.json").read_text())["metrics"]["train"]["loss"] == "nan"
 
 
-def test_tensorboard_events_when_asked_for(tmp_path: Path) -> None:
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    run, _ = run_small(tmp_path, "output.tensorboard=true")
-    events = event_accumulator.EventAccumulator(str(run.tensorboard_path))
-    events.Reload()
-    losses = [event.value for event in events.Scalars("train/loss")]
-    assert losses == pytest.approx([row["loss"] for row in rows(run)])
-    assert [event.step for event in events.Scalars("eval/accuracy")] == [4]
-
-
 @pytest.mark.slow
 def test_deterministic_and_compiled_runs_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

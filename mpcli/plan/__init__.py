@@ -258,10 +258,11 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             path="engine.compile",
             exit_code=Exit.ENVIRONMENT,
         )
-    if recipe.output.tensorboard and not importlib.util.find_spec("tensorboard"):
-        yield Problem(
-            "the package tensorboard is not installed",
-            "pip install 'mptrain[tensorboard]'",
-            path="output.tensorboard",
-            exit_code=Exit.ENVIRONMENT,
-        )
+    for tracker in recipe.output.trackers:  # each is named as its package
+        if not importlib.util.find_spec(tracker):
+            yield Problem(
+                f"the package {tracker} is not installed",
+                f"pip install 'mptrain[{tracker}]'",
+                path="output.trackers",
+                exit_code=Exit.ENVIRONMENT,
+            )

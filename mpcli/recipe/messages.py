@@ -133,6 +133,7 @@ _DECIDED = {
     "offload_optimizer": _OFFLOAD,
     "offload_params": _OFFLOAD,
     "rdzv_endpoint": "`mptrain run` takes it: `--rdzv-endpoint HOST:PORT`",
+    "tensorboard": "use `trackers: [tensorboard]`",
     "world_size": "it is `engine.processes` times the `--nodes` of `mptrain run`",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ class Output(Section):
     final_dtype: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp32", description="type of the weights in `final/`"
     )
-    tensorboard: bool = Field(
-        default=False, description="write TensorBoard events (extra `tensorboard`)"
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...], Field(strict=False)
+    ] = Field(
+        default=(),
+        description="what else shows the run (each an extra; docs/trackers.md)",
     )

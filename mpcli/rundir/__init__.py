@@ -14,6 +14,8 @@ evals.jsonl            one row per evaluation
 rollbacks.jsonl        one row per return to a checkpoint (`train.on_nonfinite: rollback`)
 flights/               step-<N>: batch, random state and last table of a step that went wrong
 checkpoints/           step-<N>, to go on from
+trackers/<name>/       what a tracker of `output.trackers` writes; run.json: how far it has got;
+                       lock: held while one runs
 final/                 model.safetensors, model.json, README.md, and what loads it elsewhere
 lock                   held while a process writes here
 result.json            last, and atomically
@@ -57,6 +59,7 @@ from mpcli.records import (
     Result,
     RollbackRecord,
     StepRecord,
+    TrackerState,
     TrainedOn,
     strict_json,
 )
@@ -70,7 +73,7 @@ from mpcli.rundir.places import (
     newest_run,
     point_latest,
 )
-from mpcli.rundir.rows import Tail, cut, last_rows, read_rows, thin
+from mpcli.rundir.rows import LONGEST_ROW, Tail, cut, last_rows, read_rows, thin
 from mpcli.rundir.search import find_runs, num_bytes
 from mpcli.rundir.storage import storage_errors, sync
 
@@ -281,10 +284,32 @@ class RunDirectory:
         """Text log of this process."""
         return self.attempt_path / f"log.rank{self.rank}.txt"
 
-    @property
-    def tensorboard_path(self) -> Path:
-        """Folder of TensorBoard event files."""
-        return self.path / "tensorboard"
+    def tracker_path(self, name: str) -> Path:
+        """Folder of a tracker."""
+        return self.path / "trackers" / name
+
+    def tracker_state(self, name: str) -> TrackerState:
+        """How far a tracker has got; nowhere, where nothing can be read."""
+        try:
+            with (self.tracker_path(name) / "run.json").open("rb") as file:
+                return TrackerState.model_validate_json(file.read(LONGEST_ROW))
+        except (OSError, ValueError):
+            return TrackerState()
+
+    def write_tracker_state(self, name: str, state: TrackerState) -> None:
+        """Say how far a tracker has got."""
+        path = self.tracker_path(name) / "run.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(state.to_json() + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @contextlib.contextmanager
+    def tracking(self, name: str) -> Iterator[None]:
+        """Wait until no other process is this tracker of the run, one of a killed attempt, say."""
+        self.tracker_path(name).mkdir(parents=True, exist_ok=True)
+        with (self.tracker_path(name) / "lock").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @property
     def checkpoints_path(self) -> Path:

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -131,16 +130,18 @@ def test_compiling_needs_a_compiler(
     assert make_plan(small_recipe(tmp_path, *compiled).recipe, machine)
 
 
-def test_tensorboard_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-
-    def without(name: str, package: str | None = None) -> Any:
-        return None if name == "tensorboard" else find_spec(name, package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    what, code = problems(tmp_path, "output.tensorboard=true")["output.tensorboard"]
-    assert "not installed" in what
-    assert code == Exit.ENVIRONMENT
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "wandb", "trackio"])
+def test_a_tracker_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe = small_recipe(tmp_path, f"output.trackers=[{tracker}]").recipe
+    with pytest.raises(UserError) as raised:
+        make_plan(recipe, CPU)
+    (problem,) = raised.value.problems
+    assert problem.what == f"the package {tracker} is not installed"
+    assert problem.hint == f"pip install 'mptrain[{tracker}]'"
+    assert (problem.path, problem.exit_code) == ("output.trackers", Exit.ENVIRONMENT)
 
 
 def test_a_model_without_blocks_has_nothing_to_recompute(tmp_path: Path) -> None:
