@@ -10,7 +10,6 @@ import argparse
 import atexit
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -31,7 +30,6 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 def main() -> NoReturn:
     """Take part in a run; exit code 0 where all ranks end together, whatever that end is."""
     signals.install(_leave)
-    logging.getLogger("DeepSpeed").disabled = True  # the engine that uses it lets it speak
     parser = argparse.ArgumentParser(prog="mpcli.worker")
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
@@ -94,6 +92,8 @@ def _failed(run: RunDirectory, error: Exception) -> Exit:
 
 def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
     from mpcli.cli.console import display, prepare_streams
+
+    prepare_streams()
     from mpcli.cli.plugin import plugin_of_run
     from mpcli.launch import ended_by, reported
     from mpcli.member import Silent, enter, fail, take_part
@@ -101,7 +101,6 @@ def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
     from mpcli.ranks import leave
     from mpcli.recipe.load import load_recipe
 
-    prepare_streams()
     shown: Display = Silent() if run.rank else display()
     with reported(run, shown):
         recipe = None
