@@ -22,11 +22,12 @@ _Row = Mapping[str, Any]
 _PIPED = 80  # columns, where there is no terminal
 _WIDEST = 120
 _HEIGHT = 14  # lines of the plot
-_MARKS = {
-    ("predicted", "underflow"): ".",
+_TICKS = 9
+_MARKS = {  # in the order of drawing
     ("predicted", "overflow"): ":",
-    ("measured", "underflow"): "o",
     ("measured", "overflow"): "x",
+    ("predicted", "underflow"): ".",
+    ("measured", "underflow"): "o",
 }
 _NAMES = {"underflow": "lost", "overflow": "overflow"}
 
@@ -50,6 +51,9 @@ def show_loss_scale(result: SweepResult) -> None:
             "keep fewer bits, inf overflow. cosine: of the gradient with that in fp32."
         )
     )
+    for row in result.rows:
+        if row["status"] != "done":
+            write(f"{scale_text(row['scale'])}: {row['status']}")
     if plot := _plot(result.rows):
         write(f"\n{plot}")
 
@@ -65,7 +69,7 @@ def _scale_row(row: _Row) -> tuple[str, ...]:
         scale_text(row["scale"]),
         *expected,
         *seen,
-        _loss(row["loss"]) if row["status"] == "done" else row["status"],
+        _loss(row["loss"]),
         _share(row["skip_rate"]),
         "-" if cosine is None else f"{cosine:.4f}",
     )
@@ -104,7 +108,8 @@ def _plot(rows: Iterable[_Row]) -> str | None:
     figure = plotext.figure
     figure.clear()
     figure.plot_size(width, _HEIGHT)
-    figure.ruler(0, 0).frequency(min(len(points), 9))
+    ticks = [math.log2(row["scale"]) for row in points[:: math.ceil(len(points) / _TICKS)]]
+    figure.ruler(0, 0).ticks(ticks, [f"2^{power:.4g}" for power in ticks])
     figure.ruler(1, 0).lim(0, 100)
     for (source, name), mark in _MARKS.items():
         known = [
@@ -118,7 +123,7 @@ def _plot(rows: Iterable[_Row]) -> str | None:
             figure.draw(signal)
     lines = plotext.uncolorize(figure.build().string()).splitlines()
     legend = ", ".join(f"{mark} {source} {_NAMES[name]}" for (source, name), mark in _MARKS.items())
-    title = _wrapped(f"% of the gradients over log2 of the loss scale: {legend}")
+    title = _wrapped(f"% of the gradients over the loss scale: {legend}")
     return "\n".join([title, *(line.rstrip() for line in lines if line.strip())])
 
 
