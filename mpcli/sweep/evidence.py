@@ -23,8 +23,8 @@ CANCELLED = 2.0**-16
 """RMS of a bias's gradient over that of a random walk of the values that it sums, at which these
 cancel: what is left is the rounding of fp32 (2^-24 of each value; measured 2^-22), and fp16 has
 another rounding. So it is with the bias of attention's keys, which a softmax does not see, and of a
-convolution in front of a batch norm. What a scale does to noise says nothing. Judgement: no gradient
-that means something was seen below 2^-10."""
+convolution in front of a batch norm. What a scale does to noise says nothing. The limit is
+judgement: far above that rounding, and far below what any bias that matters has."""
 _NORMAL = -14  # exponent of fp16's least normal number
 
 

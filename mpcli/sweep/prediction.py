@@ -14,7 +14,7 @@ is not modelled (docs/loss-scale.md has what that costs).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
