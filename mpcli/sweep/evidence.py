@@ -41,7 +41,7 @@ def evidence_of(run: RunDirectory) -> dict[str, Any]:
     gradients = _without_cancelled([row for row in rows if row.tensor != "output"])
     if not any(row.shadow for row in rows):
         return {
-            "histograms": tuple(map(_histogram, _by_tensor(gradients))),
+            "histograms": tuple(map(histogram_of, _by_tensor(gradients))),
             "outputs_max": _outputs_max(rows),
         }
     types = run.observed()
@@ -97,7 +97,8 @@ def _elements(rows: Sequence[LayerRecord]) -> int:
     return sum(row.elements for row in rows if row.step == rows[0].step)
 
 
-def _histogram(rows: Sequence[LayerRecord]) -> GradientHistogram:
+def histogram_of(rows: Sequence[LayerRecord]) -> GradientHistogram:
+    """Of one tensor, from its rows of fp32 without a loss scale, over calls and moments."""
     counts: dict[int, float] = defaultdict(float)
     for row in rows:
         for exponent, count in enumerate(row.exponents, row.lowest_exponent or 0):
