@@ -12,7 +12,7 @@ from mpcli.recipe.recipe import Recipe
 
 _ALLOWED = (
     *("train.epochs", "train.steps", "train.micro_batch_size"),
-    *("eval.every", "probe.every", "probe.shadow_every", "output.checkpoint_every", "engine"),
+    *("eval.every", "probe", "output.checkpoint_every", "engine"),
 )
 
 
