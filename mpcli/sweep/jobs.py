@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpcli import signals
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.load import LoadedRecipe
+from mpcli.recipe.recipe import Recipe
 from mpcli.sweep.cells import Cell
 from mpcli.sweep.folder import SweepFolder
 from mpcli.sweep.results import TrialResult
@@ -36,6 +37,8 @@ POLL = 1.0
 MAX_BARREN = 3
 """Processes in a row that may die before they have taken a cell."""
 
+_IMPORTED_LATE = {"digits": ("sklearn.datasets",)}
+"""By kind of data: what a run imports only when it needs it, which takes seconds."""
 _GOES_ON = "the same command goes on with the sweep"
 
 
@@ -53,12 +56,13 @@ def check_installed() -> None:
         )
 
 
-def start_server() -> None:
+def start_server(recipe: Recipe) -> None:
     """Begin to import what trials need, beside whatever the caller does next.
 
-    It leaves with the process that started it, and hears no signal before that.
+    The server leaves with the process that started it, and hears no signal before that.
     """
-    multiprocessing.set_forkserver_preload(["mpcli.sweep.trial"])
+    modules = ["mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
+    multiprocessing.set_forkserver_preload(modules)
     with _safe_path():
         resource_tracker.ensure_running()  # which would let signals through
         with signals.blocked():
@@ -120,7 +124,7 @@ def run_sweep(
     with signals.handled(), signals.held():
         study = work.study()
         study.revive(cells)
-        _Jobs(work, study, _gpus(recipe), jobs, tell).run()
+        _Jobs(work, study, recipe.recipe, jobs, tell).run()
         standings = study.look(cells)
         return [study.result(cell, standings[cell.name]) for cell in cells]
 
@@ -131,11 +135,11 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _gpus(recipe: LoadedRecipe) -> list[str]:
+def _gpus(recipe: Recipe) -> list[str]:
     """Those that trials are given one each of; none where a run itself takes several."""
     from mpcli.machine import detect_machine
 
-    engine = recipe.recipe.engine
+    engine = recipe.engine
     if engine.kind != "local" or engine.device == "cpu":
         return []
     number = len(detect_machine().cuda_devices)
@@ -173,13 +177,13 @@ class _Job:
         error: why it could not go on, and the sweep cannot either.
     """
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, recipe: Recipe) -> None:
         self.claimed = False
         self.error: Exception | None = None
         self._told, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("forkserver")
         self.process: ForkServerProcess = context.Process(target=_process, args=(work, sender))
-        start_server()  # again, if it was killed
+        start_server(recipe)  # again, if it was killed
         self.process.start()
         sender.close()
 
@@ -205,13 +209,14 @@ class _Jobs:
         self,
         work: _Work,
         study: Study,
-        gpus: list[str],
+        recipe: Recipe,
         number: int,
         tell: Callable[[str], None],
     ) -> None:
         self._work = work
         self._study = study
-        self._gpus = gpus
+        self._recipe = recipe
+        self._gpus = _gpus(recipe)
         self._tell = tell
         self._slots: list[_Job | None] = [None] * number
         self._over: set[str] = set()
@@ -272,7 +277,7 @@ class _Jobs:
         for slot, job in enumerate(self._slots):
             if job is None and wanted > 0:
                 gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
-                self._slots[slot] = _Job(replace(self._work, gpu=gpu))
+                self._slots[slot] = _Job(replace(self._work, gpu=gpu), self._recipe)
                 wanted -= 1
 
     def _wait(self) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,6 +113,9 @@ def database(url: str, heartbeat: int, grace: int) -> BaseStorage:
         UserError: exit 2, the URL says nothing; 3, the database or its driver is not there.
     """
     parsed = _parsed(url)
+    if parsed.drivername == "postgresql" and not find_spec("psycopg") and find_spec("psycopg2"):
+        # Which of them SQLAlchemy takes by itself depends on its version.
+        parsed = parsed.set(drivername="postgresql+psycopg2")
     options: dict[str, Any] = {"pool_pre_ping": True}
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         what = "--storage: a database in memory is not shared by the processes of a sweep"
