@@ -66,6 +66,11 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def unblock() -> None:
+    """Let them reach a process that was forked in `blocked` after all."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+
+
 @contextmanager
 def handled() -> Iterator[None]:
     """`install` for a block, where nobody did, in the main thread of some other program."""

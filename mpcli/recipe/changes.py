@@ -23,32 +23,34 @@ def allowed_changes(before: Recipe, after: LoadedRecipe) -> list[str]:
         UserError: exit 2, with each difference that makes it another run.
     """
     old, new = (recipe.model_dump(mode="json") for recipe in (before, after.recipe))
-    changes = list(_differences(old, new, ""))
+    changes = list(differences(old, new))
     hint = "a resumed run is the same run: begin a new one for another recipe"
     refused = [
-        Problem(f"the run has {_shown(old)}, found {_shown(new)}", hint, path)
+        Problem(f"the run has {shown(old)}, found {shown(new)}", hint, path)
         for path, old, new in changes
         if not any(path == allowed or path.startswith(f"{allowed}.") for allowed in _ALLOWED)
     ]
     if refused:
         raise UserError(*(problem.at(after.place(problem.path)) for problem in refused))
-    return [f"{path}: {_shown(old)} -> {_shown(new)}" for path, old, new in changes]
+    return [f"{path}: {shown(old)} -> {shown(new)}" for path, old, new in changes]
 
 
 _NOTHING = object()
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, old and new value of what differs in nested mappings."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
             yield path, old, new
         return
     for key in {**old, **new}:
         inner = f"{path}.{key}" if path else key
-        yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), inner)
+        yield from differences(old.get(key, _NOTHING), new.get(key, _NOTHING), inner)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """One of `differences`, for people."""
     if value is _NOTHING:
         return "nothing"
     return "a section" if isinstance(value, dict) else f"`{written(value)}`"
