@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -17,9 +17,9 @@ from mpcli.cli.options import AsJson, Overrides, PluginPath, RecipePath, Strict
 from mpcli.cli.plan import make, planned_for
 from mpcli.cli.plugin import named_plugin
 from mpcli.cli.result import show_warnings
-from mpcli.recipe.errors import Problem, UserError, user_error
+from mpcli.recipe.errors import Exit, Problem, UserError, user_error
 from mpcli.recipe.render import visible
-from mpcli.signals import held, uninterrupted
+from mpcli.signals import held
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
@@ -97,27 +97,26 @@ def loss_scale(
     ask.check_scaled(loaded)
     length = steps or min(ask.STEPS, planned.steps)
     asked = ask.loss_scale_sweep(loaded.recipe, wanted, steps=length, seeds=seeds)
-    sweep = _Sweep(loaded, planned, asked, output, storage, jobs, plugin)
-    _check(loaded, asked.cells)
+    sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
+    _check(loaded, asked.cells, sweep.folder)
     show_warnings(loaded, warnings)
     with held():
-        trials = sweep.run()
-        rows, recommended = _recommendation(loaded, trials)
-        if (setting := recommended["set"]) and not recommended["confirmed"]:
-            more = ask.confirming(loaded.recipe, setting, steps=length, seeds=seeds)
-            trials = sweep.run(more)
-            rows, recommended = _recommendation(loaded, trials)
-        result = sweep.write(trials, rows, recommended)
-        patch = (
-            None if as_json else _patch(loaded, sweep.folder / "recipe.yaml", recommended["set"])
-        )
-    if as_json:
-        write_json(result.model_dump(mode="python"))
-        return
-    from mpcli.cli.sweep_text import show_loss_scale, show_recommended
+        from mpcli.sweep.recommendation import LossScaleSweep
 
-    show_loss_scale(result)
-    show_recommended(recommended, patch)
+        found = LossScaleSweep(sweep.run())
+        setting = found.recommended()["set"]
+        if setting and not any(setting in trial.settings for trial in found.trials):
+            more = ask.confirming(loaded.recipe, setting, steps=length, seeds=seeds)
+            found = LossScaleSweep(sweep.run(more))
+        recommended = found.recommended()
+        result = sweep.result(found.trials, found.rows(), recommended)
+        patch = None if as_json else _patch(loaded, sweep, recommended["set"])
+    if not as_json:
+        from mpcli.cli.sweep_text import show_loss_scale, show_recommended
+
+        show_loss_scale(result, found.prediction)
+        show_recommended(recommended, patch)
+    _end(result, as_json=as_json)
 
 
 def precision(
@@ -148,7 +147,7 @@ def precision(
     loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
     asked = ask.precision_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     if modes is None:
-        refused = _refused(loaded, asked.cells, strict=strict)
+        refused = _refused(loaded, asked.cells, Path(), strict=strict)
         for mode, problems in refused.items():
             _tell(f"{mode} is left out: {problems[0].what}")
         left = [mode for mode in wanted if mode not in refused]
@@ -157,21 +156,19 @@ def precision(
         raise user_error(
             "one mode has nothing to be beside", "name two or more: `--modes fp32,fp16`"
         )
-    if modes is not None:
-        sweep = _Sweep(loaded, planned, asked, output, storage, jobs, plugin)
-    _check(loaded, asked.cells, strict=strict)
+    sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
+    _check(loaded, asked.cells, sweep.folder, strict=strict)
     show_warnings(loaded, warnings)
     with held():
-        trials = sweep.run()
         from mpcli.sweep.comparison import precision_rows
 
-        result = sweep.write(trials, precision_rows(trials))
-    if as_json:
-        write_json(result.model_dump(mode="python"))
-        return
-    from mpcli.cli.sweep_text import show_precision
+        trials = sweep.run()
+        result = sweep.result(trials, precision_rows(trials))
+    if not as_json:
+        from mpcli.cli.sweep_text import show_precision
 
-    show_precision(result)
+        show_precision(result)
+    _end(result, as_json=as_json)
 
 
 def grid(
@@ -202,31 +199,34 @@ def grid(
     wanted = ask.grid(over, overrides)
     loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
     asked = ask.grid_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
-    sweep = _Sweep(loaded, planned, asked, output, storage, jobs, plugin)
-    _check(loaded, asked.cells, strict=strict)
+    sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
+    _check(loaded, asked.cells, sweep.folder, strict=strict)
     show_warnings(loaded, warnings)
     with held():
-        trials = sweep.run()
         from mpcli.sweep.comparison import grid_rows
 
+        trials = sweep.run()
         rows = grid_rows(trials, ask.points(wanted))
-        result = sweep.write(trials, rows, rows[0] if rows[0]["finished"] else None)
-    if as_json:
-        write_json(result.model_dump(mode="python"))
-        return
-    from mpcli.cli.sweep_text import show_grid
+        result = sweep.result(trials, rows, rows[0] if rows[0]["finished"] else None)
+    if not as_json:
+        from mpcli.cli.sweep_text import show_grid
 
-    show_grid(result)
+        show_grid(result)
+    _end(result, as_json=as_json)
 
 
-COMMANDS = {"loss-scale": loss_scale, "precision": precision, "grid": grid}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "loss-scale": loss_scale,
+    "precision": precision,
+    "grid": grid,
+}
 
 
 class _Sweep:
-    """A sweep that is asked for, in its folder.
+    """A sweep that is asked for, and where it is.
 
     Raises:
-        UserError: exit 2, `--output` names nothing.
+        UserError: exit 2, `--output` names nothing; 3, Optuna is not installed.
     """
 
     def __init__(
@@ -237,21 +237,30 @@ class _Sweep:
         output: str | None,
         storage: str | None,
         jobs: int,
-        plugin: str | None,
     ) -> None:
-        from mpcli.sweep.asked import default_folder
+        from mpcli.sweep.folder import SweepFolder, identity
+        from mpcli.sweep.jobs import check_installed, start_server
 
+        check_installed()
         if output == "":
             raise user_error("`--output` names no folder", "leave it out, or name a new folder")
-        self.folder = default_folder(loaded, asked) if output is None else Path(output)
+        name = f"sweep-{asked.kind}-{identity(loaded, asked.record)}"
+        self.folder = Path("runs") / loaded.recipe.name / name if output is None else Path(output)
+        self._files = SweepFolder(self.folder)
         self._loaded, self._asked, self._cells = loaded, asked, asked.cells
-        self._planned_steps = planned.steps
-        self._how = {"storage": storage, "jobs": jobs, "plugin": plugin}
+        self._steps = asked.steps or planned.steps
+        self._how: dict[str, Any] = {"storage": storage, "jobs": jobs}
+        if not self._files.is_finished:
+            start_server(loaded.recipe)
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe of all runs."""
+        return self._files.recipe_path
 
     def run(self, more: Sequence[Cell] = ()) -> list[TrialResult]:
         """Train what has no result yet; with `more`, those cells too."""
-        with uninterrupted():
-            from mpcli.sweep.study import run_sweep
+        from mpcli.sweep.jobs import run_sweep
 
         self._cells = (*self._cells, *more)
         return run_sweep(
@@ -259,40 +268,51 @@ class _Sweep:
             asked=self._asked.record, tell=_tell, **self._how,
         )  # fmt: skip
 
-    def write(
+    def result(
         self,
         trials: Sequence[TrialResult],
         rows: Iterable[Mapping[str, Any]],
         recommended: Mapping[str, Any] | None = None,
     ) -> SweepResult:
-        """`result.json`, which is whole or not there."""
-        from mpcli.rundir import storage_errors
+        """All of it, kept in the folder."""
         from mpcli.sweep.results import SweepResult
 
+        code = Exit.DONE
+        if not any(trial.status == "done" for trial in trials):
+            diverged = any(trial.status == "diverged" for trial in trials)
+            code = Exit.NUMERICS if diverged else Exit.ENVIRONMENT
         result = SweepResult(
             kind=self._asked.kind,
+            exit_code=code,
             name=self._loaded.recipe.name,
-            study=str(self.folder),
-            steps=self._asked.steps or self._planned_steps,
+            study=self.folder.name,
+            steps=self._steps,
             seeds=self._asked.seeds,
             recommended=recommended and dict(recommended),
             rows=tuple(map(dict, rows)),
             trials=tuple(trials),
         )
-        with storage_errors(self.folder, f"the sweep's folder {self.folder}"):
-            write_whole(self.folder / "result.json", result.to_json(indent=2) + "\n")
-        _tell(f"the runs and `result.json` are in {self.folder}")
+        self._files.write_result(result)
+        _tell(f"runs and result: {self.folder}")
         return result
 
 
-def _check(loaded: LoadedRecipe, cells: Sequence[Cell], *, strict: bool = False) -> None:
-    """Load and plan every cell before any is run.
+def _end(result: SweepResult, *, as_json: bool) -> NoReturn:
+    if as_json:
+        write_json(result.model_dump(mode="python"))
+    raise typer.Exit(result.exit_code)
+
+
+def _check(
+    loaded: LoadedRecipe, cells: Sequence[Cell], folder: Path, *, strict: bool = False
+) -> None:
+    """Load and plan every cell, as it will be in the sweep's folder, before any is run.
 
     Raises:
         UserError: every problem once, with the cells that have it.
     """
     found: dict[Problem, list[str]] = {}
-    for label, problems in _refused(loaded, cells, strict=strict).items():
+    for label, problems in _refused(loaded, cells, folder, strict=strict).items():
         for problem in problems:
             found.setdefault(replace(problem, place=None), []).append(label)
     if found:
@@ -305,7 +325,7 @@ def _with(problem: Problem, labels: Sequence[str]) -> Problem:
 
 
 def _refused(
-    loaded: LoadedRecipe, cells: Sequence[Cell], *, strict: bool = False
+    loaded: LoadedRecipe, cells: Sequence[Cell], folder: Path, *, strict: bool = False
 ) -> dict[str, tuple[Problem, ...]]:
     """Label -> why the recipe or the plan of that cell is refused."""
     from mpcli.recipe.dump import resolved_yaml
@@ -316,21 +336,21 @@ def _refused(
     refused: dict[str, tuple[Problem, ...]] = {}
     for label, settings in {cell.label: cell.settings for cell in cells}.items():
         try:
-            cell = parsed_recipe(base, Path(), settings, loaded.plugin)
+            cell = parsed_recipe(base, folder, settings, loaded.plugin)
             planned_for(cell, strict=strict)
         except UserError as error:
             refused[label] = error.problems
     return refused
 
 
-def _patch(loaded: LoadedRecipe, resolved: Path, setting: str | None) -> str | None:
+def _patch(loaded: LoadedRecipe, sweep: _Sweep, setting: str | None) -> str | None:
     """The change of the recipe's own text; None where it cannot hold it, or has it."""
     from mpcli.diagnose.repair import repaired
 
     if setting is None:
         return None
     source = Path(loaded.file)
-    text, own = repaired(resolved, source, [setting], source.parent, loaded.plugin)
+    text, own = repaired(sweep.recipe_path, source, [setting], source.parent, loaded.plugin)
     if not own:
         return None
     old, new = (part.splitlines(keepends=True) for part in (loaded.source, text))

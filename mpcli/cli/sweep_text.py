@@ -15,14 +15,13 @@ from mpcli.cli.console import metric_text, show_table, write
 from mpcli.recipe.render import visible
 
 if TYPE_CHECKING:
+    from mpcli.sweep.prediction import Prediction
     from mpcli.sweep.results import SweepResult
 
 _Row = Mapping[str, Any]
 
-_PIPED = 80  # columns, where there is no terminal
-_WIDEST = 120
-_HEIGHT = 14  # lines of the plot
-_TICKS = 9
+_PIPED, _WIDEST = 80, 120  # columns of the plot: where there is no terminal, and on a wide one
+_HEIGHT = 14  # its lines
 _MARKS = {  # in the order of drawing
     ("predicted", "overflow"): ":",
     ("measured", "overflow"): "x",
@@ -32,7 +31,7 @@ _MARKS = {  # in the order of drawing
 _NAMES = {"underflow": "lost", "overflow": "overflow"}
 
 
-def show_loss_scale(result: SweepResult) -> None:
+def show_loss_scale(result: SweepResult, prediction: Prediction) -> None:
     """Predicted beside measured, as a table and as a plot."""
     header = ("scale", "predicted\nlost", "subn.", "inf", "measured\nlost", "inf", "loss", "skips",
               "cosine")  # fmt: skip
@@ -53,9 +52,9 @@ def show_loss_scale(result: SweepResult) -> None:
     )
     for row in result.rows:
         if row["status"] != "done":
-            write(f"{scale_text(row['scale'])}: {row['status']}")
-    if plot := _plot(result.rows):
-        write(f"\n{plot}")
+            write(f"{_label(row)}: {row['status']}")
+    if prediction.histograms:
+        write(f"\n{_plot(result.rows, prediction)}")
 
 
 def _scale_row(row: _Row) -> tuple[str, ...]:
@@ -66,13 +65,17 @@ def _scale_row(row: _Row) -> tuple[str, ...]:
     seen = tuple(_share(measured.get(name)) for name in ("underflow", "overflow"))
     cosine = row["cosine"]
     return (
-        scale_text(row["scale"]),
+        _label(row),
         *expected,
         *seen,
         _loss(row["loss"]),
         _share(row["skip_rate"]),
         "-" if cosine is None else f"{cosine:.4f}",
     )
+
+
+def _label(row: _Row) -> str:
+    return "advised" if row["label"] == "recommended" else scale_text(row["scale"])
 
 
 def scale_text(scale: float | str) -> str:
@@ -96,33 +99,37 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _plot(rows: Iterable[_Row]) -> str | None:
-    """The shares over log2 of the scale, in plain characters; None of fewer than two scales."""
-    points = sorted((row for row in rows if row["scale"] != "dynamic"), key=lambda r: r["scale"])
-    if len(points) < 2:
-        return None
+def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:
+    """The shares over the loss scale, in plain characters."""
     import plotext
 
-    width = _width()
+    from mpcli.sweep.prediction import SCALES
+    from mpcli.sweep.recommendation import RELIABLE
+
+    measured = [row for row in rows if row["scale"] != "dynamic" and row["measured"]]
+    tried = {row["scale"]: row["measured"] for row in measured}
+    expected = {s: prediction.total(s).model_dump() for s in SCALES if s >= RELIABLE}
     plotext.terminal.limit(False, False)
     figure = plotext.figure
     figure.clear()
-    figure.plot_size(width, _HEIGHT)
-    ticks = [math.log2(row["scale"]) for row in points[:: math.ceil(len(points) / _TICKS)]]
-    figure.ruler(0, 0).ticks(ticks, [f"2^{power:.4g}" for power in ticks])
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED
+    figure.plot_size(min(columns, _WIDEST), _HEIGHT)
     figure.ruler(1, 0).lim(0, 100)
+    low, high = (math.log2(end({*tried, *expected})) for end in (min, max))
+    ticks = range(4 * math.ceil(low / 4), math.floor(high) + 1, 4)
+    figure.ruler(0, 0).ticks(list(ticks), [f"2^{power}" for power in ticks])
     for (source, name), mark in _MARKS.items():
-        known = [
-            (math.log2(row["scale"]), 100 * row[source][name])
-            for row in points
-            if row[source] and row[source].get("reliable", True)
-        ]
-        if known:
-            signal = figure.signal(*map(list, zip(*known, strict=True)), marker=mark)
+        shares = {"predicted": expected, "measured": tried}[source]
+        powers = [math.log2(scale) for scale in shares]
+        percent = [100 * share[name] for share in shares.values()]
+        if powers:
+            signal = figure.signal(powers, percent, marker=mark)
             signal.lines(source == "predicted")
             figure.draw(signal)
     lines = plotext.uncolorize(figure.build().string()).splitlines()
-    legend = ", ".join(f"{mark} {source} {_NAMES[name]}" for (source, name), mark in _MARKS.items())
+    legend = ", ".join(
+        f"`{mark}` {source} {_NAMES[name]}" for (source, name), mark in _MARKS.items()
+    )
     title = _wrapped(f"% of the gradients over the loss scale: {legend}")
     return "\n".join([title, *(line.rstrip() for line in lines if line.strip())])
 
@@ -241,11 +248,7 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def _width() -> int:
-    if not sys.stdout.isatty():
-        return _PIPED
-    return min(shutil.get_terminal_size().columns, _WIDEST)
-
-
 def _wrapped(text: str) -> str:
-    return textwrap.fill(text, _width(), break_long_words=False, break_on_hyphens=False)
+    """A paragraph in the width of the terminal; of other streams in one line."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

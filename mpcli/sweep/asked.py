@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
@@ -55,7 +52,7 @@ class Asked:
     @property
     def record(self) -> dict[str, Any]:
         """What a sweep that is gone on with has to agree with."""
-        return {"kind": self.kind, "steps": self.steps, "seeds": list(self.seeds), **self.what}
+        return {"steps": self.steps, "seeds": list(self.seeds), **self.what}
 
 
 def loss_scale_sweep(
@@ -103,15 +100,6 @@ def grid_sweep(
 def points(over: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Every combination of settings, by its label."""
     return {" ".join(point): point for point in itertools.product(*over)}
-
-
-def default_folder(loaded: LoadedRecipe, asked: Asked) -> Path:
-    """The same for the same question about the same recipe, wherever its data lie."""
-    values = loaded.recipe.model_dump(mode="json", exclude={"output": True, "data": {"path"}})
-    plugin = loaded.plugin.sha256 if loaded.plugin else None
-    text = json.dumps([values, plugin, asked.record], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path("runs") / loaded.recipe.name / f"sweep-{asked.kind}-{digest}"
 
 
 def _cells(settings: dict[str, tuple[str, ...]], seeds: Iterable[int]) -> tuple[Cell, ...]:

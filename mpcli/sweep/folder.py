@@ -29,6 +29,7 @@ from mpcli.recipe.recipe import Recipe
 from mpcli.records import SCHEMA_VERSION, Record
 from mpcli.rundir import storage_errors, sync
 from mpcli.sweep.cells import Cell
+from mpcli.sweep.results import SweepResult
 
 
 class StudyRecord(Record):
@@ -118,6 +119,21 @@ class SweepFolder:
                 (self.path / "trials").mkdir(exist_ok=True)
                 sync(self.path)
         return about
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has its result."""
+        return (self.path / "result.json").exists()
+
+    def write_result(self, result: SweepResult) -> None:
+        """Whole, or not at all.
+
+        Raises:
+            UserError: exit 7, it cannot be written.
+        """
+        with storage_errors(self.path, f"the folder {self.path}"):
+            self._write("result.json", result.to_json(indent=2) + "\n")
+            sync(self.path)
 
     def _check_empty(self) -> None:
         ours = {"claim.lock", "study.json", "study.json.tmp"}  # of a beginning

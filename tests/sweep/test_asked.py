@@ -80,7 +80,7 @@ def test_a_loss_scale_sweep_has_a_reference_and_the_recipe_at_every_scale(tmp_pa
         (label, seed) for label in ("fp32", "scale=1", "scale=65536", "dynamic") for seed in (7, 8)
     ]
     assert sweep.record == {
-        "kind": "loss-scale", "steps": 30, "seeds": [7, 8], "values": [1.0, 65536.0, "dynamic"],
+        "steps": 30, "seeds": [7, 8], "values": [1.0, 65536.0, "dynamic"],
     }  # fmt: skip
     assert "probe={every: 0, shadow_every: 0, steps: [1, 3, 30]}" in sweep.cells[0].settings
     own = [[s for s in cell.settings if "precision" in s] for cell in sweep.cells[::2]]
