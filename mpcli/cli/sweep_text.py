@@ -37,8 +37,8 @@ def show_loss_scale(result: SweepResult, prediction: Prediction) -> None:
               "cosine")  # fmt: skip
     losses = [trial.loss for trial in result.trials if trial.label == "fp32"]
     known = [loss for loss in losses if loss is not None]
-    loss = _loss(statistics.fmean(known) if known else None)
-    reference = ("fp32", *["-"] * 5, loss, "-", "-")
+    loss = statistics.fmean(known) if known else None
+    reference = ("fp32", *["-"] * 5, _loss(loss), "-", "-")
     show_table(
         f"{result.name}: {result.steps:,} steps at each loss scale",
         header,
@@ -96,7 +96,10 @@ def _share(value: float | None) -> str:
 
 
 def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    """In at most 7 cells."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.1e}"
 
 
 def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:

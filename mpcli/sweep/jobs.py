@@ -43,17 +43,18 @@ _GOES_ON = "the same command goes on with the sweep"
 
 
 def check_installed() -> None:
-    """See that Optuna is there.
+    """See that the packages of the extra are there.
 
     Raises:
         UserError: exit 3.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise user_error(
-            "sweeps need Optuna, which is not installed",
-            'pip install "mptrain[sweep]"',
-            exit_code=Exit.ENVIRONMENT,
-        )
+    for package in ("optuna", "plotext"):
+        if importlib.util.find_spec(package) is None:
+            raise user_error(
+                f"sweeps need {package}, which is not installed",
+                'pip install "mptrain[sweep]"',
+                exit_code=Exit.ENVIRONMENT,
+            )
 
 
 def start_server(recipe: Recipe) -> None:
