@@ -23,7 +23,7 @@ def results(sweep: Path, mode: str) -> dict[int, dict]:
 
 def test_precision_over_seeds_beside_a_direct_computation(mptrain_process, recipe, tmp_path):
     command = (
-        "mptrain sweep precision tiny.yaml --modes bf16,fp32 --seeds 5 --jobs 2 --steps 12 "
+        "mptrain sweep precision tiny.yaml --modes bf16,fp32 --seeds 5 --jobs 2 --steps 4 "
         "--output sweep --json"
     )
     outcome = mptrain_process(command)
@@ -48,10 +48,6 @@ def test_precision_over_seeds_beside_a_direct_computation(mptrain_process, recip
     again = mptrain_process(command)
     assert again.json == outcome.json  # of the runs that there are: nothing is run
     assert "seed" not in again.err
-
-    other = mptrain_process(command.replace("--seeds 5", "--seeds 4"))
-    assert other.code == 2
-    assert "a sweep with seeds" in other.err
 
 
 def test_loss_scale_of_real_runs(mptrain_process, recipe, tmp_path):
