@@ -61,7 +61,7 @@ def start_server(recipe: Recipe) -> None:
 
     The server leaves with the process that started it, and hears no signal before that.
     """
-    modules = ["mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
+    modules = ["mpcli.sweep.server", "mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
     multiprocessing.set_forkserver_preload(modules)
     with _safe_path():
         resource_tracker.ensure_running()  # which would let signals through

@@ -1,0 +1,53 @@
+"""A sweep that is killed, and started again: no finished trial is repeated, and none is lost."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sweeps import CELLS, complete, done_runs, finished, gone, study_of, sweeping
+
+
+def kill_and_start_again(folder: Path, moments: list[float]) -> None:
+    """Kill a sweep with two jobs so many seconds after it has begun.
+
+    Nothing that it has started outlives it. Then let it end, and look at what was done.
+    """
+    before: dict[str, tuple[int, bytes]] = {}
+    for seconds in moments:
+        with sweeping(folder, "train.steps=300"):
+            time.sleep(seconds)
+        assert gone(folder)
+        now = done_runs(folder)
+        assert before.items() <= now.items()
+        before = now
+    with sweeping(folder, "train.steps=300") as process:
+        trials = finished(process)
+    now = done_runs(folder)
+    assert before.items() <= now.items(), "a finished trial was run again"
+    assert sorted(now) == sorted(cell.name for cell in CELLS)
+    study = study_of(folder)
+    assert complete(study) == sorted(now)  # each told once
+    assert [trial["run"] for trial in trials] == [cell.name for cell in CELLS]
+    assert {(trial["status"], trial["steps"]) for trial in trials} == {("done", 300)}
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    seconds = random.uniform(4, 12)
+    print(f"killed after {seconds:.2f} s")  # noqa: T201
+    kill_and_start_again(tmp_path / "sweep", [seconds])
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sweep_killed_at_random_moments(tmp_path: Path, seed: int) -> None:
+    """Each of ten sweeps is killed at one moment of its start or its trials, and some once more."""
+    draw = random.Random(seed)
+    moments = [draw.uniform(0, 14)]
+    if seed % 3 == 0:
+        moments.append(draw.uniform(3, 14))
+    kill_and_start_again(tmp_path / "sweep", moments)
