@@ -24,8 +24,9 @@ from tests.sweeps import (
     gone,
     processes_of,
     study_of,
+    sweeping,
     wait_for,
-)  # fmt: skip
+)
 
 STEPS = "train.steps=200"
 NAMES = sorted(cell.name for cell in CELLS)
