@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -47,14 +50,15 @@ if __name__ == "__main__":
 """
 
 
-def begun(
+@contextlib.contextmanager
+def sweeping(
     folder: Path,
     *overrides: str,
     storage: str | None = None,
     jobs: int = 2,
     cells: tuple[Cell, ...] = CELLS,
-) -> subprocess.Popen[str]:
-    """A process that sweeps; `folder` is the sweep's."""
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that sweeps, for a block; `folder` is the sweep's."""
     recipe = folder.parent / "small.yaml"
     recipe.write_text(RECIPE)
     script = folder.parent / "sweep.py"
@@ -68,16 +72,21 @@ def begun(
         "jobs": jobs,
     }
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(script), json.dumps(asked)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def finished(process: subprocess.Popen[str]) -> list[dict[str, object]]:
     """The trials of a process that sweeps to the end."""
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     trials: list[dict[str, object]] = json.loads(out)
     return trials
@@ -102,3 +111,35 @@ def done_runs(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in folder.glob("trials/*/result.json")
         if json.loads(path.read_bytes())["status"] == "done"
     }
+
+
+def processes_of(folder: Path) -> list[int]:
+    """That have the log of a trial, or a lock, of a sweep open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [str(file.readlink()) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(file.startswith(f"{folder}/") for file in files):
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str], number: int = 1) -> None:
+    """Until so many of the sweep's files are there."""
+    end = time.monotonic() + 120
+    while len(list(folder.glob(pattern))) < number:
+        if process.poll() is not None:  # it has ended: they were there
+            assert process.returncode == 0, process.communicate()
+            return
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def gone(folder: Path, seconds: float = 3) -> bool:
+    """Whether nothing is left running."""
+    end = time.monotonic() + seconds
+    while processes_of(folder) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not processes_of(folder)

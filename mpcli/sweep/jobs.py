@@ -62,7 +62,7 @@ def start_server(recipe: Recipe) -> None:
 
     The server leaves with the process that started it, and hears no signal before that.
     """
-    modules = ["mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
+    modules = ["mpcli.sweep.server", "mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
     multiprocessing.set_forkserver_preload(modules)
     with _safe_path():
         resource_tracker.ensure_running()  # which would let signals through
@@ -174,12 +174,12 @@ class _Job:
     """A process that takes a cell and runs it.
 
     Attributes:
-        claimed: whether it has taken one.
+        trial_id: of the cell that it has taken; None before.
         error: why it could not go on, and the sweep cannot either.
     """
 
     def __init__(self, work: _Work, recipe: Recipe) -> None:
-        self.claimed = False
+        self.trial_id: int | None = None
         self.error: Exception | None = None
         self._told, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("forkserver")
@@ -192,9 +192,11 @@ class _Job:
         """Read what it has told."""
         with contextlib.suppress(EOFError):  # it ended, perhaps in the middle of a word
             while self._told.poll():
-                said = self._told.recv()
-                self.claimed = True
-                self.error = said if isinstance(said, Exception) else None
+                match self._told.recv():
+                    case int(trial_id):
+                        self.trial_id = trial_id
+                    case error:
+                        self.error = error
 
     def close(self) -> None:
         """Of one that has ended."""
@@ -231,8 +233,7 @@ class _Jobs:
             UserError: by a signal, or what one of the processes cannot go on with; the others
                 have left their runs to be gone on with.
         """
-        if before := self._news(silent=True):
-            self._tell(f"{before} of {len(self._work.cells)} trials have ended before")
+        self._news(silent=True)  # of those that had ended before
         try:
             while self._running() or len(self._over) < len(self._work.cells):
                 if not self._stop:
@@ -257,8 +258,8 @@ class _Jobs:
     def _running(self) -> list[_Job]:
         return [job for job in self._slots if job]
 
-    def _news(self, *, silent: bool = False) -> int:
-        """Tell of the trials that have ended since the last time; how many there are."""
+    def _news(self, *, silent: bool = False) -> None:
+        """Tell of the trials that have ended since the last time."""
         standings = self._study.look(self._work.cells)
         for cell in self._work.cells:
             standing = standings[cell.name]
@@ -268,13 +269,12 @@ class _Jobs:
                     about = _text(self._study.result(cell, standing))
                     number = f"{len(self._over)}/{len(self._work.cells)}"
                     self._tell(f"{number} {cell.label} seed {cell.seed}: {about}")
-        return len(self._over)
 
     def _start(self) -> None:
         """As many processes as there are cells that wait, and no process on its way to."""
         standings = self._study.look(self._work.cells).values()
         wanted = sum(standing.waiting for standing in standings)
-        wanted -= sum(not job.claimed for job in self._running())
+        wanted -= sum(job.trial_id is None for job in self._running())
         for slot, job in enumerate(self._slots):
             if job is None and wanted > 0:
                 gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
@@ -306,12 +306,15 @@ class _Jobs:
         code = job.process.exitcode
         job.close()
         self._error = self._error or job.error
-        self._barren = self._barren + 1 if code and not job.claimed else 0
-        if self._barren == MAX_BARREN and not self._stop:
+        lost = bool(code) and not job.error and not self._stop
+        if lost and job.trial_id is not None:
+            self._study.died(job.trial_id)
+        self._barren = self._barren + 1 if lost and job.trial_id is None else 0
+        if self._barren == MAX_BARREN:
             what = f"the processes of the sweep die before they begin (exit code {code})"
             hint = f"the machine may be short of memory; {_GOES_ON}"
             self._error = user_error(what, hint, exit_code=Exit.ENVIRONMENT)
-        if not job.claimed:
+        if job.trial_id is None:
             time.sleep(LOOK)  # what it found taken may be free soon
 
     def _kill(self) -> None:
@@ -333,8 +336,8 @@ def _process(work: _Work, told: Connection) -> None:
     os.setsid()  # Ctrl-C is for the process that started this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signals.install()
-    signals.unblock()
     with signals.held():
+        signals.unblock()
         try:
             code = _run(work, told)
         except UserError as error:
@@ -366,13 +369,10 @@ def _run(work: _Work, told: Connection) -> Exit:
     claim = work.study().claim(work.cells)
     if claim is None:
         return Exit.DONE
-    told.send(claim.cell.name)
+    told.send(claim.trial_id)
     _print_to(work.folder.log_path(claim.cell))
-    try:
-        signals.check()
+    with contextlib.suppress(Lost):
         run_trial(claim, work.folder, work.kind, plugin)
-    except Lost:
-        pass
     return Exit.DONE
 
 

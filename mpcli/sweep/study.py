@@ -43,7 +43,7 @@ MAX_DEATHS = 3
 WORSE = 3.0
 """A trial is ended when its loss is so many times that of its first step."""
 
-_ENDED, _STOPPED, _FAILED = "ended", "stopped", "failed"
+_ENDED, _FAILED, _DIED = "ended", "failed", "died"  # an attribute of failed trials, its values
 _PART = 2**14  # characters of an attribute: MySQL holds 2^16 bytes, and quoting may double them
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL + 1)  # what matters is told by us
@@ -60,7 +60,7 @@ class Standing:
     Attributes:
         ended: the trial that has its result.
         alive: the trial that waits or runs.
-        deaths: of processes that ran it.
+        deaths: of processes that ran it, while their sweep went on.
     """
 
     ended: FrozenTrial | None = None
@@ -78,8 +78,8 @@ class Standing:
                 trial.state == TrialState.FAIL and told == _FAILED
             ):
                 ended = ended or trial
-            elif trial.state == TrialState.FAIL:
-                deaths += told is None
+            elif trial.state == TrialState.FAIL:  # or it was stopped, or died with its sweep
+                deaths += told == _DIED
             else:
                 alive = alive or trial
         return cls(ended, alive, deaths)
@@ -96,13 +96,17 @@ class Standing:
 
 
 class Claim:
-    """A cell that this process runs, and no other."""
+    """A cell that this process runs, and no other.
+
+    Attributes:
+        trial_id: of its trial.
+    """
 
     def __init__(self, study: Study, cell: Cell, trial_id: int, lock: BinaryIO) -> None:
         self.cell = cell
+        self.trial_id = trial_id
         self._trial = optuna.Trial(study.optuna, trial_id)
         self._study = study
-        self._trial_id = trial_id
         self._lock = lock
         # A forked process would hold it as well, and longer, where it outlives this one.
         os.register_at_fork(after_in_child=lock.close)
@@ -143,7 +147,7 @@ class Claim:
     def give_back(self) -> None:
         """Leave the cell to be gone on with."""
         with contextlib.suppress(Lost):
-            self._tell(TrialState.FAIL, {_ENDED: _STOPPED})
+            self._tell(TrialState.FAIL, {})
 
     def _tell(
         self, state: TrialState, attributes: dict[str, str], value: float | None = None
@@ -159,7 +163,7 @@ class Claim:
                 self.release()
 
     def release(self) -> None:
-        """Be as a process that died, if nothing was told."""
+        """Be as a process that is gone, if nothing was told."""
         self._over.set()
         if self._heart:
             self._heart.join()
@@ -168,7 +172,7 @@ class Claim:
     def _beat(self) -> None:
         while not self._over.wait(self._study.heartbeat):
             with contextlib.suppress(StorageInternalError):  # it may be back in time
-                self._study.beat(self._trial_id)
+                self._study.beat(self.trial_id)
 
 
 class Study:
@@ -264,6 +268,12 @@ class Study:
             what = f"the study's trial {standing.ended.number} ({cell.name}) has no result"
             hint = "begin another sweep with `--output`, or with another database"
             raise user_error(what, hint, exit_code=Exit.CHECKPOINT) from error
+
+    def died(self, trial_id: int) -> None:
+        """Say that the process that ran a trial is gone, through no fault of the sweep's."""
+        with self.explained(), contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, _ENDED, _DIED)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def beat(self, trial_id: int) -> None:
         """Say that a trial's process lives."""

@@ -76,6 +76,7 @@ def test_a_cell_whose_process_died_is_claimed_again_but_not_for_ever(folder: Swe
         assert other.claim(CELLS[:1]) is None
         claim.release()  # as the kernel does it
         assert other.claim(CELLS[:1]) is None  # before anybody saw to it
+        study.died(claim.trial_id)
     other.revive(CELLS)
     standing = other.look(CELLS)[CELLS[0].name]
     assert standing.over
@@ -84,11 +85,13 @@ def test_a_cell_whose_process_died_is_claimed_again_but_not_for_ever(folder: Swe
     assert claimed(other).cell == CELLS[1]
 
 
-def test_what_is_given_back_is_no_death(folder: SweepFolder) -> None:
-    study = Study(folder, "study")
-    for _ in range(2 * MAX_DEATHS):
+def test_a_cell_is_not_blamed_for_the_end_of_its_sweep(folder: SweepFolder) -> None:
+    for _ in range(MAX_DEATHS):
+        study = Study(folder, "study")
         study.revive(CELLS)
-        claimed(study, CELLS[:1]).give_back()
+        claimed(study, CELLS[:1]).give_back()  # stopped
+        study.revive(CELLS)
+        claimed(study, CELLS[:1]).release()  # killed, with all that could have told of it
     study.revive(CELLS)
     assert study.look(CELLS)[CELLS[0].name].waiting
 
@@ -205,8 +208,10 @@ def test_whatever_processes_do_each_cell_ends_once(
                 held[number] = claim
         elif what != "claim" and (taken := held.pop(number, None)):
             if what == "die":
-                deaths[taken.cell.name] += 1
                 taken.release()
+                if others_see := number % 2 == 0:
+                    processes[2].died(taken.trial_id)
+                deaths[taken.cell.name] += others_see
                 processes[number] = Study(folder, "study")
             elif what == "give back":
                 taken.give_back()
