@@ -99,7 +99,9 @@ def _loss(value: float | None) -> str:
     """In at most 7 cells."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.1e}"
+    if not value or 1e-3 <= abs(value) < 100:
+        return f"{value:.4f}"
+    return f"{value:.4g}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
 def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:
