@@ -53,8 +53,8 @@ MODELS = {
 SCALES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 BELOW_1 = (2.0**-4, 2.0**-8, 2.0**-12)
 SEEDS = (0, 1, 2)
-"""A bias of 16 elements moves the mean over the layers by a quarter of a point with each of them, so
-that mean is of several seeds; BERT-tiny, which takes longest and has larger biases, has one."""
+"""A bias of 16 elements moves the mean over the layers by a quarter of a point with each of them,
+so that mean is of several seeds; BERT-tiny, which takes longest and has larger biases, has one."""
 
 
 class Compared(NamedTuple):
