@@ -7,8 +7,10 @@ becomes of the values that it counts, but for those that are powers of two thems
 a bin that is counted as kept. For other scales the values of a bin are taken to be spread evenly in
 log2|x|. The largest magnitude, which is exact, says whether anything overflows.
 
-Every tensor is judged by itself: that what is zero in one layer may be missing in those before it
-is not modelled (docs/loss-scale.md has what that costs).
+A weight's gradient is made of the gradient of its module's output, so it shrinks with what that
+loses: by the root of the share of its energy (sum of squares) that is left. Else every tensor is
+judged by itself: that what is zero in one layer is missing in those before it is not modelled
+(docs/loss-scale.md has what that costs).
 """
 
 from __future__ import annotations
@@ -85,15 +87,49 @@ class Prediction:
         largest = max(self._max, default=0.0)
         return max((scale for scale in SCALES if largest * scale < LIMIT), default=0.0)
 
+    @cached_property
+    def _energies(self) -> NDArray[np.float64]:
+        """[tensors, bins]: how the sum of the squares spreads."""
+        energies = self._shares * 4.0**self._exponents
+        energies /= energies.sum(axis=1, keepdims=True)
+        return energies
+
+    @cached_property
+    def _sources(self) -> list[tuple[int, int]]:
+        """Rows of weights' gradients, each with that of the output's gradient it is made of."""
+        rows = list(enumerate(self.histograms))
+        outputs = {one.name: row for row, one in rows if one.tensor == "grad_output"}
+        return [
+            (row, outputs[one.module])
+            for row, one in rows
+            if one.tensor == "grad" and one.module in outputs
+        ]
+
     def _by_layer(self, scale: float) -> NDArray[np.float64]:
         """[tensors, 3]: underflow, subnormal, overflow."""
-        zero, normal, limit = (
-            self._shares @ np.clip(edge - math.log2(scale) - self._exponents, 0.0, 1.0)
-            for edge in (_ZERO, _NORMAL, _LIMIT)
-        )
+        scales = np.full(len(self.histograms), math.log2(scale))
+        if self._sources:
+            weights, outputs = map(list, zip(*self._sources, strict=True))
+            kept = 1 - _summed(self._energies, self._below(_ZERO, scales))[outputs]
+            with np.errstate(divide="ignore"):  # nothing is left: everything is lost
+                scales[weights] += np.log2(np.fmax(kept, 0.0)) / 2
+        zero = _summed(self._shares, self._below(_ZERO, scales))
+        small = _summed(self._shares, self._below(_NORMAL, scales))
+        finite = self._shares @ np.clip(_LIMIT - math.log2(scale) - self._exponents, 0.0, 1.0)
         # The largest element may not have been sampled.
-        reached = np.where(self._max * scale < LIMIT, 0.0, np.fmax(1 - limit, 1 / self._elements))
-        return np.stack([zero, normal - zero, np.fmin(reached, 1.0)], axis=1)
+        over = np.where(self._max * scale < LIMIT, 0.0, np.fmax(1 - finite, 1 / self._elements))
+        return np.stack([zero, small - zero, np.fmin(over, 1.0)], axis=1)
+
+    def _below(self, limit: float, scales: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[tensors, bins]: share of each bin below a limit; both in log2."""
+        below: NDArray[np.float64] = np.clip(limit - scales[:, None] - self._exponents, 0.0, 1.0)
+        return below
+
+
+def _summed(spread: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the bins of each tensor."""
+    total: NDArray[np.float64] = np.einsum("ij,ij->i", spread, shares)
+    return total
 
 
 def _fractions(values: NDArray[np.float64]) -> Fractions:

@@ -65,11 +65,12 @@ def test_a_power_of_two_is_predicted_as_direct_rounding_does_it(values: Tensor, 
     assert predicted.overflow == pytest.approx(direct.overflow, abs=4e-3)
 
 
-@given(values=tensors(), scales=st.tuples(*[st.floats(2.0**-8, 2.0**32)] * 2))
+@given(values=tensors(), weights=tensors(), scales=st.tuples(*[st.floats(2.0**-8, 2.0**32)] * 2))
 def test_more_scale_loses_no_more_and_overflows_no_less(
-    values: Tensor, scales: tuple[float, float]
+    values: Tensor, weights: Tensor, scales: tuple[float, float]
 ) -> None:
-    prediction = Prediction([histogram(values)])
+    outputs = histogram(values, "layer").model_copy(update={"tensor": "grad_output"})
+    prediction = Prediction([outputs, histogram(weights)])
     low, high = (prediction.total(scale) for scale in sorted(scales))
     assert high.underflow <= low.underflow + 1e-12
     assert high.overflow >= low.overflow - 1e-12
@@ -119,6 +120,30 @@ def test_tensors_count_by_their_values_that_are_not_zero() -> None:
     prediction = Prediction([histogram(lost, "lost"), histogram(kept, "kept")])
     assert prediction.total(1.0).underflow == pytest.approx(300 / 400)
     assert [layer.fractions.underflow for layer in prediction.layers(1.0)] == [1.0, 0.0]
+
+
+def test_a_weights_gradient_shrinks_with_that_of_its_modules_output() -> None:
+    outputs = torch.cat([torch.full((300,), 2.0**-26 * 1.5), torch.full((100,), 2.0**-24 * 1.5)])
+    weights = torch.full((50,), 2.0**-25 * 1.1)
+    both = [
+        histogram(outputs, "layer").model_copy(update={"tensor": "grad_output"}),
+        histogram(weights, "layer.weight"),
+    ]
+    kept = 16 * 100 / (16 * 100 + 300)  # of the energy
+    alone, together = Prediction(both[1:]), Prediction(both)
+    assert alone.layers(1.0)[0].fractions.underflow == 0.0
+    # Spread over their bin, those below 1 / sqrt(kept) are lost.
+    expected = -math.log2(kept) / 2
+    assert together.layers(1.0)[1].fractions.underflow == pytest.approx(expected)
+    assert together.layers(1.0)[0].fractions.underflow == pytest.approx(0.75)
+    assert together.layers(0.1)[1].fractions.underflow == 1.0
+
+
+def test_where_an_output_loses_all_the_weights_gradient_is_zero() -> None:
+    output = histogram(torch.full((9,), 2.0**-40), "layer")
+    weight = histogram(torch.full((9,), 2.0**-10), "layer.weight")
+    lost = output.model_copy(update={"tensor": "grad_output"})
+    assert [one.fractions.underflow for one in Prediction([lost, weight]).layers(1.0)] == [1, 1]
 
 
 def test_nothing_but_zeros_predicts_nothing() -> None:
