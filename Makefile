@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose bench-sweep clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -54,6 +54,9 @@ bench-memory: $(INSTALLED)
 
 bench-diagnose: $(INSTALLED)
 	$(BIN)/python -m benchmarks.diagnose
+
+bench-sweep: $(INSTALLED)
+	$(BIN)/python -m benchmarks.sweep
 
 clean:
 	rm -rf .venv build dist
