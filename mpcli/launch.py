@@ -258,7 +258,8 @@ def _helped(problem: Problem, recipe: Recipe, run: RunDirectory) -> Iterator[Pro
         yield replace(problem, hint=hint)
         return
     yield replace(problem, hint=None)
-    yield Problem(parts_text(memory), helps or None, severity="warning")
+    unknown = "no single change of the recipe is known to help: use a smaller model"
+    yield Problem(parts_text(memory), helps or unknown, severity="warning")
 
 
 def _changes(recipe: Recipe, plan: Plan, run: RunDirectory) -> list[Change]:

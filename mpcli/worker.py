@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Take part in a run; exit code 0 where all ranks end together, whatever that end is."""
     signals.install(_leave)
-    logging.getLogger("DeepSpeed").disabled = True  # the engine that uses it lets it speak
     parser = argparse.ArgumentParser(prog="mpcli.worker")
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
@@ -89,6 +87,8 @@ def _failed(run: RunDirectory, error: Exception) -> Exit:
 
 def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
     from mpcli.cli.console import display, prepare_streams
+
+    prepare_streams()
     from mpcli.cli.plugin import plugin_of_run
     from mpcli.launch import ended_by, reported
     from mpcli.member import Silent, enter, fail, take_part
@@ -96,7 +96,6 @@ def _work(run: RunDirectory, plugin_path: str | None) -> Ending:
     from mpcli.ranks import leave
     from mpcli.recipe.load import load_recipe
 
-    prepare_streams()
     shown: Display = Silent() if run.rank else display()
     with reported(run, shown):
         recipe = None

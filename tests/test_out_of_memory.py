@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed import DistBackendError  # type: ignore[attr-defined]
 
+from mpcli.cli.app import main
 from mpcli.engines.local import LocalEngine
 from mpcli.launch import _same_processes, ended_by, launch
 from mpcli.machine import Machine, _cgroup_room, detect_machine
@@ -108,6 +109,19 @@ def test_half_the_micro_batch_goes_on_from_the_checkpoint_with_the_same_losses(
     assert [line for line in told if "out of memory" in line][1:] == [f"{why} (attempt 3)"]
     assert "micro_batch_size: null" in run.recipe_path.read_text()
     assert result.problems == ()
+
+
+def test_a_resume_keeps_the_smaller_micro_batch_until_it_is_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    run, _, _ = short_run(tmp_path, 7)
+    for override in ("train.steps=10", "train.steps=12"):
+        arguments = ["run", "--resume", str(run.path), "--plugin", str(PLUGIN)]
+        if override.endswith("12"):
+            arguments += ["--set", "train.micro_batch_size=2"]
+        assert main([*arguments, "--set", override]) == 0
+    assert [plan.micro_batch_size for plan in plans(run)] == [16, 8, 4, 4, 2]
+    assert "micro-batches of 4 instead of 16: there was no memory for more" in reasons(run, 4)
 
 
 def test_without_a_checkpoint_the_run_begins_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from mpcli import checkpoint
 from mpcli.checkpoint import Checkpoint
 from mpcli.plan import make_plan
-from mpcli.recipe.changes import allowed_changes
+from mpcli.recipe.changes import allowed_changes, refuse_kinds
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.rundir import RunDirectory
 from tests.small import CPU, resume_small, run_small, small_recipe
@@ -64,6 +64,22 @@ def test_what_makes_it_another_run_is_refused_with_the_difference(
     assert caught.value.exit_code == Exit.USAGE
     assert (problem.path, problem.what) == (path, what)
     assert problem.place is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("optim.kind=adamw", "the run has `sgd`, found `adamw`"),
+        ("task.model.kind=vit", "the run has `smallnet`, found `vit`"),
+    ],
+)
+def test_another_kind_is_refused_before_its_fields_are_missed(
+    tmp_path: Path, override: str, what: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_kinds(small_recipe(tmp_path).recipe, ["engine.kind=ddp", "optim.kind=sgd", override])
+    (problem,) = caught.value.problems
+    assert (problem.path, problem.what) == (override.partition("=")[0], what)
 
 
 def test_a_checkpoint_that_is_damaged_is_passed_over_with_a_warning(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -67,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `arguments` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
-    # transformers imports DeepSpeed where there is one, which tells stdout what device it found.
-    logging.getLogger("DeepSpeed").disabled = True
     named = [command.__name__ for command in COMMANDS if command.__name__ == arguments[0]]
     return guarded(
         lambda: app(arguments, prog_name="mptrain", standalone_mode=False),

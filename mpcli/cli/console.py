@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import sys
@@ -24,12 +25,16 @@ _NARROWEST = 24  # cells in which sentences are still readable
 
 
 def prepare_streams() -> None:
-    """Let no locale and no closed stream make printing fail."""
+    """Let no locale and no closed stream make printing fail, and no library's import print."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # transformers imports what there is: DeepSpeed tells stdout what device it found (the engine
+    # that uses it lets it speak), torchao's types make torch warn.
+    for library in ("DeepSpeed", "torch.utils._pytree"):
+        logging.getLogger(library).disabled = True
 
 
 def write(text: str, stream: TextIO | None = None) -> None:

@@ -95,7 +95,7 @@ def size_in_bytes(text: str) -> int:
     Raises:
         UserError: it is none.
     """
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?) ?([KMGT]i?B)", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if not size:
         raise user_error(f"--capacity is a size, found `{text}`", "write it as 24GiB or 500MB")
@@ -128,6 +128,7 @@ def _fit_record(fit: Fit, overrides: Sequence[str]) -> dict[str, Any]:
         "fits": fit.fits,
         "changes": [_change_record(change, overrides) for change in fit.changes],
         "least": None if least is None else _change_record(least, overrides),
+        "lacking": list(fit.lacking),
     }
 
 
@@ -164,6 +165,8 @@ def _show_fit(fit: Fit, overrides: Sequence[str]) -> None:
         write(_as_typed(change.settings))
         if replaced := _replaced(overrides, change.settings):
             write(f"  instead of\n{_as_typed(replaced)}")
+    for lacking in fit.lacking:
+        write(f"Not looked at: {lacking}")
 
 
 def _as_typed(settings: Sequence[str]) -> str:

@@ -110,7 +110,7 @@ def _resume(
     as_json: bool,
 ) -> NoReturn:
     """Go on with a run whose recipe is the same, but for what may change."""
-    from mpcli.recipe.changes import allowed_changes
+    from mpcli.recipe.changes import allowed_changes, refuse_kinds
     from mpcli.recipe.load import load_recipe
     from mpcli.rundir import RunDirectory
 
@@ -121,6 +121,7 @@ def _resume(
     try:
         plugin = plugin_of_run(directory, plugin_path)
         before = load_recipe(directory.recipe_path, plugin=plugin).recipe
+        refuse_kinds(before, overrides)
         changes = allowed_changes(before, load_recipe(directory.recipe_path, overrides, plugin))
         recipe_path = str(directory.recipe_path)
         loaded, planned, warnings = make(
@@ -137,6 +138,13 @@ def _resume(
                 f"--resume {path}: the run is over and left no checkpoint to go on from",
                 "begin a new run; `output.checkpoint_every` lets it be made longer later",
             )
+
+        if smaller := _had_no_memory(directory, planned, loaded, overrides):
+            sizes = (smaller.micro_batch_size, planned.micro_batch_size)
+            why = "micro-batches of {:,} instead of {:,}: there was no memory for more".format(
+                *sizes
+            )
+            changes, planned = [*changes, why], smaller
 
         from mpcli.machine import environment
 
@@ -181,6 +189,24 @@ def _train(
         else:
             result = launch(directory, display(), loaded.plugin)
         show_result(result, directory, loaded, as_json=as_json)
+
+
+def _had_no_memory(
+    run: RunDirectory, planned: Plan, loaded: LoadedRecipe, overrides: list[str]
+) -> Plan | None:
+    """The plan with the micro-batch of the attempt before, if that is smaller and nobody says more.
+
+    A larger one is asked for with `--set`: of micro-batches, or of another engine.
+    """
+    from mpcli.plan.micro_batch import as_before
+
+    if any(setting.startswith(("train.micro_batch_size", "engine")) for setting in overrides):
+        return None
+    try:
+        smaller = as_before(loaded.recipe, planned, run.plan())
+    except (OSError, ValueError):  # lost with the end of an attempt
+        return None
+    return smaller if smaller.micro_batch_size < planned.micro_batch_size else None
 
 
 def _check_model(run: RunDirectory, planned: Plan, loaded: LoadedRecipe) -> None:

@@ -16,8 +16,8 @@ from mpcli.plan.memory import UnknownMemory
 from mpcli.plan.micro_batch import halved
 from mpcli.precision.numerics import numerics
 from mpcli.recipe.engine import DeepSpeed, Fsdp2
-from mpcli.recipe.errors import UserError
-from mpcli.recipe.optim import AdamW, AdamW8bit
+from mpcli.recipe.errors import Exit, UserError
+from mpcli.recipe.optim import Adafactor, AdamW, AdamW8bit, Muon
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan
 from mpcli.sizes import size_text
@@ -53,7 +53,8 @@ class Fit:
         fits: None where its memory is not known.
         peak: bytes of the recipe as it is.
         changes: those that make it fit, one of them each time.
-        least: where there are none, the changes that together need least.
+        least: where there are none, the changes that together need least, if any need less.
+        lacking: packages without which some changes could not be looked at, in words.
     """
 
     capacity: int
@@ -61,6 +62,7 @@ class Fit:
     peak: int | None
     changes: tuple[Change, ...] = ()
     least: Change | None = None
+    lacking: tuple[str, ...] = ()
 
 
 def answer(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Fit:
@@ -70,13 +72,23 @@ def answer(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Fit:
     peak = plan.memory.peak
     if peak <= capacity:
         return Fit(capacity, True, peak)
-    remembered = functools.cache(plan_for)
-    if fit := fitting(recipe, plan, remembered, capacity):
-        return Fit(capacity, False, peak, tuple(fit))
-    all_of_them = together(recipe, plan, remembered, capacity)
-    if all_of_them and all_of_them.memory.peak <= capacity:
-        return Fit(capacity, False, peak, (all_of_them,))
-    return Fit(capacity, False, peak, (), all_of_them)
+    lacking: dict[str, None] = {}
+
+    @functools.cache
+    def remembered(settings: tuple[str, ...]) -> MemoryPlan:
+        try:
+            return plan_for(settings)
+        except UserError as error:
+            if error.exit_code is Exit.ENVIRONMENT:
+                lacking.update({f"{p.what}: {p.hint}": None for p in error.problems if p.hint})
+            raise
+
+    found, least = tuple(fitting(recipe, plan, remembered, capacity)), None
+    if not found:
+        least = together(recipe, plan, remembered, capacity)
+    if least and least.memory.peak <= capacity:
+        found, least = (least,), None
+    return Fit(capacity, False, peak, found, least, tuple(lacking))
 
 
 def changes(recipe: Recipe, plan: Plan, plan_for: PlanFor) -> list[Change]:
@@ -108,30 +120,36 @@ def together(recipe: Recipe, plan: Plan, plan_for: PlanFor, capacity: int) -> Ch
     With what fits the micro-batch is as large as it can be.
 
     Returns:
-        None where no change can be planned.
+        None where none needs less.
     """
     sizes = _micro_batches(recipe, plan)
+    smallest = sizes[-1:]
     singles = [one for one in _others(recipe) if _planned([one], plan_for)]
     # 8-bit states cannot be divided or offloaded: either of both.
-    orders = [[one for one in singles if not _switches(one, kind)] for kind in ("engine", "optim")]
+    orders = [
+        [one for one in singles if not _has(one, "engine.kind=")],
+        [one for one in singles if not _has(one, "optim.kind=adamw8bit")],
+    ]
     best: Change | None = None
     for order in orders:
         taken: list[_Described] = []
-        now = _one_planned(_joined(sizes[-1:]), plan_for)
-        for one in order:
-            tried = _one_planned(_joined([*sizes[-1:], *taken, one]), plan_for)
+        now = _one_planned(_joined([]), plan_for)
+        for one in (*smallest, *order):
+            tried = _one_planned(_joined([*taken, one]), plan_for)
+            # Accumulation keeps whole gradients, so that a smaller micro-batch may need more.
             if tried and (now is None or tried.memory.peak < now.memory.peak):
                 now, taken = tried, [*taken, one]
             if now and now.memory.peak <= capacity:
-                choices = [_joined([*size, *taken]) for size in ([], *([size] for size in sizes))]
+                others = [one for one in taken if one not in smallest]
+                choices = [_joined([*size, *others]) for size in ([], *([size] for size in sizes))]
                 return _first_that_fits(choices, plan_for, capacity) or now
-        if now and (best is None or now.memory.peak < best.memory.peak):
+        if now and taken and (best is None or now.memory.peak < best.memory.peak):
             best = now
     return best
 
 
-def _switches(described: _Described, section: str) -> bool:
-    return any(setting.startswith(f"{section}.kind=") for setting in described[1])
+def _has(described: _Described, beginning: str) -> bool:
+    return any(setting.startswith(beginning) for setting in described[1])
 
 
 def _joined(several: Sequence[_Described]) -> _Described:
@@ -195,12 +213,15 @@ def _others(recipe: Recipe) -> Iterator[_Described]:
         if half == "bf16" and recipe.precision.loss_scale.kind != "none":
             settings.append("precision.loss_scale={kind: none}")
         yield f"store weights and activations in {half}, beside fp32 masters", tuple(settings)
+    divisible: tuple[str, ...] = ()
+    if isinstance(optim, AdamW8bit | Adafactor | Muon):  # which step whole weights
+        divisible = tuple(_switched("optim", optim, AdamW))
     if not (isinstance(engine, Fsdp2) and engine.cpu_offload):
         what = "keep weights, gradients and optimizer state in host memory (fsdp2)"
-        yield what, tuple(_switched("engine", engine, Fsdp2, cpu_offload=True))
+        yield what, (*_switched("engine", engine, Fsdp2, cpu_offload=True), *divisible)
     if not (isinstance(engine, DeepSpeed) and engine.offload):
         what = "keep optimizer state and fp32 masters in host memory (ZeRO-Offload)"
-        yield what, tuple(_switched("engine", engine, DeepSpeed, offload=True))
+        yield what, (*_switched("engine", engine, DeepSpeed, offload=True), *divisible)
 
 
 def _switched(

@@ -232,8 +232,22 @@ def smaller(recipe: Recipe, plan: Plan) -> int | None:
 def halved(recipe: Recipe, plan: Plan) -> Plan | None:
     """The same plan with half the micro-batch; None: there is no smaller one."""
     size = smaller(recipe, plan)
-    if size is None:
-        return None
+    return None if size is None else _with_size(recipe, plan, size)
+
+
+def as_before(recipe: Recipe, plan: Plan, before: Plan) -> Plan:
+    """A plan with the micro-batch of an attempt before, if that had to be smaller.
+
+    Args:
+        plan: of the same recipe as `before`.
+    """
+    alike = (plan.world_size, plan.device) == (before.world_size, before.device)
+    if recipe.train.micro_batch_size == "auto" or not alike:
+        return plan
+    return _with_size(recipe, plan, min(plan.micro_batch_size, before.micro_batch_size))
+
+
+def _with_size(recipe: Recipe, plan: Plan, size: int) -> Plan:
     parts = micro_batch_sizes(recipe.train.global_batch_size, 0, plan.world_size, size)
     return plan.model_copy(update={"micro_batch_size": size, "accumulation": len(parts)})
 

@@ -11,11 +11,11 @@ import yaml
 from benchmarks.memory import TOLERANCE, Cell, cells, measured_peak, with_data
 from mpcli.cli.plan import size_in_bytes
 from mpcli.plan import make_plan
-from mpcli.plan.capacity import answer, changes, fitting, together
+from mpcli.plan.capacity import Fit, answer, changes, fitting, together
 from mpcli.plan.memory import UnknownMemory, memory_of
 from mpcli.plan.step import Moment, Step
 from mpcli.ranks import ALONE
-from mpcli.recipe.errors import UserError
+from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.fields import kinds
 from mpcli.recipe.recipe import Recipe
 from mpcli.records import MemoryPlan, Plan
@@ -95,6 +95,18 @@ def test_micro_batches_and_checkpointing_need_less(tmp_path: Path) -> None:
     assert half.activations < 0.6 * whole.activations
     assert again.activations < 0.5 * whole.activations
     assert max(half.peak, again.peak) < whole.peak
+    samples = 16 * (64 * 4 + 8)  # images and labels of the whole step
+    assert half.batch == whole.batch == samples
+
+
+def test_a_half_convolution_that_a_cpu_lacks_has_a_matrix_of_its_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = []
+    for lacking in (False, True):
+        monkeypatch.setattr("mpcli.plan.live._lacks", lambda _, lacking=lacking: lacking)
+        peaks.append(memory(tmp_path, "precision.mode=bf16", "task.model.width=16").peak)
+    assert peaks[1] - peaks[0] >= 16 * (3 * 3 * 16) * 8 * 8 * 2 / 2  # half of such a matrix
 
 
 def check(one: Cell) -> None:
@@ -288,6 +300,52 @@ def test_where_no_change_is_enough_several_are_together(tmp_path: Path) -> None:
     assert change is not None and change.memory.peak == 340  # 2 samples at a time
     assert change.settings == ("train.micro_batch_size=2", "optim.kind=adamw8bit", "optim.lr=0.1")
     assert together(recipe, plan, plan_for, 900) is not None
+
+
+def test_a_smaller_micro_batch_that_needs_more_is_not_among_them(tmp_path: Path) -> None:
+    recipe, plan = adamw(tmp_path)
+
+    def accumulating(settings: tuple[str, ...]) -> MemoryPlan:
+        whole = not any(setting.startswith("train.") for setting in settings)
+        if any(setting.startswith(("optim", "precision", "engine")) for setting in settings):
+            raise UnknownMemory("not here")
+        return needs(peak=900 if whole else 1000)
+
+    assert together(recipe, plan, accumulating, 100) is None
+    assert answer(recipe, plan, accumulating, 100) == Fit(100, False, plan.memory.peak)
+
+
+def test_several_that_fit_together_are_the_answer(tmp_path: Path) -> None:
+    recipe, plan = adamw(tmp_path)
+    fit = answer(recipe, plan, plan_for, 350)
+    assert [change.memory.peak for change in fit.changes] == [340]
+    assert (fit.least, fit.lacking) == (None, ())
+
+
+def test_packages_without_which_a_change_is_not_looked_at_are_named(tmp_path: Path) -> None:
+    recipe, plan = adamw(tmp_path)
+
+    def without_package(settings: tuple[str, ...]) -> MemoryPlan:
+        if any(setting.startswith("optim.kind") for setting in settings):
+            raise user_error("no package", "pip install it", exit_code=Exit.ENVIRONMENT)
+        return plan_for(settings)
+
+    fit = answer(recipe, plan, without_package, 300)
+    assert (fit.fits, fit.lacking) == (False, ("no package: pip install it",))
+
+
+def test_offloading_steps_8_bit_state_as_adamw(tmp_path: Path) -> None:
+    eight = RECIPE.replace(
+        "{kind: sgd, lr: 0.1, momentum: 0.9}", "{kind: adamw8bit, lr: 0.1, eps: 1e-6}"
+    )
+    recipe = small_recipe(tmp_path, text=eight).recipe
+    plan = make_plan(recipe, CPU)
+    offered = changes(recipe, plan, lambda settings: needs(peak=1))
+    engines = [c.settings for c in offered if any("engine.kind" in s for s in c.settings)]
+    assert len(engines) == 2
+    for settings in engines:
+        assert {"optim.kind=adamw", "optim.eps=1.0e-06"} <= set(settings)
+        small_recipe(tmp_path, *settings, text=eight)  # it is a recipe
 
 
 def test_batchnorm_is_never_proposed_single_samples(tmp_path: Path) -> None:
