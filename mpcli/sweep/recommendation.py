@@ -27,7 +27,7 @@ sampled may be four times as large. More costs nothing while the scale stays abo
 for small values that become subnormal."""
 LEARNT = 0.05
 """Share of what fp32 learnt (of its first loss, where that is nothing) by which a run's final loss
-may differ from it: seeds of short runs differ by as much."""
+may be above it: seeds of short runs differ by as much."""
 NOISE = 0.25
 """The same where two standard errors of the mean paired difference are more than `LEARNT`: beyond,
 runs differ so much from each other that something is wrong with some."""
@@ -76,7 +76,7 @@ class LossScaleSweep:
         return Prediction([_together(histograms) for histograms in groups.values()])
 
     def matches(self, label: str) -> bool:
-        """Whether runs end where fp32's do, by the mean of the last losses with the same seeds."""
+        """Whether runs end where fp32's do or lower, by their last losses with the same seeds."""
         exact = {trial.seed: trial for trial in self.reference}
         pairs = [(trial, exact[trial.seed]) for trial in self.half[label] if trial.seed in exact]
         differences = [
@@ -93,7 +93,7 @@ class LossScaleSweep:
             error = statistics.stdev(differences) / math.sqrt(len(differences))
         span = self.learnt or abs(statistics.fmean(fp32.first_loss or 0.0 for _, fp32 in pairs))
         allowed = max(LEARNT * span, min(2 * error, NOISE * span))
-        return abs(statistics.fmean(differences)) <= allowed  # NaN is not
+        return statistics.fmean(differences) <= allowed  # NaN is not
 
     @cached_property
     def learnt(self) -> float:
