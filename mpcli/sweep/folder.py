@@ -137,6 +137,8 @@ class SweepFolder:
 
     def _check_empty(self) -> None:
         ours = {"claim.lock", "study.json", "study.json.tmp"}  # of a beginning
+        if self.recipe_path.exists() and (self.path / "trials").is_dir():  # what was asked is lost
+            ours |= {"recipe.yaml", "trials", "result.json", "study.journal", "study.journal.lock"}
         found = {entry.name for entry in self.path.iterdir()} - ours
         if not found or (self.path / "study.json").exists():
             return
@@ -170,7 +172,12 @@ class SweepFolder:
             raise UserError(*problems)
 
     def _check_recipe(self, loaded: LoadedRecipe) -> None:
-        before = load_recipe(self.recipe_path, plugin=loaded.plugin).recipe
+        try:
+            before = load_recipe(self.recipe_path, plugin=loaded.plugin).recipe
+        except UserError as error:
+            what = f"{self.recipe_path}: the sweep's own recipe: {error.problems[0].what}"
+            hint = "move it away: it is written again"
+            raise user_error(what, hint, exit_code=Exit.CHECKPOINT) from error
         hint = "name another folder with `--output`: this sweep's recipe does not change"
         problems = [
             Problem(f"the sweep has {shown(old)}, found {shown(new)}", hint, path)

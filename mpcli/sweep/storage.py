@@ -117,7 +117,9 @@ def database(url: str, heartbeat: int, grace: int) -> BaseStorage:
         # Which of them SQLAlchemy takes by itself depends on its version.
         parsed = parsed.set(drivername="postgresql+psycopg2")
     options: dict[str, Any] = {"pool_pre_ping": True}
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+    if parsed.get_backend_name() == "sqlite" and (
+        parsed.database in (None, "", ":memory:") or "memory" in str(parsed.query.get("mode"))
+    ):
         what = "--storage: a database in memory is not shared by the processes of a sweep"
         raise user_error(what, "name a file: `sqlite:////FOLDER/study.db`")
     try:

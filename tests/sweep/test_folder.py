@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.rundir import RunDirectory
 from mpcli.sweep.folder import SweepFolder, identity
 from tests.small import RECIPE, small_recipe
 
@@ -59,6 +60,24 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_study_record_is_named(folder: Path, text: str) -> None:
     (folder / "study.json").write_text(text)
     assert "study.json: says nothing about a sweep" in refused(folder, Exit.CHECKPOINT)
+
+
+def test_a_sweep_whose_question_is_lost_is_gone_on_with(folder: Path) -> None:
+    (folder / "study.journal").write_text("")
+    (folder / "study.json").unlink()
+    refused(folder, Exit.USAGE, "optim.lr=0.3")  # of another recipe it is not
+    SweepFolder(folder).prepare(small_recipe(folder.parent), "grid", ASKED)
+
+
+def test_a_torn_recipe_of_a_sweep_is_named(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("name: [")
+    assert "the sweep's own recipe" in refused(folder, Exit.CHECKPOINT)
+
+
+def test_a_sweep_is_no_run(folder: Path) -> None:
+    with pytest.raises(UserError, match="a sweep, and not a run") as told:
+        RunDirectory.open(folder)
+    assert told.value.exit_code is Exit.USAGE
 
 
 def test_a_beginning_that_was_cut_short_is_finished(folder: Path) -> None:

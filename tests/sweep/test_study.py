@@ -282,6 +282,7 @@ def test_a_journal_that_cannot_be_written(folder: SweepFolder) -> None:
         ("se@cret", Exit.USAGE, "no URL of a database"),
         ("postgresql://me:se@cret@localhost:port/db", Exit.USAGE, "no URL of a database"),
         ("sqlite://", Exit.USAGE, "in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", Exit.USAGE, "in memory"),
         ("sqlite:////nowhere/se@cret/study.db", Exit.ENVIRONMENT, "unable to open"),
     ],
 )
