@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose bench-report clean
+.PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose bench-report bench-sweep clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -57,6 +57,9 @@ bench-diagnose: $(INSTALLED)
 
 bench-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report
+
+bench-sweep: $(INSTALLED)
+	$(BIN)/python -m benchmarks.sweep
 
 clean:
 	rm -rf .venv build dist

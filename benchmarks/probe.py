@@ -45,7 +45,7 @@ EVERY = 100
 
 def measure(name: str, overrides: list[str], seconds: float) -> list[tuple[float, float, float]]:
     """Pairs of steps: seconds of (a plain one, a sampled one, watching one that is not sampled)."""
-    loaded = load_recipe(templates()[name], [*RECIPES[name], "probe.every=1", *overrides])
+    loaded = load_recipe(templates()[name], [*RECIPES.get(name, []), "probe.every=1", *overrides])
     recipe, plan = loaded.recipe, make_plan(loaded.recipe, detect_machine())
     device, task = torch.device(plan.device), task_of(recipe.task)
     with settings(recipe, plan), tempfile.TemporaryDirectory() as folder:

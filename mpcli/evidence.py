@@ -14,6 +14,7 @@ from mpcli.data.workers import TrainBatches
 from mpcli.engines.base import Engine, LossFunction, Outcome
 from mpcli.engines.shadow import Shadow
 from mpcli.flight import keep_flight
+from mpcli.precision.numerics import numerics
 from mpcli.precision.statistics import Pending
 from mpcli.ranks import ALONE, Ranks
 from mpcli.recipe.recipe import Recipe
@@ -47,6 +48,7 @@ class Evidence:
         self._engine = engine
         self._data = data
         self._ranks = ranks
+        self._is_half = numerics(recipe.precision.mode).compute != torch.float32
         self._shadow = Shadow(build_model, device, ranks)
         self._random: dict[int, dict[str, Tensor]] = {}  # before the steps that have no row yet
         self._copying: deque[tuple[int, Pending]] = deque()
@@ -62,9 +64,9 @@ class Evidence:
         """
         self._random[step] = self._engine.random_state()
         probe = self._recipe.probe
-        if _due(probe.every, step):
+        if _due(probe.every, step) or step in probe.steps:
             beside = None
-            if _due(probe.shadow_every, step):
+            if _due(probe.shadow_every, step) or (self._is_half and step in probe.steps):
                 weights = self._engine.weights()
                 beside = self._shadow.samples(weights, loss_function, batches, total_weight)
             self._engine.sample(beside)

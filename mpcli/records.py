@@ -205,6 +205,13 @@ class ShadowComparison(Record):
     flushed: float = Field(description="share that is zero here, and not in the shadow")
     overflowed: float = Field(description="share that is not finite here, but is in the shadow")
     error: float = Field(description="L2 norm of the difference over that of the shadow")
+    cosine: float | None = Field(
+        default=None, description="of the angle to the shadow; null where either is zero"
+    )
+    rms: float | None = Field(
+        default=None, description="root mean square of the shadow, without the loss scale"
+    )
+    zeros: float | None = Field(default=None, description="share that is zero in the shadow")
 
 
 class LayerRecord(Record):

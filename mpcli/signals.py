@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 _asked: int | None = None  # the first signal to end
@@ -64,6 +66,19 @@ def blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock() -> None:
+    """Let them reach a process that was forked in `blocked` after all."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one is gone, however it ended. Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 @contextmanager

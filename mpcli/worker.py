@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,8 +21,6 @@ from mpcli.rundir import RunDirectory
 if TYPE_CHECKING:
     from mpcli.launch import Ending
     from mpcli.trainer import Display
-
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def main() -> NoReturn:
@@ -60,8 +56,7 @@ def _leave(preempted: bool) -> NoReturn:
 
 def _end_with(launcher: int) -> None:
     """Be killed when the launcher is gone, however it ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    signals.end_with_parent()
     if os.getppid() != launcher:
         os._exit(Exit.DISTRIBUTED)
 

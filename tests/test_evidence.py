@@ -131,6 +131,17 @@ def test_shadows_come_only_when_they_are_due(tmp_path: Path) -> None:
     assert {row.step for row in run.layers()} == {1, 2, 4}
 
 
+@pytest.mark.parametrize(("mode", "shadows"), [("fp32", set()), ("fp16", {2, 3}), ("bf16", {2, 3})])
+def test_steps_that_are_named_are_sampled_and_have_a_shadow_in_half(
+    tmp_path: Path, mode: str, shadows: set[int]
+) -> None:
+    run, _ = run_small(
+        tmp_path, f"precision.mode={mode}", "train.steps=4", "probe={every: 4, steps: [2, 3, 9]}"
+    )
+    assert {row.step for row in run.layers()} == {1, 2, 3, 4}
+    assert {row.step for row in run.layers() if row.shadow} == shadows
+
+
 def test_a_compiled_model_is_sampled_through_its_own_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

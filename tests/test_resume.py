@@ -33,7 +33,7 @@ QUICK = ("fp32", "fp16", "adamw", "ema")
 
 
 @pytest.mark.parametrize(
-    "mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+    "mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.verify) for m in MODES]
 )
 def test_killed_at_any_step_it_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str

@@ -31,7 +31,7 @@ from tests.stopped import (
 
 
 @pytest.mark.parametrize(
-    "mode", ["fp16", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bf16-pure", "async"))]
+    "mode", ["fp16", *(pytest.param(m, marks=pytest.mark.verify) for m in ("bf16-pure", "async"))]
 )
 @pytest.mark.parametrize(
     ("number", "status", "code"),

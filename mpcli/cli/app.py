@@ -22,6 +22,7 @@ from mpcli.cli import (
     run,
     runs,
     schema,
+    sweep,
     watch,
 )
 from mpcli.cli.console import prepare_streams, write
@@ -56,6 +57,14 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command(cls=_Command)(interruptible(command))
+sweeps = typer.Typer(
+    cls=_Group,
+    help="Many short runs of a recipe, and what they show together.",
+    rich_markup_mode=None,
+)
+for name, kind in sweep.COMMANDS.items():
+    sweeps.command(name, cls=_Command)(interruptible(kind))
+app.add_typer(sweeps, name="sweep")
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,11 +85,20 @@ def _global_options(
     pass
 
 
+def _named(arguments: Sequence[str]) -> list[str]:
+    """The command, as far as it is known."""
+    if arguments[0] == "sweep":
+        return ["sweep", *(name for name in arguments[1:2] if name in sweep.COMMANDS)]
+    return [command.__name__ for command in COMMANDS if command.__name__ == arguments[0]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of `arguments` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
-    named = [command.__name__ for command in COMMANDS if command.__name__ == arguments[0]]
+    if arguments == ["sweep"]:
+        arguments.append("--help")
+    named = _named(arguments)
     return guarded(
         lambda: app(arguments, prog_name="mptrain", standalone_mode=False),
         as_json="--json" in arguments,

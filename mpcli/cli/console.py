@@ -65,7 +65,7 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     """Print a table on stdout, or a line for each row where a terminal is too narrow for it.
 
     Nothing that a person may want to copy (a name, a path) is cut in two: only the last column
-    has several lines, broken between words.
+    has several lines, broken between words. A header may have two lines.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -77,7 +77,11 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     rows = [tuple(map(visible, row)) for row in rows]  # names may come from a stranger
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else 10_000
-    *columns, last = zip(header, *rows, strict=True)
+    lines = max(name.count("\n") for name in header)
+    names = ["\n" * (lines - name.count("\n")) + name for name in header]  # aligned below
+    # The longer line of a header stands for it.
+    longest = [max(name.split("\n"), key=cell_len) for name in header]
+    *columns, last = zip(longest, *rows, strict=True)
     room = width - sum(max(map(cell_len, column)) + 2 for column in columns)
     words = [word for cell in last for word in cell.split()]
     wanted = min(max(map(cell_len, last)), _NARROWEST)
@@ -88,9 +92,9 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False,
         show_header=any(header), header_style="dim",
     )  # fmt: skip
-    for name in header[:-1]:
+    for name in names[:-1]:
         table.add_column(name, no_wrap=True)
-    table.add_column(header[-1])
+    table.add_column(names[-1])
     for row in rows:
         table.add_row(*map(Text, row))
     text = io.StringIO()
@@ -101,7 +105,9 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
 def _line(header: Sequence[str], row: Sequence[str]) -> str:
     """`first: second, name of the third column and third`."""
     facts = (
-        f"{name} {cell}".strip() for name, cell in zip(header[1:], row[1:], strict=True) if cell
+        f"{' '.join(name.split())} {cell}".strip()
+        for name, cell in zip(header[1:], row[1:], strict=True)
+        if cell
     )
     return f"{row[0]}: {', '.join(facts)}"
 

@@ -139,7 +139,7 @@ def diagnose(
     code = _exit_code(fail_on, [cause.severity for cause in causes])
     written = failed = None
     try:
-        with held():  # neither half a recipe is left, nor the texts that were tried beside it
+        with held():  # no half a recipe is left
             written = out and write_fix(out, causes, run, named, plugin)
     except UserError as error:  # what was found is told first
         failed = error

@@ -6,7 +6,7 @@ import functools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec
 
 import typer
@@ -112,12 +112,20 @@ def _usage_problem(error: Any, usage: str) -> Problem:
 
 
 def _option_hint(option: str, context: Any) -> str | None:
-    commands = getattr(context.command, "commands", {}).values()
-    if any(option in _options(command) for command in commands):
-        return f"it belongs after the command, such as `mptrain check RECIPE {option}`"
+    for name in _with_option(option, context.command):
+        path = f"{context.command_path} {name}"
+        return f"it belongs after the command, such as `{path} RECIPE {option}`"
     return _OPTION_HINTS.get((context.info_name, option)) or did_you_mean(
         option, _options(context.command), cutoff=0.7
     )
+
+
+def _with_option(option: str, group: Any) -> Iterator[str]:
+    """Commands of a group, and of groups in it, that have the option."""
+    for name, command in sorted(getattr(group, "commands", {}).items()):
+        if option in _options(command):
+            yield name
+        yield from (f"{name} {inner}" for inner in _with_option(option, command))
 
 
 def _options(command: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from mpcli.recipe.compose import EITHER
 from mpcli.recipe.dump import resolved_yaml, written
 from mpcli.recipe.edit import with_other, with_value
 from mpcli.recipe.errors import UserError
-from mpcli.recipe.load import load_recipe
+from mpcli.recipe.load import load_recipe, parsed_recipe
 from mpcli.recipe.plugin import PluginFile
 from mpcli.recipe.recipe import Recipe
+from mpcli.recipe.source import Source
 
 
 def overrides(causes: Sequence[Finding]) -> tuple[str, ...]:
@@ -99,10 +99,7 @@ def _excluded(path: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 def _read(text: str, folder: Path, plugin: PluginFile | None) -> Recipe:
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=folder, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        return load_recipe(file.name, plugin=plugin).recipe
+    return parsed_recipe(Source("", text), folder, plugin=plugin).recipe
 
 
 def differences(old: Section, new: Section) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -43,9 +43,9 @@ _INFINITY = 0x7F800000
 # Columns of the table; the bins follow.
 _MAX, _NAN, _INF, _SQUARES, _ZEROS, _AT_LIMIT, _TIES = range(7)
 _LOST, _MOVING = 7, 8  # elements: unchanged though the gradient is not 0; with such a gradient
-_FLUSHED, _OVERFLOWED, _DIFFERENCE, _SHADOW = 9, 10, 11, 12
-_SCALE, _FOUND_INF = 13, 14
-_FIRST_BIN = 15
+_FLUSHED, _OVERFLOWED, _DIFFERENCE, _SHADOW, _PRODUCT, _SHADOW_ZEROS = 9, 10, 11, 12, 13, 14
+_SCALE, _FOUND_INF = 15, 16
+_FIRST_BIN = 17
 _COLUMNS = _FIRST_BIN + _BINS
 
 
@@ -146,7 +146,7 @@ class Samples:
         place = self._place(len(self._rows) - 1)
         place[_MAX : _INF + 1] = extremes
         if compared is not None:
-            place[_FLUSHED : _SHADOW + 1] = compared
+            place[_FLUSHED : _SHADOW_ZEROS + 1] = compared
 
     def add_update(self, key: Key, before: Tensor, after: Tensor, gradient: Tensor | None) -> None:
         """What an optimizer step changed, of one parameter as it is stored.
@@ -376,19 +376,22 @@ def _counted_together(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _compared(sample: Tensor, shadow: Tensor, scale: Tensor) -> Tensor:
-    """[4] fp64: `_FLUSHED`, `_OVERFLOWED`, and the sums of squares `_DIFFERENCE` and `_SHADOW`.
+    """[6] fp64: the columns `_FLUSHED` to `_SHADOW_ZEROS`; three of them are sums of products.
 
-    Elements where either is not finite have no difference.
+    Elements where either is not finite are in no sum.
     """
     finite = shadow.isfinite()
     both = finite & sample.isfinite()
-    difference = torch.where(both, sample.double() / scale - shadow.double(), 0)
+    exact = torch.where(both, shadow.double(), 0)
+    difference = torch.where(both, sample.double() / scale, 0) - exact
     return torch.stack(
         [
             torch.count_nonzero((sample == 0) & (shadow != 0)),
             torch.count_nonzero(finite & ~both),
-            difference.square_().sum(),
-            torch.where(both, shadow.double(), 0).square_().sum(),
+            torch.dot(difference, difference),
+            torch.dot(exact, exact),
+            torch.dot(difference + exact, exact),
+            torch.count_nonzero(shadow == 0),
         ]
     )
 
@@ -464,6 +467,15 @@ def _least_normal(dtype: torch.dtype) -> int:
 
 
 def _comparison(values: list[float], sampled: int) -> ShadowComparison:
-    flushed, overflowed, difference, shadow = values[_FLUSHED : _SHADOW + 1]
+    flushed, overflowed, difference, shadow, product, zeros = values[_FLUSHED : _SHADOW_ZEROS + 1]
     error = math.sqrt(difference / shadow) if shadow else math.inf if difference else 0.0
-    return ShadowComparison(flushed=flushed / sampled, overflowed=overflowed / sampled, error=error)
+    squares = difference - shadow + 2 * product  # of the tensor itself
+    lengths = math.sqrt(max(squares, 0.0) * shadow)
+    return ShadowComparison(
+        flushed=flushed / sampled,
+        overflowed=overflowed / sampled,
+        error=error,
+        cosine=min(1.0, max(-1.0, product / lengths)) if lengths else None,
+        rms=math.sqrt(shadow / sampled),
+        zeros=zeros / sampled,
+    )

@@ -13,7 +13,7 @@ from mpcli.recipe.recipe import Recipe
 _SAME = "a resumed run is the same run: begin a new one for another recipe"
 _ALLOWED = (
     *("train.epochs", "train.steps", "train.micro_batch_size"),
-    *("eval.every", "probe.every", "probe.shadow_every", "output.checkpoint_every", "engine"),
+    *("eval.every", "probe", "output.checkpoint_every", "engine"),
 )
 
 
@@ -24,15 +24,15 @@ def allowed_changes(before: Recipe, after: LoadedRecipe) -> list[str]:
         UserError: exit 2, with each difference that makes it another run.
     """
     old, new = (recipe.model_dump(mode="json") for recipe in (before, after.recipe))
-    changes = list(_differences(old, new, ""))
+    changes = list(differences(old, new))
     refused = [
-        Problem(f"the run has {_shown(old)}, found {_shown(new)}", _SAME, path)
+        Problem(f"the run has {shown(old)}, found {shown(new)}", _SAME, path)
         for path, old, new in changes
         if not _is_allowed(path)
     ]
     if refused:
         raise UserError(*(problem.at(after.place(problem.path)) for problem in refused))
-    return [f"{path}: {_shown(old)} -> {_shown(new)}" for path, old, new in changes]
+    return [f"{path}: {shown(old)} -> {shown(new)}" for path, old, new in changes]
 
 
 def refuse_kinds(before: Recipe, overrides: Sequence[str]) -> None:
@@ -47,9 +47,7 @@ def refuse_kinds(before: Recipe, overrides: Sequence[str]) -> None:
         for key in path.split("."):
             section = section.get(key) if isinstance(section, dict) else None
         if path.endswith(".kind") and section not in (None, kind) and not _is_allowed(path):
-            raise user_error(
-                f"the run has {_shown(section)}, found {_shown(kind)}", _SAME, path=path
-            )
+            raise user_error(f"the run has {shown(section)}, found {shown(kind)}", _SAME, path=path)
 
 
 def _is_allowed(path: str) -> bool:
@@ -59,17 +57,19 @@ def _is_allowed(path: str) -> bool:
 _NOTHING = object()
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, old and new value of what differs in nested mappings."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
             yield path, old, new
         return
     for key in {**old, **new}:
         inner = f"{path}.{key}" if path else key
-        yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), inner)
+        yield from differences(old.get(key, _NOTHING), new.get(key, _NOTHING), inner)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """One of `differences`, for people."""
     if value is _NOTHING:
         return "nothing"
     return "a section" if isinstance(value, dict) else f"`{written(value)}`"

@@ -63,14 +63,33 @@ def load_recipe(
     """
     if str(path) == "":
         raise UserError(Problem("no recipe is named", "`mptrain init` lists recipes to copy"))
-    source = _read(Path(path), str(path))
+    return parsed_recipe(_read(Path(path), str(path)), Path(path).parent, overrides, plugin)
+
+
+def parsed_recipe(
+    source: Source,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    plugin: PluginFile | None = None,
+) -> LoadedRecipe:
+    """Compose and validate the text of a recipe.
+
+    Args:
+        source: the text.
+        folder: where fragments of the author's own are looked for.
+        overrides: `path=value` texts, as given to `--set`.
+        plugin: the file whose task the recipe has.
+
+    Raises:
+        UserError: with every problem of the recipe, each at its place.
+    """
     root, problems = nodes.parse(source)
     if root is None or (isinstance(root, nodes.Scalar) and root.value is None):
         raise source.error(0, 0, "the file holds no recipe", "`mptrain init` lists recipes to copy")
     if not isinstance(root, nodes.Mapping):
         hint = "a recipe is made of sections such as `optim:`; `mptrain init` lists recipes to copy"
         raise UserError(*problems, Problem("the file holds no sections", hint, place=root.place))
-    composed = compose(root, overrides, Path(path).parent)
+    composed = compose(root, overrides, folder)
     problems += composed.problems
     schema = recipe_with(plugin.module.Options) if plugin else Recipe
     data = _with_default_kinds(schema, nodes.plain(composed.tree))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mpcli.recipe.base import Section, mistake
+from mpcli.recipe.base import Count, Section, mistake
 
 _Interval = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -21,6 +21,9 @@ class Probe(Section):
         default=0,
         description="sampled steps that are computed in fp32 as well, to prove what was flushed to "
         "zero: a multiple of `every`; takes an fp32 model's memory. 0: none",
+    )
+    steps: Annotated[tuple[Count, ...], Field(strict=False, max_length=1000)] = Field(
+        default=(), description="sampled as well; in half precision beside an fp32 shadow"
     )
 
     @model_validator(mode="after")

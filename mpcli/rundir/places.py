@@ -46,6 +46,9 @@ def check_is_run(path: Path, option: str) -> None:
         attempts = sorted((path / "attempts").rglob("*"))
     except OSError as error:
         raise user_error(f"{option}{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
+    if (path / "study.json").exists():
+        hint = f"name one of its runs, in `{path / 'trials'}`"
+        raise user_error(f"{option}{path}: a sweep, and not a run", hint)
     if not any((path / name).exists() for name in ("recipe.yaml", "foreign.json")):
         names = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -23,7 +24,10 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its run's folder; the same for the same cell, whichever process runs it."""
-        return f"{re.sub(r'[^A-Za-z0-9.=_+-]+', '-', self.label)}-seed{self.seed}"
+        plain = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", self.label)[:100]
+        if plain != self.label:  # two labels may have become one
+            plain += f"-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+        return f"{plain}-seed{self.seed}"
 
     @property
     def overrides(self) -> tuple[str, ...]:

@@ -221,7 +221,7 @@ def test_restarts_are_used_up():
     assert json.loads(out)["reason"] == result()["reason"]
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_only_the_traceback_of_the_rank_that_failed_is_shown():
     run = Several("small.yaml", "--output", "out", hook=(
         "        if rank == 1 and step == 3: raise LookupError('of rank 1')"
@@ -360,7 +360,7 @@ def launchers():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.verify
 def test_launchers_of_two_machines_go_on_together_after_a_rank_was_killed(whole):
     runs = launchers()
     os.kill(runs[0].in_step(1, 30), signal.SIGKILL)

@@ -63,7 +63,8 @@ def test_the_exit_codes_are_those_of_the_program():
 def test_the_commands_are_those_of_the_program():
     table = README.partition("## Commands")[2].partition("\n## ")[0]
     listed = set(re.findall(r"^\| `mptrain (\w+)", table, flags=re.MULTILINE))
-    assert listed == {command.callback.__name__ for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}
+    assert listed == {command.callback.__name__ for command in app.registered_commands} | groups
 
 
 def test_what_make_is_asked_to_do_exists_and_is_what_ci_runs():

@@ -228,7 +228,19 @@ def test_only_a_shadow_proves_what_was_flushed(size: int, on_host: bool) -> None
     assert row.zeros > row.shadow.flushed + 0.45
     error = (held.double() / scale - true).norm() / true.double().norm()
     assert row.shadow.error == pytest.approx(error.item(), rel=0.05)
+    cosine = torch.cosine_similarity(held.double(), true.double(), dim=0)
+    assert row.shadow.cosine == pytest.approx(cosine.item(), abs=0.01)
+    assert row.shadow.rms == pytest.approx(true.square().mean().sqrt().item(), rel=0.05)
+    assert row.shadow.zeros == pytest.approx(0.5, abs=0.02)
     assert row.shadow.overflowed == 0.0
+
+
+def test_what_is_zero_has_no_angle_to_its_shadow() -> None:
+    samples = Samples(CPU)
+    samples.add(torch.zeros(3), Key("layer", "grad", "w"), shadow=torch.ones(3))
+    (row,) = samples.finish().records(1, 1) or []
+    assert row.shadow is not None
+    assert (row.shadow.cosine, row.shadow.error, row.shadow.rms) == (None, 1.0, 1.0)
 
 
 def test_a_shadow_shows_what_overflowed() -> None:

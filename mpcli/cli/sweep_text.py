@@ -1,0 +1,259 @@
+"""What `mptrain sweep` shows of a sweep: a table, a plot, and what to do."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mpcli.cli.console import metric_text, show_table, write
+from mpcli.recipe.render import visible
+
+if TYPE_CHECKING:
+    from mpcli.sweep.prediction import Prediction
+    from mpcli.sweep.results import SweepResult
+
+_Row = Mapping[str, Any]
+
+_PIPED, _WIDEST = 80, 120  # columns of the plot: where there is no terminal, and on a wide one
+_HEIGHT = 14  # its lines
+_MARKS = {  # in the order of drawing
+    ("predicted", "overflow"): ":",
+    ("measured", "overflow"): "x",
+    ("predicted", "underflow"): ".",
+    ("measured", "underflow"): "o",
+}
+_NAMES = {"underflow": "lost", "overflow": "overflow"}
+
+
+def show_loss_scale(result: SweepResult, prediction: Prediction) -> None:
+    """Predicted beside measured, as a table and as a plot."""
+    header = ("scale", "predicted\nlost", "subn.", "inf", "measured\nlost", "inf", "loss", "skips",
+              "cosine")  # fmt: skip
+    losses = [trial.loss for trial in result.trials if trial.label == "fp32"]
+    known = [loss for loss in losses if loss is not None]
+    loss = statistics.fmean(known) if known else None
+    reference = ("fp32", *["-"] * 5, _loss(loss), "-", "-")
+    show_table(
+        f"{result.name}: {result.steps:,} steps at each loss scale",
+        header,
+        [reference, *map(_scale_row, result.rows)],
+    )
+    write(
+        _wrapped(
+            "Shares of the gradients that are not zero in fp32: lost become zero in fp16, subn. "
+            "keep fewer bits, inf overflow. cosine: of the gradient with that in fp32."
+        )
+    )
+    for row in result.rows:
+        if row["status"] != "done":
+            write(f"{_label(row)}: {row['status']}")
+    if prediction.histograms:
+        write(f"\n{_plot(result.rows, prediction)}")
+
+
+def _scale_row(row: _Row) -> tuple[str, ...]:
+    predicted, measured = row["predicted"] or {}, row["measured"] or {}
+    expected = tuple(_share(predicted.get(name)) for name in ("underflow", "subnormal", "overflow"))
+    if predicted and not predicted["reliable"]:
+        expected = ("unreliable", "-", "-")
+    seen = tuple(_share(measured.get(name)) for name in ("underflow", "overflow"))
+    cosine = row["cosine"]
+    return (
+        _label(row),
+        *expected,
+        *seen,
+        _loss(row["loss"]),
+        _share(row["skip_rate"]),
+        "-" if cosine is None else f"{cosine:.4f}",
+    )
+
+
+def _label(row: _Row) -> str:
+    return "advised" if row["label"] == "recommended" else scale_text(row["scale"])
+
+
+def scale_text(scale: float | str) -> str:
+    """`2^16 65536`; a number that is long without its power is left out."""
+    if isinstance(scale, str):
+        return scale
+    power, plain = math.log2(scale), f"{scale:.10g}"
+    if not power.is_integer():
+        return plain
+    return f"2^{power:.0f} {plain}" if len(plain) <= 5 else f"2^{power:.0f}"
+
+
+def _share(value: float | None) -> str:
+    """In percent, at most 6 cells; what is small is not called zero."""
+    if not value:
+        return "-" if value is None else "0"
+    return f"{value:.1%}" if value >= 5e-4 else "<0.1%"
+
+
+def _loss(value: float | None) -> str:
+    """In at most 7 cells."""
+    if value is None:
+        return "-"
+    if not value or 1e-3 <= abs(value) < 100:
+        return f"{value:.4f}"
+    return f"{value:.4g}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:
+    """The shares over the loss scale, in plain characters."""
+    import plotext
+
+    from mpcli.sweep.prediction import SCALES
+    from mpcli.sweep.recommendation import RELIABLE
+
+    measured = [row for row in rows if row["scale"] != "dynamic" and row["measured"]]
+    tried = {row["scale"]: row["measured"] for row in measured}
+    expected = {s: prediction.total(s).model_dump() for s in SCALES if s >= RELIABLE}
+    plotext.terminal.limit(False, False)
+    figure = plotext.figure
+    figure.clear()
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED
+    figure.plot_size(min(columns, _WIDEST), _HEIGHT)
+    figure.ruler(1, 0).lim(0, 100)
+    low, high = (math.log2(end({*tried, *expected})) for end in (min, max))
+    ticks = range(4 * math.ceil(low / 4), math.floor(high) + 1, 4)
+    figure.ruler(0, 0).ticks(list(ticks), [f"2^{power}" for power in ticks])
+    for (source, name), mark in _MARKS.items():
+        shares = {"predicted": expected, "measured": tried}[source]
+        powers = [math.log2(scale) for scale in shares]
+        percent = [100 * share[name] for share in shares.values()]
+        if powers:
+            signal = figure.signal(powers, percent, marker=mark)
+            signal.lines(source == "predicted")
+            figure.draw(signal)
+    lines = plotext.uncolorize(figure.build().string()).splitlines()
+    legend = ", ".join(
+        f"`{mark}` {source} {_NAMES[name]}" for (source, name), mark in _MARKS.items()
+    )
+    title = _wrapped(f"% of the gradients over the loss scale: {legend}")
+    return "\n".join([title, *(line.rstrip() for line in lines if line.strip())])
+
+
+def show_recommended(recommended: _Row, patch: str | None) -> None:
+    """What to do about the loss scale, and why; the recipe's change as a patch."""
+    write("")
+    write(_wrapped(visible(recommended["why"])))
+    if setting := recommended["set"]:
+        write(f"\n  --set {shlex.quote(setting)}")
+    if patch:
+        write(f"\n{patch.rstrip()}")
+
+
+def show_precision(result: SweepResult) -> None:
+    """Modes side by side, and which differences are more than chance."""
+    rows, seeds = result.rows, len(result.seeds)
+    metric, reference = rows[0]["metric"], rows[0]["reference"]
+    show_table(
+        f"{result.name}: {_steps(result)}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+        ("mode", metric, f"minus {reference}", "p", "a step", "time", "memory"),
+        [_mode_row(row) for row in rows],
+    )
+    if seeds == 1:
+        write("One seed: no standard errors and no test. `--seeds 5` says what is chance.")
+    else:
+        compared = sum(row["mode"] != reference for row in rows)
+        corrected = f", after Holm's correction for {compared} modes" if compared > 1 else ""
+        write(
+            _wrapped(
+                f"± standard error of the mean; differences are of pairs with the same seed. "
+                f"* significant: p < 0.05 of a paired t-test{corrected}."
+            )
+        )
+    _show_failed((row["mode"], row) for row in rows)
+
+
+def _mode_row(row: _Row) -> tuple[str, ...]:
+    metric = row["metric"]
+    difference, p = "-", "-"
+    if (mean := row.get("difference")) is not None:
+        difference = _signed(metric, mean, row["difference_standard_error"])
+        if (adjusted := row["p_holm"]) is not None:
+            p = f"{adjusted:.3f}" + (" *" if row["significant"] else "")
+    return (
+        row["mode"],
+        _mean(row),
+        difference,
+        p,
+        seconds_text(row["seconds_per_step"]),
+        _times(row["seconds_per_step_ratio"]),
+        _times(row["peak_memory_bytes_ratio"]),
+    )
+
+
+def show_grid(result: SweepResult) -> None:
+    """Settings by what they reach, the best first, as they are typed."""
+    rows = result.rows
+    seeds = len(result.seeds)
+    show_table(
+        f"{result.name}: {_steps(result)}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+        (rows[0]["metric"], "skipped", "a step", "setting"),
+        [
+            (_mean(row), f"{row['skipped']:.4g}", seconds_text(row["seconds_per_step"]),
+             " ".join(row["set"]))
+            for row in rows
+        ],
+    )  # fmt: skip
+    if seeds == 1:
+        write("One seed: no standard errors. `--seeds 5` says what is chance.")
+    _show_failed((" ".join(row["set"]), row) for row in rows)
+    if result.recommended:
+        typed = " ".join(f"--set {shlex.quote(s)}" for s in result.recommended["set"])
+        write(f"\nThe best:\n  {typed}")
+
+
+def _show_failed(rows: Iterable[tuple[str, _Row]]) -> None:
+    for name, row in rows:
+        if row["failed"]:
+            unfinished = row["runs"] - row["finished"]
+            runs = f"{unfinished} of {row['runs']} runs have no result"
+            write(_wrapped(visible(f"{name}: {runs} ({'; '.join(row['failed'])})")))
+
+
+def _steps(result: SweepResult) -> str:
+    return f"{result.steps:,} steps"
+
+
+def _mean(row: _Row) -> str:
+    if row["mean"] is None:
+        return "-"
+    error = row["standard_error"]
+    text = metric_text(row["metric"], row["mean"])
+    return text if error is None else f"{text} ± {_plain(row['metric'], error)}"
+
+
+def _signed(metric: str, mean: float, error: float | None) -> str:
+    text = _plain(metric, mean)
+    text = text if text.startswith("-") else f"+{text}"
+    return text if error is None else f"{text} ± {_plain(metric, error)}"
+
+
+def _plain(metric: str, value: float) -> str:
+    """Without the percent sign of what it is added to."""
+    return metric_text(metric, value).removesuffix("%")
+
+
+def seconds_text(value: float | None) -> str:
+    """A step's time for people."""
+    if value is None:
+        return "-"
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _wrapped(text: str) -> str:
+    """A paragraph in the width of the terminal; of other streams in one line."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,389 @@
+"""What the trials of a loss-scale sweep say together: the scale to take, and why.
+
+The thresholds are judgement; each says what it rests on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from mpcli.sweep.prediction import LIMIT, SCALES, Prediction
+from mpcli.sweep.results import Fractions, GradientHistogram, LayerFractions, TrialResult
+
+LOST = 0.01
+"""Share of the values that are not zero that may be lost at the knee. What is lost are the smallest
+ones: 1% of the values is far less than 1% of a gradient's norm (measured: with 1.6% lost the whole
+gradient was 0.6% off its fp32 shadow, which is what fp16's rounding does anyway)."""
+HEADROOM = 2
+"""Bits between the recommended scale and the top of the window: gradients of a batch that was not
+sampled may be four times as large. More costs nothing while the scale stays above the knee, but
+for small values that become subnormal."""
+LEARNT = 0.05
+"""Share of what fp32 learnt (of its first loss, where that is nothing) by which a run's final loss
+may be above it: seeds of short runs differ by as much."""
+NOISE = 0.25
+"""The same where two standard errors of the mean paired difference are more than `LEARNT`: beyond,
+runs differ so much from each other that something is wrong with some."""
+RELIABLE = 1.0
+"""Below this scale no prediction is relied on: most models lose most of their gradient there, and
+what is lost in one layer is missing in those before it, which the prediction does not model."""
+MAX_SCALE = 2.0**24
+"""`max_scale` of the dynamic policy, where none is given."""
+
+_Tensor = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class LossScaleSweep:
+    """The trials of a sweep, of one or more seeds.
+
+    Attributes:
+        trials: with the labels `fp32`, `scale=V`, `dynamic`, `recommended`.
+    """
+
+    trials: Sequence[TrialResult]
+
+    @cached_property
+    def reference(self) -> list[TrialResult]:
+        """In fp32."""
+        return [trial for trial in self.trials if trial.label == "fp32"]
+
+    @cached_property
+    def half(self) -> dict[str, list[TrialResult]]:
+        """The others, by label."""
+        groups: dict[str, list[TrialResult]] = defaultdict(list)
+        for trial in self.trials:
+            if trial.label != "fp32":
+                groups[trial.label].append(trial)
+        return dict(groups)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Of the tensors that some trial held in fp16; of all, if none got so far."""
+        held = {_tensor(layer) for trial in self.trials for layer in trial.layers}
+        groups: dict[_Tensor, list[GradientHistogram]] = defaultdict(list)
+        for trial in self.reference:
+            for histogram in trial.histograms:
+                if _tensor(histogram) in held or not held:
+                    groups[_tensor(histogram)].append(histogram)
+        return Prediction([_together(histograms) for histograms in groups.values()])
+
+    def matches(self, label: str) -> bool:
+        """Whether runs end where fp32's do or lower, by their last losses with the same seeds."""
+        exact = {trial.seed: trial for trial in self.reference}
+        pairs = [(trial, exact[trial.seed]) for trial in self.half[label] if trial.seed in exact]
+        differences = [
+            half.loss - fp32.loss
+            for half, fp32 in pairs
+            if half.status == fp32.status == "done"
+            and half.loss is not None
+            and fp32.loss is not None
+        ]
+        if not differences or len(differences) < len(self.half[label]):
+            return False
+        error = 0.0
+        if len(differences) > 1:
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+        span = self.learnt or abs(statistics.fmean(fp32.first_loss or 0.0 for _, fp32 in pairs))
+        allowed = max(LEARNT * span, min(2 * error, NOISE * span))
+        return statistics.fmean(differences) <= allowed  # NaN is not
+
+    @cached_property
+    def learnt(self) -> float:
+        """First loss minus final one, in fp32; 0 where it learnt nothing."""
+        falls = [
+            trial.first_loss - trial.loss
+            for trial in self.reference
+            if trial.loss is not None and trial.first_loss is not None
+        ]
+        return max(0.0, statistics.fmean(falls)) if falls else 0.0
+
+    @cached_property
+    def matching(self) -> tuple[str, ...]:
+        """Labels of the trials that match fp32."""
+        return tuple(label for label in self.half if self.matches(label))
+
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """One for each label but fp32's: what was predicted, and what its runs were like."""
+        return tuple(self._row(label, trials) for label, trials in self.half.items())
+
+    def _row(self, label: str, trials: Sequence[TrialResult]) -> dict[str, Any]:
+        scale, prediction = _scale(trials[0]), self.prediction
+        predicted: dict[_Tensor, LayerFractions] = {}
+        total = None
+        if isinstance(scale, float) and prediction.histograms:
+            predicted = {_tensor(layer): layer for layer in prediction.layers(scale)}
+            total = {**prediction.total(scale).model_dump(), "reliable": scale >= RELIABLE}
+        measured: dict[_Tensor, list[LayerFractions]] = defaultdict(list)
+        for trial in trials:
+            for layer in trial.layers:
+                measured[_tensor(layer)].append(layer)
+        means = {which: _mean([one.fractions for one in own]) for which, own in measured.items()}
+        weights = {_tensor(one): one.elements * (1 - one.zeros) for one in prediction.histograms}
+        losses = [t.loss for t in trials if t.loss is not None and math.isfinite(t.loss)]
+        errors = [trial.gradient_error for trial in trials if trial.gradient_error]
+        skips = statistics.fmean(trial.skipped for trial in trials)
+        steps = statistics.fmean(trial.steps for trial in trials)
+        return {
+            "label": label,
+            "scale": scale,
+            "predicted": total,
+            "measured": _total(means, weights),
+            "loss": statistics.fmean(losses) if losses else None,
+            "matches_fp32": label in self.matching,
+            "skips": skips,
+            "skip_rate": skips / steps if steps else 0.0,
+            "cosine": statistics.fmean(e.cosine for e in errors) if errors else None,
+            "relative_error": statistics.fmean(e.relative for e in errors) if errors else None,
+            "status": next((t.status for t in trials if t.status != "done"), "done"),
+            "layers": [
+                {
+                    **own[0].model_dump(exclude={"fractions"}),
+                    "predicted": predicted[which].fractions.model_dump()
+                    if which in predicted
+                    else None,
+                    "measured": means[which].model_dump(),
+                }
+                for which, own in measured.items()
+            ],
+        }
+
+    def recommended(self) -> dict[str, Any]:
+        """The policy to take, with its evidence."""
+        if not any(trial.status == "done" for trial in self.reference):
+            return self._nothing("There is no fp32 run to compare with: it did not end.")
+        if forward := self._forward_overflow():
+            return self._nothing(forward)
+        if not self.prediction.histograms:
+            return self._nothing("All gradients that were sampled are zero.")
+        return self._unscaled() or self._windowless() or self._scaled()
+
+    def _nothing(self, why: str) -> dict[str, Any]:
+        return self._answer(None, None, None, why)
+
+    def _answer(
+        self,
+        policy: Literal["dynamic", "static", "none"] | None,
+        scale: float | None,
+        setting: str | None,
+        why: str,
+    ) -> dict[str, Any]:
+        confirmed = self._tried(setting)
+        if confirmed is False:
+            why += " Its run did not end where fp32 did."
+        if policy and not self.learnt:
+            why += " But fp32 learnt nothing in so few steps: runs say little, take more `--steps`."
+        window = self.window
+        return {
+            "policy": policy,
+            "init_scale": scale,
+            "window_bits": math.log2(window[1] / window[0]) if window else None,
+            "window": list(window) if window else None,
+            "knee": self.knee,
+            "set": setting,
+            "why": why,
+            "confirmed": confirmed or False,
+        }
+
+    def _tried(self, setting: str | None) -> bool | None:
+        """Whether the runs with a setting match fp32; None without any."""
+        tried = [label for label, trials in self.half.items() if setting in trials[0].settings]
+        return any(label in self.matching for label in tried) if tried else None
+
+    @cached_property
+    def window(self) -> tuple[float, float] | None:
+        """The scales, from the least to the largest, that lose little and overflow nowhere."""
+        return None if self.knee is None or self.knee > self.top else (self.knee, self.top)
+
+    @cached_property
+    def knee(self) -> float | None:
+        """The least power of two at which no more than `LOST` is lost."""
+        if not self.prediction.histograms:
+            return None
+        return next((s for s in SCALES if self.prediction.total(s).underflow <= LOST), None)
+
+    @cached_property
+    def top(self) -> float:
+        """The largest power of two at which nothing overflows, by prediction and by the runs.
+
+        0 where there is none.
+        """
+        skipped: dict[float, bool] = {}
+        for trials in self.half.values():
+            if isinstance(scale := _scale(trials[0]), float):
+                skipped[scale] = any(trial.skipped for trial in trials)
+        clean = max((scale for scale, some in skipped.items() if not some), default=0.0)
+        # A run that skips below one that does not has gone wrong for another reason.
+        first = min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
+        fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < first)
+        return max(fitting, default=0.0)
+
+    def _forward_overflow(self) -> str | None:
+        """Why no scale works, where activations are too large for fp16 whatever the scale."""
+        if self.matching or not self.half:
+            return None
+        held = {one.module for one in self.prediction.histograms if one.tensor == "grad_output"}
+        largest: dict[str, float] = {}
+        for trial in self.reference:
+            for module, value in trial.outputs_max.items():
+                if module in held and value >= LIMIT:
+                    largest[module] = max(value, largest.get(module, 0.0))
+        if not largest:
+            return None
+        named = ", ".join(f"`{name}` ({value:.3g})" for name, value in largest.items())
+        return (
+            f"No scale works here: {named} overflows in forward, where no loss scale helps: its "
+            "outputs in fp32 are above fp16's maximum, and no run in fp16 ended where fp32 did. "
+            f"Keep it in fp32, {_sensitive(largest)}, or take bf16."
+        )
+
+    def _unscaled(self) -> dict[str, Any] | None:
+        """No scaling, where nothing is lost without and no run says otherwise."""
+        if self.window is None or not self.window[0] <= 1 <= self.window[1]:
+            return None
+        tried = [label for label, trials in self.half.items() if _scale(trials[0]) == 1.0]
+        if tried and not any(label in self.matching for label in tried):
+            return None
+        lost = self.prediction.total(1.0).underflow
+        why = f"No scaling needed: without it {_percent(lost)} of the gradients' values are lost"
+        found = self._answer(
+            "none",
+            1.0,
+            "precision.loss_scale={kind: none}",
+            f"{why}, and the run ends where fp32 does." if tried else f"{why}.",
+        )
+        return {**found, "confirmed": bool(tried)}  # a scale of 1 is the same arithmetic
+
+    def _windowless(self) -> dict[str, Any] | None:
+        """Why there is none, where some layer always loses or overflows and no run is good."""
+        if self.window or self.matching or not self.half:
+            return None
+        best = self.top or SCALES[0]
+        low = max(self.prediction.layers(best), key=lambda layer: layer.fractions.underflow)
+        high = max(self.prediction.histograms, key=lambda one: one.max)
+        return self._nothing(
+            f"No window: at {_power(best)} `{low.module}` loses "
+            f"{_percent(low.fractions.underflow)} of its gradient, while at {_power(2 * best)} "
+            f"`{high.module}` overflows, and no run in fp16 ended where fp32 did. One of them has "
+            f"to stay in fp32, {_sensitive([high.module])}; or take bf16."
+        )
+
+    def _scaled(self) -> dict[str, Any]:
+        """A dynamic scale that begins in the window; a fixed one where only that was seen to work.
+
+        Where the window is empty, the largest scale that does not overflow.
+        """
+        low, top = self.window or (self.top or SCALES[0],) * 2
+        scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
+        if self.window:
+            why = (
+                f"From {_power(low)} to {_power(top)} at most {LOST:.0%} of the gradients' "
+                f"values that are not zero are lost and nothing overflows; {_power(scale)} leaves "
+                f"{_bits(top, scale)} below the top."
+            )
+        else:
+            lost = self.prediction.total(scale).underflow
+            why = (
+                f"{_power(scale)} is the largest scale without overflow, and still loses "
+                f"{_percent(lost)} of the gradients' values that are not zero."
+            )
+        bounds = [f"kind: dynamic, init_scale: {_number(scale)}"]
+        if scale < 1:
+            bounds.append(f"min_scale: {_number(scale)}")
+        if scale > MAX_SCALE:
+            bounds.append(f"max_scale: {_number(scale)}")
+        dynamic = f"precision.loss_scale={{{', '.join(bounds)}}}"
+        if self._tried(dynamic) is False and (fixed := self._fixed(low, top, scale)):
+            return self._answer(
+                "static",
+                fixed,
+                f"precision.loss_scale={{kind: static, scale: {_number(fixed)}}}",
+                f"{why} A dynamic scale did not end where fp32 did, but {_power(fixed)} did.",
+            )
+        return self._answer("dynamic", scale, dynamic, why)
+
+    def _fixed(self, low: float, top: float, wanted: float) -> float | None:
+        """The fixed scale in the window nearest to the wanted one whose run matches fp32."""
+        scales = [_scale(self.half[label][0]) for label in self.matching]
+        fixed = [s for s in scales if isinstance(s, float) and low <= s <= top]
+        return min(fixed, key=lambda scale: abs(math.log2(scale / wanted)), default=None)
+
+
+def _tensor(one: GradientHistogram | LayerFractions) -> _Tensor:
+    return one.tensor, one.name
+
+
+def _scale(trial: TrialResult) -> float | Literal["dynamic"]:
+    """The scale of a trial that has one and the same in every step."""
+    given = [text for text in trial.settings if text.startswith("precision.loss_scale")]
+    if given and "kind: none" in given[-1]:
+        return 1.0
+    fixed = given and re.search(r"kind: static, scale: ([^,}]+)", given[-1])
+    return float(fixed[1]) if fixed else "dynamic"
+
+
+def _together(histograms: Sequence[GradientHistogram]) -> GradientHistogram:
+    """One tensor's, of all seeds."""
+    first = histograms[0]
+    counts: dict[int, int] = defaultdict(int)
+    for one in histograms:
+        for exponent, count in enumerate(one.counts, one.lowest or 0):
+            counts[exponent] += count
+    bins = range(min(counts, default=0), max(counts, default=-1) + 1)
+    return first.model_copy(
+        update={
+            "max": max(one.max for one in histograms),
+            "zeros": statistics.fmean(one.zeros for one in histograms),
+            "lowest": min(counts, default=None),
+            "counts": tuple(counts[exponent] for exponent in bins),
+        }
+    )
+
+
+def _mean(fractions: Sequence[Fractions], weights: Sequence[float] | None = None) -> Fractions:
+    return Fractions(
+        **{
+            name: statistics.fmean((getattr(one, name) for one in fractions), weights=weights)
+            for name in Fractions.model_fields
+        }
+    )
+
+
+def _total(
+    fractions: Mapping[_Tensor, Fractions], weights: Mapping[_Tensor, float]
+) -> dict[str, float] | None:
+    """Of all values that are not zero in fp32."""
+    known = [which for which in fractions if weights.get(which)]
+    if not known:
+        return None
+    shares = [fractions[which] for which in known]
+    return _mean(shares, [weights[which] for which in known]).model_dump()
+
+
+def _sensitive(modules: Iterable[str]) -> str:
+    return f"`--set 'precision.sensitive_layers=[{', '.join(modules)}]'`"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() else repr(value)
+
+
+def _power(scale: float) -> str:
+    power = math.log2(scale)
+    return f"2^{power:.0f}" if power.is_integer() else _number(scale)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 or not share else "less than 0.1%"
+
+
+def _bits(top: float, scale: float) -> str:
+    bits = round(math.log2(top / scale))
+    return f"{bits} bit{'s' if bits != 1 else ''}"

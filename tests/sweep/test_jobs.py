@@ -1,0 +1,153 @@
+"""The processes of a sweep: started, stopped, killed, joined by others, and none left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from optuna.trial import TrialState
+
+from mpcli.recipe.errors import Exit, UserError
+from mpcli.sweep.jobs import run_sweep
+from tests.small import small_recipe
+from tests.sweeps import (
+    CELLS,
+    complete,
+    done_runs,
+    finished,
+    gone,
+    processes_of,
+    study_of,
+    sweeping,
+    wait_for,
+)
+
+STEPS = "train.steps=200"
+NAMES = sorted(cell.name for cell in CELLS)
+
+
+def test_sweeps_need_optuna(tmp_path: Path) -> None:
+    loaded = small_recipe(tmp_path)
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(UserError, match="Optuna") as told,
+    ):
+        run_sweep(
+            tmp_path / "sweep", loaded, CELLS, kind="grid", asked={}, storage=None, jobs=1,
+            tell=print,
+        )  # fmt: skip
+    assert told.value.exit_code is Exit.ENVIRONMENT
+    assert told.value.problems[0].hint == 'pip install "mptrain[sweep]"'
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_join_one_study_in_a_folder(tmp_path: Path) -> None:
+    """They begin together; a trial that is killed is tried again, and both have all results."""
+    folder = tmp_path / "sweep"
+    with sweeping(folder, STEPS, jobs=1) as one, sweeping(folder, STEPS, jobs=1) as other:
+        wait_for(folder, "trials/*/steps.jsonl", one)
+        kill_a_trial(folder, one, other)
+        first, second = finished(one), finished(other)
+    assert first == second
+    assert [(t["label"], t["seed"]) for t in first] == [(c.label, c.seed) for c in CELLS]
+    assert {(t["status"], t["steps"]) for t in first} == {("done", 200)}
+    study = study_of(folder)
+    assert complete(study) == NAMES
+    assert [t.state for t in study.optuna.trials].count(TrialState.FAIL) == 1
+    assert sorted(attempts for attempts, _ in done_runs(folder).values()) == [1, 1, 1, 2]
+    assert gone(folder)
+
+
+def kill_a_trial(folder: Path, *sweeps: subprocess.Popen[str]) -> None:
+    """One that is running."""
+    known = {process.pid for process in sweeps}
+    os.kill(next(pid for pid in processes_of(folder) if pid not in known), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, Exit.INTERRUPTED),
+        pytest.param(signal.SIGTERM, Exit.PREEMPTED, marks=pytest.mark.verify),
+    ],
+)
+def test_a_stopped_sweep_leaves_checkpoints(
+    tmp_path: Path, number: signal.Signals, code: Exit
+) -> None:
+    folder = tmp_path / "sweep"
+    with sweeping(folder, "train.steps=3000") as process:
+        wait_for(folder, "trials/*/steps.jsonl", process, 2)
+        os.killpg(process.pid, number)  # as terminals and batch systems do
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert gone(folder)
+    assert "Traceback" not in err
+    assert len(list(folder.glob("trials/*/checkpoints/step-*/manifest.json"))) == 2
+    study = study_of(folder)
+    study.revive(CELLS)
+    assert all(standing.waiting for standing in study.look(CELLS).values())
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a database of its own, which only this machine can reach."""
+    initdb = shutil.which("initdb") or next(
+        map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None
+    )
+    if initdb is None:
+        pytest.skip("PostgreSQL is not on this machine")
+    programs = Path(initdb).resolve().parent
+    home = Path("/tmp") / f"mptrain-postgres-{os.getpid()}"  # a socket's path is short
+    home.mkdir(mode=0o700)
+    user: list[str] = []
+    if os.geteuid() == 0:  # which PostgreSQL refuses
+        shutil.chown(home, "postgres")
+        user = ["runuser", "-u", "postgres", "--"]
+
+    def run(*command: str | Path) -> None:
+        subprocess.run([*user, *command], check=True, capture_output=True, cwd="/", timeout=60)
+
+    server = (programs / "pg_ctl", "-D", home / "data")
+    options = f"-k {home} -c listen_addresses= -c fsync=off"
+    try:
+        run(programs / "initdb", "-D", home / "data", "-A", "trust", "-U", "sweeper", "--no-sync")
+        run(*server, "-w", "-o", options, "-l", home / "log", "start")
+        try:
+            run(programs / "createdb", "-h", home, "-U", "sweeper", "sweeps")
+            yield f"postgresql://sweeper:secret@/sweeps?host={home}"
+        finally:
+            run(*server, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.mark.slow
+def test_machines_join_one_study_in_postgresql(tmp_path: Path, postgres: str) -> None:
+    """Two that begin together, each with a folder of its own; a killed trial is tried again."""
+    folders = [tmp_path / name / "sweep" for name in "ab"]
+    for folder in folders:
+        folder.parent.mkdir()
+    here, there = (sweeping(folder, STEPS, jobs=1, storage=postgres) for folder in folders)
+    with here as one, there as other:
+        wait_for(folders[0], "trials/*/steps.jsonl", one)
+        kill_a_trial(folders[0], one)
+        first, second = finished(one), finished(other)
+    assert first == second
+    assert [trial["status"] for trial in first] == ["done"] * len(CELLS)
+    study = study_of(folders[0], postgres)
+    assert complete(study) == NAMES
+    assert [t.state for t in study.optuna.trials].count(TrialState.FAIL) == 1
+    runs = [done_runs(folder) for folder in folders]
+    assert sorted([*runs[0], *runs[1]]) == NAMES
+    for folder in folders:
+        assert not (folder / "study.journal").exists()
+        for path in folder.rglob("*"):
+            assert path.is_dir() or b"secret" not in path.read_bytes()

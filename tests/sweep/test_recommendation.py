@@ -1,0 +1,215 @@
+"""What is recommended, from made-up trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpcli.recipe.load import load_recipe
+from mpcli.records import Status
+from mpcli.sweep.recommendation import LossScaleSweep
+from mpcli.sweep.results import (
+    Fractions,
+    GradientError,
+    GradientHistogram,
+    LayerFractions,
+    TrialResult,
+)
+from tests.small import RECIPE
+
+
+def trial(label: str, *settings: str, seed: int = 0, loss: float | None = 1.0, **about: Any) -> Any:
+    """A run that learnt: its loss fell from 3."""
+    fields: dict[str, Any] = {
+        "status": "done",
+        "steps": 100,
+        "skipped": 0,
+        "first_loss": 3.0,
+        "metrics": {},
+        "seconds_per_step": 0.1,
+        "peak_memory_bytes": 1,
+        **about,
+    }
+    run = f"{label}-seed{seed}"
+    return TrialResult(label=label, seed=seed, settings=settings, run=run, loss=loss, **fields)
+
+
+def at(scale: float, **about: Any) -> Any:
+    setting = f"precision.loss_scale={{kind: static, scale: {scale:g}}}"
+    return trial(f"scale={scale:g}", setting, **about)
+
+
+def gradient(lowest: int, *counts: int, name: str = "layer", largest: float | None = None) -> Any:
+    most = 1.5 * 2.0 ** (lowest + len(counts) - 1)
+    return GradientHistogram(
+        module=name,
+        tensor="grad_output",
+        name=name,
+        elements=sum(counts),
+        max=most if largest is None else largest,
+        zeros=0.0,
+        lowest=lowest,
+        counts=counts,
+    )
+
+
+def reference(*histograms: Any, seed: int = 0, **about: Any) -> Any:
+    return trial("fp32", seed=seed, histograms=histograms, **about)
+
+
+SMALL = gradient(-30, *[100] * 20)
+"""From 2^-30 to 2^-10: the knee is 32, the top 2^26."""
+
+
+def recommended(*trials: Any) -> dict[str, Any]:
+    return LossScaleSweep(trials).recommended()
+
+
+def test_a_dynamic_scale_begins_two_bits_below_the_top() -> None:
+    found = recommended(reference(gradient(-30, *[100] * 30)), at(1024))
+    assert (found["policy"], found["knee"], found["window"]) == ("dynamic", 32.0, [32.0, 2.0**16])
+    assert (found["init_scale"], found["window_bits"]) == (2.0**14, 11.0)
+    assert found["set"] == "precision.loss_scale={kind: dynamic, init_scale: 16384}"
+    assert not found["confirmed"]
+
+
+def test_it_begins_at_the_knee_where_there_is_no_room_and_within_the_policys_bounds() -> None:
+    narrow = recommended(reference(gradient(-30, *[100] * 41)))
+    assert (narrow["window"], narrow["init_scale"]) == ([32.0, 32.0], 32.0)
+    assert recommended(reference(SMALL))["init_scale"] == 2.0**24
+    tiny = recommended(reference(gradient(-55, 100, 100)))
+    assert (tiny["knee"], tiny["init_scale"]) == (2.0**30, 2.0**30)
+    assert "max_scale: 1073741824" in tiny["set"]
+    large = recommended(reference(gradient(18, 100, 100)))
+    assert large["init_scale"] < 1
+    assert "min_scale" in large["set"]
+
+
+@pytest.mark.parametrize(
+    "histogram", [SMALL, gradient(-55, 100, 100), gradient(18, 100), gradient(-20, 100)]
+)
+def test_what_is_recommended_is_a_recipe(histogram: Any, tmp_path: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("fp32", "fp16"))
+    found = recommended(reference(histogram))
+    scale = load_recipe(path, [found["set"]]).recipe.precision.loss_scale
+    assert scale.kind == found["policy"]
+    if scale.kind == "dynamic":
+        assert scale.init_scale == found["init_scale"]
+
+
+def test_its_own_run_confirms_it() -> None:
+    before = recommended(reference(SMALL))
+    after = recommended(reference(SMALL), trial("recommended", before["set"], loss=1.05))
+    assert after == {**before, "confirmed": True}
+    bad = recommended(reference(SMALL), trial("recommended", before["set"], loss=1.5))
+    assert not bad["confirmed"]
+    assert "did not end where fp32 did" in bad["why"]
+
+
+def test_a_fixed_scale_where_only_that_was_seen_to_work() -> None:
+    failed = trial("recommended", recommended(reference(SMALL))["set"], loss=2.9)
+    found = recommended(reference(SMALL), failed, at(1024), at(2.0**16), at(8))
+    assert (found["policy"], found["init_scale"]) == ("static", 2.0**16)
+    assert found["set"] == "precision.loss_scale={kind: static, scale: 65536}"
+    assert found["confirmed"]
+
+
+def test_no_scaling_is_needed_where_nothing_is_lost_without() -> None:
+    plain = gradient(-20, *[100] * 20)
+    found = recommended(reference(plain), at(1.0))
+    assert (found["policy"], found["confirmed"]) == ("none", True)
+    assert found["set"] == "precision.loss_scale={kind: none}"
+    assert found["why"].startswith("No scaling needed")
+    assert not recommended(reference(plain), at(256))["confirmed"]
+    assert recommended(reference(plain), at(1.0, loss=2.0))["policy"] == "dynamic"
+
+
+def test_an_overflow_in_forward_is_no_matter_of_the_scale() -> None:
+    exact = reference(SMALL, outputs_max={"layer": 2e5, "head": 3.0, "norm": 1e9})
+    failed = {"loss": None, "status": "diverged", "skipped": 100}
+    found = recommended(exact, at(1, **failed), at(1024, **failed))
+    assert (found["policy"], found["set"]) == (None, None)
+    assert "`layer` (2e+05) overflows in forward" in found["why"]
+    assert "norm" not in found["why"]  # which fp16 does not hold
+    assert recommended(exact, at(1024))["policy"] == "dynamic"  # the runs say otherwise
+
+
+def test_one_layer_that_loses_while_another_overflows() -> None:
+    exact = reference(gradient(-40, 100, name="low"), gradient(14, 100, name="high"))
+    unsure = recommended(exact)
+    assert (unsure["policy"], unsure["window"], unsure["init_scale"]) == ("dynamic", None, 2.0)
+    assert "50.0%" in unsure["why"]
+    found = recommended(exact, at(2, loss=2.8), at(64, loss=2.9))
+    assert (found["policy"], found["window"]) == (None, None)
+    assert "at 2^1 `low` loses 100.0%" in found["why"]
+    assert "at 2^2 `high` overflows" in found["why"]
+
+
+def test_a_run_that_skips_lowers_the_top() -> None:
+    found = recommended(reference(SMALL), at(1024), at(2.0**16, skipped=1), at(2.0**20, skipped=9))
+    assert found["window"] == [32.0, 2.0**15]
+    gone_wrong = recommended(reference(SMALL), at(1, skipped=50), at(1024))
+    assert gone_wrong["window"][1] == 2.0**26
+
+
+def test_seeds_count_together() -> None:
+    exact = [reference(SMALL, seed=seed, loss=1.0 + seed) for seed in range(3)]
+    close = [at(64, seed=seed, loss=1.0 + seed + 0.01) for seed in range(3)]
+    far = [at(256, seed=seed, loss=1.0 + seed + 0.3) for seed in range(3)]
+    noisy = [at(512, seed=seed, loss=1.0 + seed + 0.1 * seed) for seed in range(3)]
+    one_failed = [*close[:2], at(64, seed=2, status="failed", loss=None)]
+    assert LossScaleSweep([*exact, *close, *far, *noisy]).matching == ("scale=64", "scale=512")
+    assert LossScaleSweep([*exact, *one_failed]).matching == ()
+    alone = trial("fp32", histograms=(SMALL,))
+    assert LossScaleSweep([alone]).prediction.total(4.0) == LossScaleSweep(exact).prediction.total(
+        4.0
+    )
+
+
+def test_runs_that_differ_wildly_do_not_match_for_their_noise() -> None:
+    exact = [reference(SMALL, seed=seed) for seed in range(2)]
+    wild = [at(64, seed=0, loss=1.1), at(64, seed=1, loss=3.0)]
+    assert LossScaleSweep([*exact, *wild]).matching == ()
+
+
+@pytest.mark.parametrize("status", ["failed", "diverged"])
+def test_without_a_reference_nothing_is_recommended(status: Status) -> None:
+    for trials in ([at(64)], [reference(SMALL, status=status), at(64)], []):
+        found = recommended(*trials)
+        assert (found["policy"], found["set"], found["confirmed"]) == (None, None, False)
+
+
+def test_a_reference_that_learnt_nothing_is_said_to() -> None:
+    assert "learnt nothing" in recommended(reference(SMALL, loss=3.0), at(64, loss=3.0))["why"]
+
+
+def test_a_row_has_what_was_predicted_and_what_was_seen() -> None:
+    layer = LayerFractions(
+        module="layer",
+        tensor="grad_output",
+        name="layer",
+        elements=2000,
+        fractions=Fractions(underflow=0.21, subnormal=0.5, overflow=0.0),
+    )
+    error = GradientError(cosine=0.99, relative=0.1)
+    unheld = gradient(-30, 100, name="norm")
+    rows = LossScaleSweep(
+        [
+            reference(SMALL, unheld),
+            at(2, layers=(layer,), gradient_error=error, skipped=4),
+            at(0.5),
+            trial("dynamic"),
+        ]
+    ).rows()
+    assert [row["scale"] for row in rows] == [2.0, 0.5, "dynamic"]
+    first = rows[0]
+    assert first["predicted"] == pytest.approx(
+        {"underflow": 0.2, "subnormal": 0.55, "overflow": 0.0, "reliable": True}
+    )
+    assert first["measured"] == {"underflow": 0.21, "subnormal": 0.5, "overflow": 0.0}
+    assert (first["skips"], first["skip_rate"], first["cosine"]) == (4, 0.04, 0.99)
+    assert first["layers"][0]["predicted"]["underflow"] == pytest.approx(0.2)
+    assert not rows[1]["predicted"]["reliable"]
+    assert rows[2]["predicted"] is None
