@@ -29,7 +29,7 @@ def report(
     ] = "report.html",
     as_json: AsJson = False,
 ) -> None:
-    """Show runs, sweeps and diagnoses in one HTML file that needs nothing else."""
+    """Show runs, sweeps and diagnoses in one HTML file."""
     from mpcli.report.page import report_page
     from mpcli.report.sources import read_sources
     from mpcli.rundir import newest_run

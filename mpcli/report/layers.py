@@ -114,7 +114,10 @@ def read_layers(run: RunDirectory, unread: Counter[str]) -> Layers:
             del found.shares[start:]
             unread["layers.jsonl"] += 1
             continue
-        tensor = found.tensors.setdefault((row.tensor, row.name, row.call), Tensor())
+        key = (row.tensor, row.name, row.call)
+        tensor = found.tensors.get(key)
+        if tensor is None:
+            tensor = found.tensors[key] = Tensor()
         tensor.steps.append(row.step)
         tensor.lowest.append(lowest)
         tensor.places.append((start, len(found.shares)))
