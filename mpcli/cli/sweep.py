@@ -104,11 +104,15 @@ def loss_scale(
         from mpcli.sweep.recommendation import LossScaleSweep
 
         found = LossScaleSweep(sweep.run())
-        setting = found.recommended()["set"]
-        if setting and not any(setting in trial.settings for trial in found.trials):
-            more = ask.confirming(loaded.recipe, setting, steps=length, seeds=seeds)
-            found = LossScaleSweep(sweep.run(more))
         recommended = found.recommended()
+        for number in range(1, ask.ANSWERS + 1):
+            setting = recommended["set"]
+            tried = {one for trials in found.half.values() for one in trials[0].settings}
+            if not setting or setting in tried or recommended["confirmed"]:
+                break
+            more = ask.confirming(loaded.recipe, setting, number, steps=length, seeds=seeds)
+            found = LossScaleSweep(sweep.run(more))
+            recommended = found.recommended()
         result = sweep.result(found.trials, found.rows(), recommended)
         patch = None if as_json else _patch(loaded, sweep, recommended["set"])
     if not as_json:

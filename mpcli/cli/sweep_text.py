@@ -75,7 +75,9 @@ def _scale_row(row: _Row) -> tuple[str, ...]:
 
 
 def _label(row: _Row) -> str:
-    return "advised" if row["label"] == "recommended" else scale_text(row["scale"])
+    """Of a run that confirms an answer: `advised`, `advised-2`, ..."""
+    _, confirming, number = row["label"].partition("recommended")
+    return f"advised{number}" if confirming else scale_text(row["scale"])
 
 
 def scale_text(scale: float | str) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from mpcli.sweep import jobs
 from mpcli.sweep.folder import SweepFolder
+from mpcli.sweep.recommendation import LossScaleSweep
 from mpcli.sweep.results import (
     Fractions,
     GradientError,
@@ -133,6 +134,43 @@ def test_loss_scale_asks_for_every_scale_and_confirms_what_it_recommends(mptrain
     }  # fmt: skip
     assert re.fullmatch("runs/tiny/sweep-loss-scale-[0-9a-f]{8}", str(first["folder"]))
     assert "1/1 a run" in outcome.err and "1/1 a run" not in outcome.out
+
+
+def test_an_answer_that_its_run_changes_is_followed_by_the_next_one(mptrain, recipe, sweeps):
+    nothing_lost = HISTOGRAM.model_copy(update={"lowest": -20, "max": 2.0**-1})
+    sweeps.about["fp32"] = {"histograms": (nothing_lost,)}
+    sweeps.about["recommended"] = {"loss": 2.0}
+    outcome = mptrain("sweep", "loss-scale", recipe, "--values", "2^8", "--json")
+    labels = [[cell.label for cell in asked["cells"]] for asked in sweeps.asked]
+    assert labels[0] == ["fp32", "scale=256"]
+    assert labels[1:] == [
+        ["fp32", "scale=256", "recommended"],
+        ["fp32", "scale=256", "recommended", "recommended-2"],
+    ]
+    none, dynamic = (cell.settings[-1] for cell in sweeps.asked[-1]["cells"][2:])
+    assert none == "precision.loss_scale={kind: none}"
+    assert outcome.json["recommended"]["set"] == dynamic != none
+    assert outcome.json["recommended"]["confirmed"]
+    shown = mptrain("sweep", "loss-scale", recipe, "--values", "2^8").out
+    assert re.findall("^advised[^ ]*", shown, re.MULTILINE) == ["advised", "advised-2"]
+
+
+def test_what_runs_at_a_scale_of_1_confirm_is_not_run_once_more(mptrain, recipe, sweeps):
+    nothing_lost = HISTOGRAM.model_copy(update={"lowest": -20, "max": 2.0**-1})
+    sweeps.about["fp32"] = {"histograms": (nothing_lost,)}
+    outcome = mptrain("sweep", "loss-scale", recipe, "--values", "1", "--json")
+    assert outcome.json["recommended"]["policy"] == "none"
+    assert len(sweeps.asked) == 1
+
+
+def test_answers_that_never_end_are_tried_three_times(mptrain, recipe, sweeps, monkeypatch):
+    def another(self):
+        setting = f"precision.loss_scale={{kind: dynamic, init_scale: {2 ** len(self.trials)}}}"
+        return {"set": setting, "confirmed": False, "why": "so it is"}
+
+    monkeypatch.setattr(LossScaleSweep, "recommended", another)
+    assert mptrain("sweep", "loss-scale", recipe, "--values", "1").code == 0
+    assert len(sweeps.asked) == 1 + 3
 
 
 def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, recipe, sweeps):
