@@ -163,12 +163,15 @@ def show_precision(result: SweepResult) -> None:
     if seeds == 1:
         write("One seed: no standard errors and no test. `--seeds 5` says what is chance.")
     else:
-        compared = sum(row["mode"] != reference for row in rows)
-        corrected = f", after Holm's correction for {compared} modes" if compared > 1 else ""
+        compared = [row["p"] for row in rows if row["mode"] != reference]
+        tested = sum(p is not None for p in compared)
+        corrected = f", after Holm's correction for {tested} modes" if tested > 1 else ""
+        untested = " No p: fewer than two pairs, or all with the same difference."
         write(
             _wrapped(
                 f"± standard error of the mean; differences are of pairs with the same seed. "
                 f"* significant: p < 0.05 of a paired t-test{corrected}."
+                f"{untested if tested < len(compared) else ''}"
             )
         )
     _show_failed((row["mode"], row) for row in rows)
@@ -215,9 +218,8 @@ def show_grid(result: SweepResult) -> None:
 
 def _show_failed(rows: Iterable[tuple[str, _Row]]) -> None:
     for name, row in rows:
-        if row["failed"]:
-            unfinished = row["runs"] - row["finished"]
-            runs = f"{unfinished} of {row['runs']} runs have no result"
+        if left_out := row["runs"] - row["finished"]:
+            runs = f"{left_out} of {row['runs']} runs are left out"
             write(_wrapped(visible(f"{name}: {runs} ({'; '.join(row['failed'])})")))
 
 

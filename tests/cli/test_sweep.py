@@ -264,6 +264,15 @@ def test_precision_compares_the_modes_that_can_be(mptrain, recipe, sweeps):
     assert "paired t-test" in outcome.out
 
 
+def test_precision_says_what_is_not_tested_and_what_is_left_out(mptrain, recipe, sweeps):
+    sweeps.about["bf16"] = {"metrics": {"loss": 1.0, "accuracy": float("nan")}}
+    command = ("sweep", "precision", recipe, "--modes", "fp32,bf16,fp16,fp16-master", "--seeds", 3)
+    outcome = mptrain(*command)  # fp16 is as fp32 in every seed: tested
+    assert "after Holm's correction for 2 modes. No p: fewer than two pairs, or" in outcome.out
+    assert "bf16: 3 of 3 runs are left out (done without a finite accuracy)" in outcome.out
+    assert "No p:" not in mptrain(*command[:4], "fp32,fp16", *command[5:]).out
+
+
 def test_precision_with_one_seed_says_that_it_has_no_errors(mptrain, recipe, sweeps):
     outcome = mptrain("sweep", "precision", recipe, "--modes", "fp32,fp16")
     assert "One seed: no standard errors" in outcome.out
@@ -305,7 +314,7 @@ def test_grid_ranks_and_says_what_to_type(mptrain, recipe, sweeps):
         "train.global_batch_size=8",
     ]
     assert lines[5].split()[0] == "-"
-    assert "1 of 1 runs have no result (diverged: the loss is NaN)" in outcome.out
+    assert "1 of 1 runs are left out (diverged: the loss is NaN)" in outcome.out
     assert outcome.out.endswith("The best:\n  --set optim.lr=0.3 --set train.global_batch_size=8\n")
 
 
