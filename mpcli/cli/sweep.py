@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -119,7 +120,7 @@ def loss_scale(
         from mpcli.cli.sweep_text import show_loss_scale, show_recommended
 
         show_loss_scale(result, found.prediction)
-        show_recommended(recommended, patch)
+        show_recommended(recommended, patch, given=bool(overrides))
     _end(result, as_json=as_json)
 
 
@@ -357,8 +358,13 @@ def _patch(loaded: LoadedRecipe, sweep: _Sweep, setting: str | None) -> str | No
     text, own = repaired(sweep.recipe_path, source, [setting], source.parent, loaded.plugin)
     if not own:
         return None
-    old, new = (part.splitlines(keepends=True) for part in (loaded.source, text))
-    return "".join(difflib.unified_diff(old, new, loaded.file, loaded.file)) or None
+    old, new = (list(io.StringIO(part)) for part in (loaded.source, text))  # lines end with \n
+    lines = difflib.unified_diff(old, new, loaded.file, loaded.file)
+    whole = (line if line.endswith("\n") else f"{line}\n{_NO_NEWLINE}\n" for line in lines)
+    return "".join(whole) or None
+
+
+_NO_NEWLINE = "\\ No newline at end of file"  # as POSIX' `diff` says it
 
 
 def _tell(text: str) -> None:

@@ -141,14 +141,20 @@ def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:
     return "\n".join([title, *(line.rstrip() for line in lines if line.strip())])
 
 
-def show_recommended(recommended: _Row, patch: str | None) -> None:
-    """What to do about the loss scale, and why; the recipe's change as a patch."""
+def show_recommended(recommended: _Row, patch: str | None, *, given: bool) -> None:
+    """What to do about the loss scale, and why; the recipe's change as a patch.
+
+    Args:
+        given: the command had `--set`, which the patch holds.
+    """
     write("")
     write(_wrapped(visible(recommended["why"])))
     if setting := recommended["set"]:
         write(f"\n  --set {shlex.quote(setting)}")
     if patch:
-        write(f"\n{patch.rstrip()}")
+        if given:
+            write("\nThe patch holds every `--set` of this command as well:")
+        write("\n" + patch.removesuffix("\n"))
 
 
 def show_precision(result: SweepResult) -> None:

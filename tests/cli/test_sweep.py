@@ -193,19 +193,30 @@ def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, 
     assert max(map(len, outcome.out.partition("%")[0].splitlines())) <= 80
 
 
-def test_the_patch_applies_and_gives_what_is_recommended(mptrain, recipe, sweeps, tmp_path):
-    out = mptrain("sweep", "loss-scale", recipe, "--values", "1").out
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [("fp16", []), ("fp32", ["--set", "precision.mode=fp16", "--set", "optim.lr=0.2"])],
+)
+def test_the_patch_applies_and_gives_what_is_recommended(
+    mptrain, recipe, sweeps, tmp_path, mode, given, end
+):
+    text = recipe.read_text().replace("fp16", mode).rstrip()
+    text = (text.replace("\n", "\r\n") if "\r" in end else text) + end
+    recipe.write_text(text, newline="")
+    (tmp_path / "before.yaml").write_text(text, newline="")
+    out = mptrain("sweep", "loss-scale", recipe, "--values", "1", *given).out
+    assert ("\nThe patch holds every `--set` of this command" in out) == bool(given)
     setting = re.search(r"--set '(.*)'", out)[1]
     patch = out[out.index("\n--- ") + 1 :]
-    (tmp_path / "change.patch").write_text(patch)
-    folder = recipe.parent
-    subprocess.run(["patch", recipe, "change.patch"], cwd=folder, check=True, capture_output=True)
-    recipe_after = mptrain("plan", recipe, "--json").json["recipe"]
-    (tmp_path / "other.yaml").write_text(
-        (tmp_path / "tiny.yaml").read_text().replace(setting.partition("=")[2], "{kind: none}")
+    (tmp_path / "change.patch").write_text(patch, newline="")
+    done = subprocess.run(
+        ["patch", "--binary", recipe, "change.patch"], cwd=tmp_path, capture_output=True, text=True
     )
-    asked = mptrain("plan", tmp_path / "other.yaml", "--set", setting, "--json").json["recipe"]
-    assert recipe_after == asked
+    assert done.stdout == f"patching file {recipe}\n"  # without fuzz or offset
+    after = mptrain("plan", recipe, "--json").json["recipe"]
+    wanted = mptrain("plan", tmp_path / "before.yaml", *given, "--set", setting, "--json")
+    assert after == wanted.json["recipe"]
 
 
 def test_loss_scale_as_json_is_one_strict_object(mptrain, recipe, sweeps):
