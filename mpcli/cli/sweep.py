@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -104,18 +105,22 @@ def loss_scale(
         from mpcli.sweep.recommendation import LossScaleSweep
 
         found = LossScaleSweep(sweep.run())
-        setting = found.recommended()["set"]
-        if setting and not any(setting in trial.settings for trial in found.trials):
-            more = ask.confirming(loaded.recipe, setting, steps=length, seeds=seeds)
-            found = LossScaleSweep(sweep.run(more))
         recommended = found.recommended()
+        for number in range(1, ask.ANSWERS + 1):
+            setting = recommended["set"]
+            tried = {one for trials in found.half.values() for one in trials[0].settings}
+            if not setting or setting in tried or recommended["confirmed"]:
+                break
+            more = ask.confirming(loaded.recipe, setting, number, steps=length, seeds=seeds)
+            found = LossScaleSweep(sweep.run(more))
+            recommended = found.recommended()
         result = sweep.result(found.trials, found.rows(), recommended)
         patch = None if as_json else _patch(loaded, sweep, recommended["set"])
     if not as_json:
         from mpcli.cli.sweep_text import show_loss_scale, show_recommended
 
         show_loss_scale(result, found.prediction)
-        show_recommended(recommended, patch)
+        show_recommended(recommended, patch, given=bool(overrides))
     _end(result, as_json=as_json)
 
 
@@ -353,8 +358,13 @@ def _patch(loaded: LoadedRecipe, sweep: _Sweep, setting: str | None) -> str | No
     text, own = repaired(sweep.recipe_path, source, [setting], source.parent, loaded.plugin)
     if not own:
         return None
-    old, new = (part.splitlines(keepends=True) for part in (loaded.source, text))
-    return "".join(difflib.unified_diff(old, new, loaded.file, loaded.file)) or None
+    old, new = (list(io.StringIO(part)) for part in (loaded.source, text))  # lines end with \n
+    lines = difflib.unified_diff(old, new, loaded.file, loaded.file)
+    whole = (line if line.endswith("\n") else f"{line}\n{_NO_NEWLINE}\n" for line in lines)
+    return "".join(whole) or None
+
+
+_NO_NEWLINE = "\\ No newline at end of file"  # as POSIX' `diff` says it
 
 
 def _tell(text: str) -> None:

@@ -75,7 +75,9 @@ def _scale_row(row: _Row) -> tuple[str, ...]:
 
 
 def _label(row: _Row) -> str:
-    return "advised" if row["label"] == "recommended" else scale_text(row["scale"])
+    """Of a run that confirms an answer: `advised`, `advised-2`, ..."""
+    _, confirming, number = row["label"].partition("recommended")
+    return f"advised{number}" if confirming else scale_text(row["scale"])
 
 
 def scale_text(scale: float | str) -> str:
@@ -139,14 +141,20 @@ def _plot(rows: Iterable[_Row], prediction: Prediction) -> str:
     return "\n".join([title, *(line.rstrip() for line in lines if line.strip())])
 
 
-def show_recommended(recommended: _Row, patch: str | None) -> None:
-    """What to do about the loss scale, and why; the recipe's change as a patch."""
+def show_recommended(recommended: _Row, patch: str | None, *, given: bool) -> None:
+    """What to do about the loss scale, and why; the recipe's change as a patch.
+
+    Args:
+        given: the command had `--set`, which the patch holds.
+    """
     write("")
     write(_wrapped(visible(recommended["why"])))
     if setting := recommended["set"]:
         write(f"\n  --set {shlex.quote(setting)}")
     if patch:
-        write(f"\n{patch.rstrip()}")
+        if given:
+            write("\nThe patch holds every `--set` of this command as well:")
+        write("\n" + patch.removesuffix("\n"))
 
 
 def show_precision(result: SweepResult) -> None:
@@ -161,12 +169,15 @@ def show_precision(result: SweepResult) -> None:
     if seeds == 1:
         write("One seed: no standard errors and no test. `--seeds 5` says what is chance.")
     else:
-        compared = sum(row["mode"] != reference for row in rows)
-        corrected = f", after Holm's correction for {compared} modes" if compared > 1 else ""
+        compared = [row["p"] for row in rows if row["mode"] != reference]
+        tested = sum(p is not None for p in compared)
+        corrected = f", after Holm's correction for {tested} modes" if tested > 1 else ""
+        untested = " No p: fewer than two pairs, or all with the same difference."
         write(
             _wrapped(
                 f"± standard error of the mean; differences are of pairs with the same seed. "
                 f"* significant: p < 0.05 of a paired t-test{corrected}."
+                f"{untested if tested < len(compared) else ''}"
             )
         )
     _show_failed((row["mode"], row) for row in rows)
@@ -213,9 +224,8 @@ def show_grid(result: SweepResult) -> None:
 
 def _show_failed(rows: Iterable[tuple[str, _Row]]) -> None:
     for name, row in rows:
-        if row["failed"]:
-            unfinished = row["runs"] - row["finished"]
-            runs = f"{unfinished} of {row['runs']} runs have no result"
+        if left_out := row["runs"] - row["finished"]:
+            runs = f"{left_out} of {row['runs']} runs are left out"
             write(_wrapped(visible(f"{name}: {runs} ({'; '.join(row['failed'])})")))
 
 

@@ -74,6 +74,14 @@ def repaired(
 
 def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) -> str | None:
     """The text with as few changes as make it mean `wanted`; None where none do."""
+    for _ in range(2):  # a mode has defaults of its own, such as the loss scale's: then they differ
+        text = _nearer(text, wanted, folder, plugin)
+    # Not `==`: with a plug-in, every load makes another class of its options.
+    return None if any(differences(_read(text, folder, plugin), wanted)) else text
+
+
+def _nearer(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) -> str:
+    """The text with what differs from `wanted` changed."""
     changes = dict(differences(_read(text, folder, plugin), wanted))
     for path, value in changes.items():
         try:
@@ -87,8 +95,7 @@ def _edited(text: str, wanted: Recipe, folder: Path, plugin: PluginFile | None) 
             text = with_other(text, gone, new[-1], changes[new])
         else:
             text = with_value(text, path, value)
-    # Not `==`: with a plug-in, every load makes another class of its options.
-    return None if any(differences(_read(text, folder, plugin), wanted)) else text
+    return text
 
 
 def _excluded(path: tuple[str, ...]) -> tuple[str, ...] | None:

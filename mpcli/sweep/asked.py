@@ -25,6 +25,8 @@ ScaleValue = float | Literal["dynamic"]
 
 SCALES: tuple[ScaleValue, ...] = (*(2.0**power for power in range(0, 25, 4)), "dynamic")
 MODES: tuple[Mode, ...] = ("fp32", "bf16", "fp16", "bf16-master", "fp16-master")
+ANSWERS = 3
+"""Of a loss-scale sweep that are tried at most, each because the runs of the last changed it."""
 STEPS = 100
 """Of each run of a loss-scale sweep; fewer where the recipe has fewer."""
 
@@ -67,10 +69,17 @@ def loss_scale_sweep(
     return Asked("loss-scale", cells, steps, every, {"values": list(values)})
 
 
-def confirming(recipe: Recipe, setting: str, *, steps: int, seeds: int) -> tuple[Cell, ...]:
-    """The cells of a loss-scale sweep that try what it recommends."""
-    settings = {"recommended": (*_short(recipe, steps), setting)}
-    return _cells(settings, _seeds(recipe, seeds))
+def confirming(
+    recipe: Recipe, setting: str, number: int, *, steps: int, seeds: int
+) -> tuple[Cell, ...]:
+    """The cells of a loss-scale sweep that try what it recommends.
+
+    Args:
+        setting: `precision.loss_scale=...`.
+        number: 1 for the first answer, 2 for the one that its runs change it to, and so on.
+    """
+    label = "recommended" if number == 1 else f"recommended-{number}"
+    return _cells({label: (*_short(recipe, steps), setting)}, _seeds(recipe, seeds))
 
 
 def precision_sweep(

@@ -14,6 +14,8 @@ METRICS = ("accuracy", "f1", "masked_accuracy")
 """What a setting is judged by: the first that a task has, more is better; else the loss."""
 LEVEL = 0.05
 """A difference whose p value is below is called significant."""
+ROUNDING = 1e-9
+"""Relative: differences of float64 scores that are no further apart are the same."""
 
 
 def metric_of(trials: Iterable[TrialResult]) -> str:
@@ -36,7 +38,8 @@ class Difference:
     Attributes:
         mean: of the differences; None without a pair.
         standard_error: of that mean; None with less than two pairs.
-        p: of a two-sided paired t-test (Student, 1908) that the mean is zero; None as well.
+        p: of a two-sided paired t-test (Student, 1908) that the mean is zero; None as well, and
+            where all differences are the same but for rounding, as they say nothing of chance.
         pairs: how many there are.
     """
 
@@ -52,14 +55,16 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
     if not differences:
         return Difference(None, None, None, 0)
     mean, error = statistics.fmean(differences), standard_error(differences)
-    return Difference(mean, error, _p_value(differences, error), len(differences))
+    return Difference(mean, error, _p_value(differences), len(differences))
 
 
-def _p_value(differences: Sequence[float], error: float | None) -> float | None:
-    if error is None:
+def _p_value(differences: Sequence[float]) -> float | None:
+    if len(differences) < 2:
         return None
-    if error == 0:  # all are the same, which the test's ratio has no value for
-        return 0.0 if differences[0] else 1.0
+    if not any(differences):
+        return 1.0
+    if max(differences) - min(differences) <= ROUNDING * max(map(abs, differences)):
+        return None
     from scipy import stats
 
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
@@ -140,7 +145,7 @@ def _grouped(trials: Iterable[TrialResult]) -> dict[str, list[TrialResult]]:
 
 
 def _scores(group: Iterable[TrialResult], metric: str) -> dict[int, float]:
-    """By seed, of the runs that finished."""
+    """By seed, of the runs that finished with one that is finite."""
     return {
         trial.seed: trial.metrics[metric]
         for trial in group
@@ -149,9 +154,10 @@ def _scores(group: Iterable[TrialResult], metric: str) -> dict[int, float]:
 
 
 def _about(group: Sequence[TrialResult], metric: str) -> dict[str, Any]:
-    values = list(_scores(group, metric).values())
+    scores = _scores(group, metric)
+    values = list(scores.values())
     seconds = [t.seconds_per_step for t in group if t.seconds_per_step is not None]
-    reasons = [f"{t.status}: {t.reason}" if t.reason else t.status for t in group if _failed(t)]
+    reasons = [_reason(trial, metric) for trial in group if trial.seed not in scores]
     return {
         "metric": metric,
         "mean": statistics.fmean(values) if values else None,
@@ -165,8 +171,11 @@ def _about(group: Sequence[TrialResult], metric: str) -> dict[str, Any]:
     }
 
 
-def _failed(trial: TrialResult) -> bool:
-    return trial.status != "done"
+def _reason(trial: TrialResult, metric: str) -> str:
+    """Why a run has no score."""
+    if trial.status == "done":
+        return f"done without a finite {metric}"
+    return f"{trial.status}: {trial.reason}" if trial.reason else trial.status
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:

@@ -16,6 +16,7 @@ import pytest
 
 from mpcli.sweep import jobs
 from mpcli.sweep.folder import SweepFolder
+from mpcli.sweep.recommendation import LossScaleSweep
 from mpcli.sweep.results import (
     Fractions,
     GradientError,
@@ -135,6 +136,43 @@ def test_loss_scale_asks_for_every_scale_and_confirms_what_it_recommends(mptrain
     assert "1/1 a run" in outcome.err and "1/1 a run" not in outcome.out
 
 
+def test_an_answer_that_its_run_changes_is_followed_by_the_next_one(mptrain, recipe, sweeps):
+    nothing_lost = HISTOGRAM.model_copy(update={"lowest": -20, "max": 2.0**-1})
+    sweeps.about["fp32"] = {"histograms": (nothing_lost,)}
+    sweeps.about["recommended"] = {"loss": 2.0}
+    outcome = mptrain("sweep", "loss-scale", recipe, "--values", "2^8", "--json")
+    labels = [[cell.label for cell in asked["cells"]] for asked in sweeps.asked]
+    assert labels[0] == ["fp32", "scale=256"]
+    assert labels[1:] == [
+        ["fp32", "scale=256", "recommended"],
+        ["fp32", "scale=256", "recommended", "recommended-2"],
+    ]
+    none, dynamic = (cell.settings[-1] for cell in sweeps.asked[-1]["cells"][2:])
+    assert none == "precision.loss_scale={kind: none}"
+    assert outcome.json["recommended"]["set"] == dynamic != none
+    assert outcome.json["recommended"]["confirmed"]
+    shown = mptrain("sweep", "loss-scale", recipe, "--values", "2^8").out
+    assert re.findall("^advised[^ ]*", shown, re.MULTILINE) == ["advised", "advised-2"]
+
+
+def test_what_runs_at_a_scale_of_1_confirm_is_not_run_once_more(mptrain, recipe, sweeps):
+    nothing_lost = HISTOGRAM.model_copy(update={"lowest": -20, "max": 2.0**-1})
+    sweeps.about["fp32"] = {"histograms": (nothing_lost,)}
+    outcome = mptrain("sweep", "loss-scale", recipe, "--values", "1", "--json")
+    assert outcome.json["recommended"]["policy"] == "none"
+    assert len(sweeps.asked) == 1
+
+
+def test_answers_that_never_end_are_tried_three_times(mptrain, recipe, sweeps, monkeypatch):
+    def another(self):
+        setting = f"precision.loss_scale={{kind: dynamic, init_scale: {2 ** len(self.trials)}}}"
+        return {"set": setting, "confirmed": False, "why": "so it is"}
+
+    monkeypatch.setattr(LossScaleSweep, "recommended", another)
+    assert mptrain("sweep", "loss-scale", recipe, "--values", "1").code == 0
+    assert len(sweeps.asked) == 1 + 3
+
+
 def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, recipe, sweeps):
     sweeps.about["scale=16777216"] = {"status": "diverged", "skipped": 10, "loss": None}
     outcome = mptrain("sweep", "loss-scale", recipe, "--values", "2^-4,1,2^8,2^24,dynamic")
@@ -155,19 +193,30 @@ def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, 
     assert max(map(len, outcome.out.partition("%")[0].splitlines())) <= 80
 
 
-def test_the_patch_applies_and_gives_what_is_recommended(mptrain, recipe, sweeps, tmp_path):
-    out = mptrain("sweep", "loss-scale", recipe, "--values", "1").out
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [("fp16", []), ("fp32", ["--set", "precision.mode=fp16", "--set", "optim.lr=0.2"])],
+)
+def test_the_patch_applies_and_gives_what_is_recommended(
+    mptrain, recipe, sweeps, tmp_path, mode, given, end
+):
+    text = recipe.read_text().replace("fp16", mode).rstrip()
+    text = (text.replace("\n", "\r\n") if "\r" in end else text) + end
+    recipe.write_text(text, newline="")
+    (tmp_path / "before.yaml").write_text(text, newline="")
+    out = mptrain("sweep", "loss-scale", recipe, "--values", "1", *given).out
+    assert ("\nThe patch holds every `--set` of this command" in out) == bool(given)
     setting = re.search(r"--set '(.*)'", out)[1]
     patch = out[out.index("\n--- ") + 1 :]
-    (tmp_path / "change.patch").write_text(patch)
-    folder = recipe.parent
-    subprocess.run(["patch", recipe, "change.patch"], cwd=folder, check=True, capture_output=True)
-    recipe_after = mptrain("plan", recipe, "--json").json["recipe"]
-    (tmp_path / "other.yaml").write_text(
-        (tmp_path / "tiny.yaml").read_text().replace(setting.partition("=")[2], "{kind: none}")
+    (tmp_path / "change.patch").write_text(patch, newline="")
+    done = subprocess.run(
+        ["patch", "--binary", recipe, "change.patch"], cwd=tmp_path, capture_output=True, text=True
     )
-    asked = mptrain("plan", tmp_path / "other.yaml", "--set", setting, "--json").json["recipe"]
-    assert recipe_after == asked
+    assert done.stdout == f"patching file {recipe}\n"  # without fuzz or offset
+    after = mptrain("plan", recipe, "--json").json["recipe"]
+    wanted = mptrain("plan", tmp_path / "before.yaml", *given, "--set", setting, "--json")
+    assert after == wanted.json["recipe"]
 
 
 def test_loss_scale_as_json_is_one_strict_object(mptrain, recipe, sweeps):
@@ -226,6 +275,15 @@ def test_precision_compares_the_modes_that_can_be(mptrain, recipe, sweeps):
     assert "paired t-test" in outcome.out
 
 
+def test_precision_says_what_is_not_tested_and_what_is_left_out(mptrain, recipe, sweeps):
+    sweeps.about["bf16"] = {"metrics": {"loss": 1.0, "accuracy": float("nan")}}
+    command = ("sweep", "precision", recipe, "--modes", "fp32,bf16,fp16,fp16-master", "--seeds", 3)
+    outcome = mptrain(*command)  # fp16 is as fp32 in every seed: tested
+    assert "after Holm's correction for 2 modes. No p: fewer than two pairs, or" in outcome.out
+    assert "bf16: 3 of 3 runs are left out (done without a finite accuracy)" in outcome.out
+    assert "No p:" not in mptrain(*command[:4], "fp32,fp16", *command[5:]).out
+
+
 def test_precision_with_one_seed_says_that_it_has_no_errors(mptrain, recipe, sweeps):
     outcome = mptrain("sweep", "precision", recipe, "--modes", "fp32,fp16")
     assert "One seed: no standard errors" in outcome.out
@@ -267,7 +325,7 @@ def test_grid_ranks_and_says_what_to_type(mptrain, recipe, sweeps):
         "train.global_batch_size=8",
     ]
     assert lines[5].split()[0] == "-"
-    assert "1 of 1 runs have no result (diverged: the loss is NaN)" in outcome.out
+    assert "1 of 1 runs are left out (diverged: the loss is NaN)" in outcome.out
     assert outcome.out.endswith("The best:\n  --set optim.lr=0.3 --set train.global_batch_size=8\n")
 
 

@@ -52,6 +52,16 @@ def changed(before: str, after: str) -> list[str]:
     return [line for line in after.splitlines() if line not in before.splitlines()]
 
 
+@pytest.mark.parametrize("scale", ["{kind: dynamic, init_scale: 1024.0}", "{kind: none}"])
+def test_a_mode_that_was_given_changes_the_default_scale_too(tmp_path, scale):
+    text = RECIPE.replace("fp16", "fp32").replace("  loss_scale", "  # loss_scale")
+    repaired_text, own = repair(
+        tmp_path, text, f"precision.loss_scale={scale}", given=("precision.mode=fp16",)
+    )
+    assert own
+    assert len(changed(text, repaired_text)) == 2
+
+
 def test_only_what_changes_is_changed(tmp_path):
     text, own = repair(tmp_path, RECIPE, "precision.loss_scale={kind: dynamic}")
     assert own

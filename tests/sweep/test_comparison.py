@@ -62,7 +62,24 @@ def test_pairs_that_do_not_vary_or_are_too_few():
     assert paired({1: 1.0}, {2: 1.0}) == Difference(None, None, None, 0)
     assert paired({1: 1.0}, {1: 0.5}) == Difference(0.5, None, None, 1)
     assert paired({1: 1.0, 2: 3.0}, {1: 1.0, 2: 3.0}) == Difference(0.0, 0.0, 1.0, 2)
-    assert paired({1: 2.0, 2: 4.0}, {1: 1.0, 2: 3.0}).p == 0.0
+    assert paired({1: 2.0, 2: 4.0}, {1: 1.0, 2: 3.0}) == Difference(1.0, 0.0, None, 2)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_same_difference_in_every_seed_is_not_tested(seeds):
+    # 0.1, 0.2, ... + 0.01 differ by rounding alone
+    reference = {seed: 0.1 * seed for seed in range(1, seeds + 1)}
+    found = paired({seed: value + 0.01 for seed, value in reference.items()}, reference)
+    assert found.mean == pytest.approx(0.01)
+    assert found.p is None
+    more = paired(
+        {seed: value + 0.01 + 1e-6 * seed for seed, value in reference.items()}, reference
+    )
+    assert more.p is not None
+    assert precision_rows(
+        [trial(mode, seed, value + cost) for mode, cost in (("fp32", 0.0), ("fp16", 0.01))
+         for seed, value in reference.items()]
+    )[1]["significant"] is None  # fmt: skip
 
 
 def test_holm_is_the_example_of_the_step_down_procedure():
@@ -80,7 +97,7 @@ def test_holm_never_makes_a_difference_more_significant(p_values):
 
 def test_modes_are_compared_with_fp32_by_seed():
     trials = [
-        trial(mode, seed, value, seconds_per_step=0.01 * (seed + 1), peak_memory_bytes=memory)
+        trial(mode, seed, value, seconds_per_step=0.01 * 2**seed, peak_memory_bytes=memory - seed)
         for mode, memory in (("fp16", 50), ("fp32", 100), ("bf16", 50))
         for seed, value in enumerate(SCORES[mode])
     ]
@@ -96,7 +113,7 @@ def test_modes_are_compared_with_fp32_by_seed():
         assert row["difference"] == pytest.approx(differences.mean())
         assert row["difference_standard_error"] == pytest.approx(stats.sem(differences))
         assert row["p"] == pytest.approx(stats.ttest_rel(SCORES[mode], SCORES["fp32"]).pvalue)
-        assert row["seconds_per_step"] == 0.03
+        assert row["seconds_per_step"] == 0.04
         assert row["peak_memory_bytes_ratio"] == 0.5
     by_hand = holm([rows["fp16"]["p"], rows["bf16"]["p"]])
     assert [rows["fp16"]["p_holm"], rows["bf16"]["p_holm"]] == by_hand
@@ -105,7 +122,7 @@ def test_modes_are_compared_with_fp32_by_seed():
 
 def test_a_cost_in_every_seed_is_significant_and_one_seed_says_nothing():
     many = [
-        trial(mode, seed, 0.9 - cost - 0.01 * seed)
+        trial(mode, seed, 0.9 - cost * (1 + 0.1 * seed) - 0.01 * seed)
         for mode, cost in (("fp32", 0.0), ("fp16", 0.05))
         for seed in range(5)
     ]
@@ -130,7 +147,7 @@ def test_runs_without_a_result_are_left_out_of_the_pairs_and_named():
     row = precision_rows(trials)[1]
     assert (row["runs"], row["finished"], row["pairs"]) == (3, 1, 1)
     assert row["mean"] == 0.8
-    assert row["failed"] == ["diverged: the loss is NaN"]
+    assert row["failed"] == ["diverged: the loss is NaN", "done without a finite accuracy"]
 
 
 def test_modes_that_never_finish_have_empty_cells():
