@@ -10,6 +10,8 @@ from typing import Literal
 
 LEVEL = 0.05
 """A difference whose p value is below is called significant."""
+ROUNDING = 1e-9
+"""Relative: differences of float64 scores that are no further apart are the same."""
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -26,7 +28,8 @@ class Difference:
     Attributes:
         mean: of the differences; None without values.
         standard_error: of that mean; None where a test needs more seeds.
-        p: of a two-sided test that the mean is zero; None as well.
+        p: of a two-sided test that the mean is zero; None as well, and where all differences are
+            the same but for rounding, as they say nothing of chance.
         test: paired over `pairs` seeds that both have (Student, 1908), or between all seeds of
             both (Welch, 1947).
     """
@@ -60,9 +63,11 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
     mean, error = statistics.fmean(differences), standard_error(differences)
     if error is None:
         return Difference(mean, pairs=len(differences))
-    if error == 0:  # all are the same, which the test's ratio has no value for
-        return Difference(mean, error, 0.0 if mean else 1.0, "paired", len(differences))
-    p = _p_value(mean / error, len(differences) - 1)
+    p: float | None = _p_value(mean / error, len(differences) - 1) if error else None
+    if not any(differences):
+        p = 1.0
+    elif max(differences) - min(differences) <= ROUNDING * max(map(abs, differences)):
+        p = None
     return Difference(mean, error, p, "paired", len(differences))
 
 
@@ -71,7 +76,7 @@ def _welch(values: Sequence[float], reference: Sequence[float]) -> Difference:
     ours, theirs = standard_error(values) or 0.0, standard_error(reference) or 0.0
     error = math.hypot(ours, theirs)
     if error == 0:
-        return Difference(mean, error, 0.0 if mean else 1.0, "welch")
+        return Difference(mean, error, None if mean else 1.0, "welch")
     a, b = (ours / error) ** 4, (theirs / error) ** 4
     freedom = 1 / (a / (len(values) - 1) + b / (len(reference) - 1))  # Welch-Satterthwaite
     return Difference(mean, error, _p_value(mean / error, freedom), "welch")

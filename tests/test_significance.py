@@ -46,10 +46,11 @@ def test_one_seed_says_nothing_about_noise(ours, theirs, mean):
     assert (found.mean, found.p, found.standard_error) == (mean, None, None)
 
 
-def test_differences_that_are_all_the_same_are_certain():
-    assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).p == 0.0
+def test_pairs_that_do_not_vary_or_are_too_few():
+    assert difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).p is None
     assert difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == Difference(0.0, 0.0, 1.0, "paired", 2)
-    assert difference({0: 1.0, 1: 1.0}, {2: 3.0, 3: 3.0}).p == 0.0
+    assert difference({0: 1.0, 1: 1.0}, {2: 3.0, 3: 3.0}).p is None
+    assert paired({1: 1.0}, {1: 0.5}) == Difference(0.5, pairs=1)
 
 
 @settings(max_examples=40)

@@ -61,15 +61,17 @@ def verdicts(sides: Sequence[Side], split: str, name: str) -> tuple[Verdict, ...
             difference=one,
             p_holm=p,
             is_significant=None if p is None else p < LEVEL,
-            why_not=_why_not(side, reference, split, name) if p is None else None,
+            why_not=_why_not(one, side, reference, split, name) if p is None else None,
         )
         for side, one, p in zip(others, found, adjusted, strict=True)
     )
 
 
-def _why_not(side: Side, reference: Side, split: str, name: str) -> str:
-    for one in (reference, side):
-        if not one.scores(split, name):
-            return f"no finished run of {one.label} has it"
+def _why_not(one: Difference, side: Side, reference: Side, split: str, name: str) -> str:
+    if one.standard_error is not None:
+        return "the same difference in every seed"
+    for each in (reference, side):
+        if not each.scores(split, name):
+            return f"no finished run of {each.label} has it"
     single = [one.label for one in (reference, side) if len(one.scores(split, name)) < 2]
     return f"one seed of {' and of '.join(single)}"

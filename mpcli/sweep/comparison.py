@@ -5,80 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from mpcli.significance import LEVEL, holm, paired, standard_error
+from mpcli.states import METRICS
 from mpcli.sweep.results import TrialResult
-
-METRICS = ("accuracy", "f1", "masked_accuracy")
-"""What a setting is judged by: the first that a task has, more is better; else the loss."""
-LEVEL = 0.05
-"""A difference whose p value is below is called significant."""
-ROUNDING = 1e-9
-"""Relative: differences of float64 scores that are no further apart are the same."""
 
 
 def metric_of(trials: Iterable[TrialResult]) -> str:
     """The name of the metric that these runs are judged by."""
     known = {name for trial in trials for name in trial.metrics}
     return next((name for name in METRICS if name in known), "loss")
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: the sample's standard deviation over sqrt(n); None of less than two."""
-    if len(values) < 2:
-        return None
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of pairs with the same seed.
-
-    Attributes:
-        mean: of the differences; None without a pair.
-        standard_error: of that mean; None with less than two pairs.
-        p: of a two-sided paired t-test (Student, 1908) that the mean is zero; None as well, and
-            where all differences are the same but for rounding, as they say nothing of chance.
-        pairs: how many there are.
-    """
-
-    mean: float | None
-    standard_error: float | None
-    p: float | None
-    pairs: int
-
-
-def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
-    """`values` minus `reference`, both by seed; seeds that only one has are left out."""
-    differences = [values[seed] - reference[seed] for seed in values if seed in reference]
-    if not differences:
-        return Difference(None, None, None, 0)
-    mean, error = statistics.fmean(differences), standard_error(differences)
-    return Difference(mean, error, _p_value(differences), len(differences))
-
-
-def _p_value(differences: Sequence[float]) -> float | None:
-    if len(differences) < 2:
-        return None
-    if not any(differences):
-        return 1.0
-    if max(differences) - min(differences) <= ROUNDING * max(map(abs, differences)):
-        return None
-    from scipy import stats
-
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P values adjusted for how many there are (Holm, 1979); None stays and is not counted."""
-    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        adjusted[index] = largest
-    return adjusted
 
 
 def precision_rows(trials: Sequence[TrialResult]) -> tuple[dict[str, Any], ...]:

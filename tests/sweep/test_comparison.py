@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mpcli.sweep.comparison import (
-    Difference,
-    grid_rows,
-    holm,
-    metric_of,
-    paired,
-    precision_rows,
-    standard_error,
-)
+from mpcli.significance import holm, paired, standard_error
+from mpcli.sweep.comparison import grid_rows, metric_of, precision_rows
 from mpcli.sweep.results import TrialResult
 
 
@@ -47,22 +40,6 @@ def test_the_standard_error_is_that_of_the_sample(values):
 def test_one_value_has_no_standard_error():
     assert standard_error([1.0]) is None
     assert standard_error([]) is None
-
-
-def test_differences_are_of_the_same_seeds():
-    found = paired({1: 2.0, 2: 5.0, 3: 9.0}, {3: 4.0, 1: 1.0, 9: 7.0})
-    direct = [2.0 - 1.0, 9.0 - 4.0]
-    assert found.pairs == 2
-    assert found.mean == np.mean(direct)
-    assert found.standard_error == pytest.approx(np.std(direct, ddof=1) / math.sqrt(2))
-    assert found.p == pytest.approx(stats.ttest_rel([2.0, 9.0], [1.0, 4.0]).pvalue)
-
-
-def test_pairs_that_do_not_vary_or_are_too_few():
-    assert paired({1: 1.0}, {2: 1.0}) == Difference(None, None, None, 0)
-    assert paired({1: 1.0}, {1: 0.5}) == Difference(0.5, None, None, 1)
-    assert paired({1: 1.0, 2: 3.0}, {1: 1.0, 2: 3.0}) == Difference(0.0, 0.0, 1.0, 2)
-    assert paired({1: 2.0, 2: 4.0}, {1: 1.0, 2: 3.0}) == Difference(1.0, 0.0, None, 2)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
