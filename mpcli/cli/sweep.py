@@ -24,11 +24,12 @@ from mpcli.signals import held
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
-    from mpcli.records import Plan
+    from mpcli.records import Plan, Status
     from mpcli.sweep.asked import Asked
     from mpcli.sweep.cells import Cell
     from mpcli.sweep.results import SweepResult, TrialResult
 
+MOST_STEPS = 2**31 - 1  # as in a recipe
 Seeds = Annotated[
     int, typer.Option("--seeds", metavar="K", min=1, max=1000, help="Runs of each setting.")
 ]
@@ -56,7 +57,11 @@ Storage = Annotated[
 Steps = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help="Steps of each run; default: the recipe's.", show_default=False
+        metavar="N",
+        min=1,
+        max=MOST_STEPS,
+        help="Steps of each run; default: the recipe's.",
+        show_default=False,
     ),
 ]
 
@@ -78,6 +83,7 @@ def loss_scale(
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST_STEPS,
             help="Steps of each run; default: 100, or the recipe's where it has fewer.",
             show_default=False,
         ),
@@ -152,7 +158,7 @@ def precision(
     loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
     asked = ask.precision_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     if modes is None:
-        refused = _refused(loaded, asked.cells, Path(), strict=strict)
+        _, refused = _planned(loaded, asked.cells, Path(), strict=strict)
         for mode, problems in refused.items():
             _tell(f"{mode} is left out: {problems[0].what}")
         left = [mode for mode in wanted if mode not in refused]
@@ -162,13 +168,15 @@ def precision(
             "one mode has nothing to be beside", "name two or more: `--modes fp32,fp16`"
         )
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
-    _check(loaded, asked.cells, sweep.folder, strict=strict)
+    plans = _check(loaded, asked.cells, sweep.folder, strict=strict, memory=True)
+    # What a process has on a CPU is libraries more than anything.
+    memory = {k: p.memory.peak for k, p in plans.items() if p.device == "cpu" and p.memory}
     show_warnings(loaded, warnings)
     with held():
         from mpcli.sweep.comparison import precision_rows
 
         trials = sweep.run()
-        result = sweep.result(trials, precision_rows(trials))
+        result = sweep.result(trials, precision_rows(trials, memory))
     if not as_json:
         from mpcli.cli.sweep_text import show_precision
 
@@ -282,13 +290,15 @@ class _Sweep:
         """All of it, kept in the folder."""
         from mpcli.sweep.results import SweepResult
 
-        code = Exit.DONE
+        status: Status = "done"
         if not any(trial.status == "done" for trial in trials):
             diverged = any(trial.status == "diverged" for trial in trials)
-            code = Exit.NUMERICS if diverged else Exit.ENVIRONMENT
+            status = "diverged" if diverged else "failed"
+        codes = {"diverged": Exit.NUMERICS, "failed": Exit.ENVIRONMENT}
         result = SweepResult(
             kind=self._asked.kind,
-            exit_code=code,
+            status=status,
+            exit_code=codes.get(status, Exit.DONE),
             name=self._loaded.recipe.name,
             study=self.folder.name,
             steps=self._steps,
@@ -309,19 +319,29 @@ def _end(result: SweepResult, *, as_json: bool) -> NoReturn:
 
 
 def _check(
-    loaded: LoadedRecipe, cells: Sequence[Cell], folder: Path, *, strict: bool = False
-) -> None:
+    loaded: LoadedRecipe,
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    strict: bool = False,
+    memory: bool = False,
+) -> dict[str, Plan]:
     """Load and plan every cell, as it will be in the sweep's folder, before any is run.
+
+    Returns:
+        label -> the plan of that setting.
 
     Raises:
         UserError: every problem once, with the cells that have it.
     """
     found: dict[Problem, list[str]] = {}
-    for label, problems in _refused(loaded, cells, folder, strict=strict).items():
+    plans, refused = _planned(loaded, cells, folder, strict=strict, memory=memory)
+    for label, problems in refused.items():
         for problem in problems:
             found.setdefault(replace(problem, place=None), []).append(label)
     if found:
         raise UserError(*(_with(problem, labels) for problem, labels in found.items()))
+    return plans
 
 
 def _with(problem: Problem, labels: Sequence[str]) -> Problem:
@@ -329,23 +349,29 @@ def _with(problem: Problem, labels: Sequence[str]) -> Problem:
     return replace(problem, what=f"{problem.what}, with `{labels[0]}`{more}")
 
 
-def _refused(
-    loaded: LoadedRecipe, cells: Sequence[Cell], folder: Path, *, strict: bool = False
-) -> dict[str, tuple[Problem, ...]]:
-    """Label -> why the recipe or the plan of that cell is refused."""
+def _planned(
+    loaded: LoadedRecipe,
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    strict: bool = False,
+    memory: bool = False,
+) -> tuple[dict[str, Plan], dict[str, tuple[Problem, ...]]]:
+    """Label -> the plan of that setting, with its last seed, and label -> why there is none."""
     from mpcli.recipe.dump import resolved_yaml
     from mpcli.recipe.load import parsed_recipe
     from mpcli.recipe.source import Source
 
     base = Source("recipe.yaml", resolved_yaml(loaded.recipe))
+    plans: dict[str, Plan] = {}
     refused: dict[str, tuple[Problem, ...]] = {}
-    for label, settings in {cell.label: cell.settings for cell in cells}.items():
+    for label, overrides in {cell.label: cell.overrides for cell in cells}.items():
         try:
-            cell = parsed_recipe(base, folder, settings, loaded.plugin)
-            planned_for(cell, strict=strict)
+            cell = parsed_recipe(base, folder, overrides, loaded.plugin)
+            plans[label], _ = planned_for(cell, strict=strict, memory=memory)
         except UserError as error:
             refused[label] = error.problems
-    return refused
+    return plans, refused
 
 
 def _patch(loaded: LoadedRecipe, sweep: _Sweep, setting: str | None) -> str | None:

@@ -162,7 +162,7 @@ def show_precision(result: SweepResult) -> None:
     rows, seeds = result.rows, len(result.seeds)
     metric, reference = rows[0]["metric"], rows[0]["reference"]
     show_table(
-        f"{result.name}: {_steps(result)}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+        _title(result),
         ("mode", metric, f"minus {reference}", "p", "a step", "time", "memory"),
         [_mode_row(row) for row in rows],
     )
@@ -206,7 +206,7 @@ def show_grid(result: SweepResult) -> None:
     rows = result.rows
     seeds = len(result.seeds)
     show_table(
-        f"{result.name}: {_steps(result)}, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+        _title(result),
         (rows[0]["metric"], "skipped", "a step", "setting"),
         [
             (_mean(row), f"{row['skipped']:.4g}", seconds_text(row["seconds_per_step"]),
@@ -229,8 +229,12 @@ def _show_failed(rows: Iterable[tuple[str, _Row]]) -> None:
             write(_wrapped(visible(f"{name}: {runs} ({'; '.join(row['failed'])})")))
 
 
-def _steps(result: SweepResult) -> str:
-    return f"{result.steps:,} steps"
+def _title(result: SweepResult) -> str:
+    """The recipe, how long its runs are where all are as long, and how often each is run."""
+    seeds = len(result.seeds)
+    lengths = {trial.steps for trial in result.trials if trial.status == "done"}
+    steps = f"{lengths.pop():,} steps, " if len(lengths) == 1 else ""
+    return f"{result.name}: {steps}{seeds} {'seed' if seeds == 1 else 'seeds'}"
 
 
 def _mean(row: _Row) -> str:

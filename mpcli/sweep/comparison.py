@@ -18,8 +18,14 @@ def metric_of(trials: Iterable[TrialResult]) -> str:
     return next((name for name in METRICS if name in known), "loss")
 
 
-def precision_rows(trials: Sequence[TrialResult]) -> tuple[dict[str, Any], ...]:
-    """One row for each mode, beside fp32 or, without it, the first one."""
+def precision_rows(
+    trials: Sequence[TrialResult], memory: Mapping[str, int] | None = None
+) -> tuple[dict[str, Any], ...]:
+    """One row for each mode, beside fp32 or, without it, the first one.
+
+    Args:
+        memory: mode -> bytes of its plan's peak, where what runs measured says little.
+    """
     groups = _grouped(trials)
     metric = metric_of(trials)
     scores = {mode: _scores(group, metric) for mode, group in groups.items()}
@@ -28,7 +34,11 @@ def precision_rows(trials: Sequence[TrialResult]) -> tuple[dict[str, Any], ...]:
     differences = {mode: paired(scores[mode], scores[reference]) for mode in others}
     corrected = holm([differences[mode].p for mode in others])
     adjusted = dict(zip(others, corrected, strict=True))
-    plain = {mode: _about(group, metric) for mode, group in groups.items()}
+    plain = {
+        mode: _about(group, metric)
+        | ({"peak_memory_bytes": memory[mode]} if memory and mode in memory else {})
+        for mode, group in groups.items()
+    }
     beside = plain[reference]
     rows = []
     for mode in groups:

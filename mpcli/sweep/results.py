@@ -91,7 +91,7 @@ class SweepResult(Record):
 
     version: int = SCHEMA_VERSION
     kind: Literal["loss-scale", "precision", "grid"]
-    status: Literal["done"] = "done"
+    status: Status = Field(default="done", description="failed or diverged: every run did")
     exit_code: int = 0
     name: str = Field(description="of the recipe")
     study: str
