@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mpcli.sweep.prediction import LIMIT, SCALES, Prediction
 from mpcli.sweep.results import Fractions, GradientHistogram, LayerFractions, TrialResult
+from mpcli.sweep.text import number_text, power_text, share_text
 
 LOST = 0.01
 """Share of the values that are not zero that may be lost at the knee. What is lost are the smallest
@@ -252,7 +253,7 @@ class LossScaleSweep:
         if tried and not any(label in self.matching for label in tried):
             return None
         lost = self.prediction.total(1.0).underflow
-        why = f"No scaling needed: without it {_percent(lost)} of the gradients' values are lost"
+        why = f"No scaling needed: without it {share_text(lost)} of the gradients' values are lost"
         found = self._answer(
             "none",
             1.0,
@@ -269,10 +270,10 @@ class LossScaleSweep:
         low = max(self.prediction.layers(best), key=lambda layer: layer.fractions.underflow)
         high = max(self.prediction.histograms, key=lambda one: one.max)
         return self._nothing(
-            f"No window: at {_power(best)} `{low.module}` loses "
-            f"{_percent(low.fractions.underflow)} of its gradient, while at {_power(2 * best)} "
-            f"`{high.module}` overflows, and no run in fp16 ended where fp32 did. One of them has "
-            f"to stay in fp32, {_sensitive([high.module])}; or take bf16."
+            f"No window: at {power_text(best)} `{low.module}` loses "
+            f"{share_text(low.fractions.underflow)} of its gradient, while at "
+            f"{power_text(2 * best)} `{high.module}` overflows, and no run in fp16 ended where "
+            f"fp32 did. One of them has to stay in fp32, {_sensitive([high.module])}; or take bf16."
         )
 
     def _scaled(self) -> dict[str, Any]:
@@ -284,28 +285,28 @@ class LossScaleSweep:
         scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
         if self.window:
             why = (
-                f"From {_power(low)} to {_power(top)} at most {LOST:.0%} of the gradients' "
-                f"values that are not zero are lost and nothing overflows; {_power(scale)} leaves "
-                f"{_bits(top, scale)} below the top."
+                f"From {power_text(low)} to {power_text(top)} at most {LOST:.0%} of the gradients' "
+                f"values that are not zero are lost and nothing overflows; {power_text(scale)} "
+                f"leaves {_bits(top, scale)} below the top."
             )
         else:
             lost = self.prediction.total(scale).underflow
             why = (
-                f"{_power(scale)} is the largest scale without overflow, and still loses "
-                f"{_percent(lost)} of the gradients' values that are not zero."
+                f"{power_text(scale)} is the largest scale without overflow, and still loses "
+                f"{share_text(lost)} of the gradients' values that are not zero."
             )
-        bounds = [f"kind: dynamic, init_scale: {_number(scale)}"]
+        bounds = [f"kind: dynamic, init_scale: {number_text(scale)}"]
         if scale < 1:
-            bounds.append(f"min_scale: {_number(scale)}")
+            bounds.append(f"min_scale: {number_text(scale)}")
         if scale > MAX_SCALE:
-            bounds.append(f"max_scale: {_number(scale)}")
+            bounds.append(f"max_scale: {number_text(scale)}")
         dynamic = f"precision.loss_scale={{{', '.join(bounds)}}}"
         if self._tried(dynamic) is False and (fixed := self._fixed(low, top, scale)):
             return self._answer(
                 "static",
                 fixed,
-                f"precision.loss_scale={{kind: static, scale: {_number(fixed)}}}",
-                f"{why} A dynamic scale did not end where fp32 did, but {_power(fixed)} did.",
+                f"precision.loss_scale={{kind: static, scale: {number_text(fixed)}}}",
+                f"{why} A dynamic scale did not end where fp32 did, but {power_text(fixed)} did.",
             )
         return self._answer("dynamic", scale, dynamic, why)
 
@@ -369,19 +370,6 @@ def _total(
 
 def _sensitive(modules: Iterable[str]) -> str:
     return f"`--set 'precision.sensitive_layers=[{', '.join(modules)}]'`"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() else repr(value)
-
-
-def _power(scale: float) -> str:
-    power = math.log2(scale)
-    return f"2^{power:.0f}" if power.is_integer() else _number(scale)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.0005 or not share else "less than 0.1%"
 
 
 def _bits(top: float, scale: float) -> str:
