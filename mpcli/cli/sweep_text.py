@@ -157,8 +157,8 @@ def show_precision(result: SweepResult) -> None:
     if seeds == 1:
         write("One seed: no standard errors and no test. `--seeds 5` says what is chance.")
     else:
-        compared = sum(row["mode"] != reference for row in rows)
-        corrected = f", after Holm's correction for {compared} modes" if compared > 1 else ""
+        compared = sum(row.get("p") is not None for row in rows)
+        corrected = f", after Holm's correction for {compared} tests" if compared > 1 else ""
         write(
             _wrapped(
                 f"± standard error of the mean; differences are of pairs with the same seed. "
