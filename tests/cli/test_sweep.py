@@ -226,6 +226,14 @@ def test_precision_compares_the_modes_that_can_be(mptrain, recipe, sweeps):
     assert "paired t-test" in outcome.out
 
 
+def test_only_modes_with_a_p_value_are_corrected_for(mptrain, recipe, sweeps):
+    sweeps.about["fp16"] = {"status": "diverged", "metrics": {}}
+    outcome = mptrain("sweep", "precision", recipe, "--modes", "fp32,bf16,fp16", "--seeds", "3")
+    assert outcome.code == 0, outcome.err
+    assert "paired t-test." in outcome.out
+    assert "Holm" not in outcome.out
+
+
 def test_precision_with_one_seed_says_that_it_has_no_errors(mptrain, recipe, sweeps):
     outcome = mptrain("sweep", "precision", recipe, "--modes", "fp32,fp16")
     assert "One seed: no standard errors" in outcome.out

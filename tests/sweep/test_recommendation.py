@@ -102,8 +102,8 @@ def test_it_begins_at_the_knee_where_there_is_no_room_and_within_the_policys_bou
 )
 def test_what_is_recommended_is_a_recipe(histogram: Any, own: str, tmp_path: Any) -> None:
     path = tmp_path / "recipe.yaml"
-    scale = f", loss_scale: {{kind: dynamic, {own}}}" if own else ""
-    path.write_text(RECIPE.replace("mode: fp32", f"mode: fp16{scale}"))
+    given = f", loss_scale: {{kind: dynamic, {own}}}" if own else ""
+    path.write_text(RECIPE.replace("mode: fp32", f"mode: fp16{given}"))
     found = recommended(reference(histogram))
     scale = load_recipe(path, [found["set"]]).recipe.precision.loss_scale
     assert scale.kind == found["policy"]
