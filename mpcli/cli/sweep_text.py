@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpcli.cli.console import metric_text, show_table, write
 from mpcli.recipe.render import visible
+from mpcli.sweep.text import power_text, share_text
 
 if TYPE_CHECKING:
     from mpcli.sweep.prediction import Prediction
@@ -84,17 +85,12 @@ def scale_text(scale: float | str) -> str:
     """`2^16 65536`; a number that is long without its power is left out."""
     if isinstance(scale, str):
         return scale
-    power, plain = math.log2(scale), f"{scale:.10g}"
-    if not power.is_integer():
-        return plain
-    return f"2^{power:.0f} {plain}" if len(plain) <= 5 else f"2^{power:.0f}"
+    power, plain = power_text(scale), f"{scale:.10g}"
+    return f"{power} {plain}" if power != plain and len(plain) <= 5 else power
 
 
 def _share(value: float | None) -> str:
-    """In percent, at most 6 cells; what is small is not called zero."""
-    if not value:
-        return "-" if value is None else "0"
-    return f"{value:.1%}" if value >= 5e-4 else "<0.1%"
+    return "-" if value is None else share_text(value)
 
 
 def _loss(value: float | None) -> str:
@@ -171,7 +167,7 @@ def show_precision(result: SweepResult) -> None:
     else:
         compared = [row["p"] for row in rows if row["mode"] != reference]
         tested = sum(p is not None for p in compared)
-        corrected = f", after Holm's correction for {tested} modes" if tested > 1 else ""
+        corrected = f", after Holm's correction for {tested} tests" if tested > 1 else ""
         untested = " No p: fewer than two pairs, or all with the same difference."
         write(
             _wrapped(

@@ -19,6 +19,7 @@ from mpcli.recipe.precision import Mode, StaticScale
 from mpcli.recipe.recipe import Recipe
 from mpcli.recipe.source import Source
 from mpcli.sweep.cells import Cell
+from mpcli.sweep.text import number_text
 
 Kind = Literal["loss-scale", "precision", "grid"]
 ScaleValue = float | Literal["dynamic"]
@@ -159,11 +160,6 @@ def check_scaled(loaded: LoadedRecipe) -> None:
 def scale_label(value: ScaleValue) -> str:
     """`scale=256` or `dynamic`."""
     return value if value == "dynamic" else f"scale={number_text(value)}"
-
-
-def number_text(value: float) -> str:
-    """All of its digits, and no more."""
-    return f"{value:.0f}" if value.is_integer() and value < 2**53 else repr(value)
 
 
 def scales(text: str) -> tuple[ScaleValue, ...]:

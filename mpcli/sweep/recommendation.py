@@ -9,13 +9,15 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from mpcli.recipe.precision import DynamicScale
 from mpcli.sweep.prediction import LIMIT, SCALES, Prediction
 from mpcli.sweep.results import Fractions, GradientHistogram, LayerFractions, TrialResult
+from mpcli.sweep.text import number_text, power_text, share_text
 
 LOST = 0.01
 """Share of the values that are not zero that may be lost at the knee. What is lost are the smallest
@@ -34,8 +36,8 @@ runs differ so much from each other that something is wrong with some."""
 RELIABLE = 1.0
 """Below this scale no prediction is relied on: most models lose most of their gradient there, and
 what is lost in one layer is missing in those before it, which the prediction does not model."""
-MAX_SCALE = 2.0**24
-"""`max_scale` of the dynamic policy, where none is given."""
+MAX_SCALE = DynamicScale(kind="dynamic").max_scale
+"""The dynamic policy grows no further, unless it has to."""
 
 _Tensor = tuple[str, str]
 
@@ -77,21 +79,20 @@ class LossScaleSweep:
 
     def matches(self, label: str) -> bool:
         """Whether runs end where fp32's do or lower, by their last losses with the same seeds."""
-        exact = {trial.seed: trial for trial in self.reference}
-        pairs = [(trial, exact[trial.seed]) for trial in self.half[label] if trial.seed in exact]
+        exact = {
+            trial.seed: loss for trial in self.reference if (loss := _final(trial)) is not None
+        }
         differences = [
-            half.loss - fp32.loss
-            for half, fp32 in pairs
-            if half.status == fp32.status == "done"
-            and half.loss is not None
-            and fp32.loss is not None
+            loss - exact[trial.seed]
+            for trial in self.half[label]
+            if trial.seed in exact and (loss := _final(trial)) is not None
         ]
         if not differences or len(differences) < len(self.half[label]):
             return False
         error = 0.0
         if len(differences) > 1:
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-        span = self.learnt or abs(statistics.fmean(fp32.first_loss or 0.0 for _, fp32 in pairs))
+        span = self.learnt or abs(statistics.fmean(t.first_loss or 0.0 for t in self.reference))
         allowed = max(LEARNT * span, min(2 * error, NOISE * span))
         return statistics.fmean(differences) <= allowed  # NaN is not
 
@@ -99,9 +100,11 @@ class LossScaleSweep:
     def learnt(self) -> float:
         """First loss minus final one, in fp32; 0 where it learnt nothing."""
         falls = [
-            trial.first_loss - trial.loss
+            trial.first_loss - loss
             for trial in self.reference
-            if trial.loss is not None and trial.first_loss is not None
+            if trial.first_loss is not None
+            and math.isfinite(trial.first_loss)
+            and (loss := _final(trial)) is not None
         ]
         return max(0.0, statistics.fmean(falls)) if falls else 0.0
 
@@ -157,7 +160,11 @@ class LossScaleSweep:
 
     def recommended(self) -> dict[str, Any]:
         """The policy to take, with its evidence."""
-        if not any(trial.status == "done" for trial in self.reference):
+        if all(_final(trial) is None for trial in self.reference):
+            if any(trial.status == "diverged" or _has_nan_loss(trial) for trial in self.reference):
+                return self._nothing(
+                    "The fp32 run diverged: no loss scale helps, look at `optim.lr`."
+                )
             return self._nothing("There is no fp32 run to compare with: it did not end.")
         if forward := self._forward_overflow():
             return self._nothing(forward)
@@ -180,7 +187,7 @@ class LossScaleSweep:
             why += " Its run did not end where fp32 did."
         if policy and not self.learnt:
             why += " But fp32 learnt nothing in so few steps: runs say little, take more `--steps`."
-        window = self.window
+        window = self.window if policy else None
         return {
             "policy": policy,
             "init_scale": scale,
@@ -204,10 +211,21 @@ class LossScaleSweep:
 
     @cached_property
     def knee(self) -> float | None:
-        """The least power of two at which no more than `LOST` is lost."""
+        """The least power of two at which no more than `LOST` is lost.
+
+        Below `RELIABLE` only runs say that: not less than the least scale that was seen to work.
+        """
         if not self.prediction.histograms:
             return None
-        return next((s for s in SCALES if self.prediction.total(s).underflow <= LOST), None)
+        least = min([RELIABLE, *self._good])
+        kept = (s for s in SCALES if s >= least and self.prediction.total(s).underflow <= LOST)
+        return next(kept, None)
+
+    @property
+    def _good(self) -> list[float]:
+        """The fixed scales whose runs match fp32."""
+        scales = [_scale(self.half[label][0]) for label in self.matching]
+        return [scale for scale in scales if isinstance(scale, float)]
 
     @cached_property
     def top(self) -> float:
@@ -217,8 +235,9 @@ class LossScaleSweep:
         """
         skipped: dict[float, bool] = {}
         for trials in self.half.values():
-            if isinstance(scale := _scale(trials[0]), float):
-                skipped[scale] = any(trial.skipped for trial in trials)
+            own = [trial for trial in trials if not _has_nan_loss(trial)]
+            if own and isinstance(scale := _scale(own[0]), float):
+                skipped[scale] = any(trial.skipped for trial in own)
         clean = max((scale for scale, some in skipped.items() if not some), default=0.0)
         # A run that skips below one that does not has gone wrong for another reason.
         first = min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
@@ -235,14 +254,20 @@ class LossScaleSweep:
             for module, value in trial.outputs_max.items():
                 if module in held and value >= LIMIT:
                     largest[module] = max(value, largest.get(module, 0.0))
-        if not largest:
-            return None
-        named = ", ".join(f"`{name}` ({value:.3g})" for name, value in largest.items())
-        return (
-            f"No scale works here: {named} overflows in forward, where no loss scale helps: its "
-            "outputs in fp32 are above fp16's maximum, and no run in fp16 ended where fp32 did. "
-            f"Keep it in fp32, {_sensitive(largest)}, or take bf16."
-        )
+        if largest:
+            named = ", ".join(f"`{name}` ({value:.3g})" for name, value in largest.items())
+            return (
+                f"No scale works here: {named} overflows in forward, where no loss scale helps: "
+                "its outputs in fp32 are above fp16's maximum, and no run in fp16 ended where fp32 "
+                "did. Take bf16, or make these outputs smaller: of a layer in "
+                "`precision.sensitive_layers` they return to fp16, but for the last layer's."
+            )
+        if all(_has_nan_loss(trial) for trials in self.half.values() for trial in trials):
+            return (
+                "No scale works here: in every run in fp16 the loss itself is NaN or infinite in "
+                "forward, where no loss scale helps. Take bf16, or make what overflows smaller."
+            )
+        return None
 
     def _unscaled(self) -> dict[str, Any] | None:
         """No scaling, where nothing is lost without and no run says otherwise."""
@@ -252,7 +277,7 @@ class LossScaleSweep:
         if tried and not any(label in self.matching for label in tried):
             return None
         lost = self.prediction.total(1.0).underflow
-        why = f"No scaling needed: without it {_percent(lost)} of the gradients' values are lost"
+        why = f"No scaling needed: without it {share_text(lost)} of the gradients' values are lost"
         found = self._answer(
             "none",
             1.0,
@@ -263,16 +288,17 @@ class LossScaleSweep:
 
     def _windowless(self) -> dict[str, Any] | None:
         """Why there is none, where some layer always loses or overflows and no run is good."""
-        if self.window or self.matching or not self.half:
-            return None
         best = self.top or SCALES[0]
+        lost = self.prediction.total(best).underflow
+        if self.window or self.matching or not self.half or lost <= LOST:
+            return None
         low = max(self.prediction.layers(best), key=lambda layer: layer.fractions.underflow)
         high = max(self.prediction.histograms, key=lambda one: one.max)
         return self._nothing(
-            f"No window: at {_power(best)} `{low.module}` loses "
-            f"{_percent(low.fractions.underflow)} of its gradient, while at {_power(2 * best)} "
-            f"`{high.module}` overflows, and no run in fp16 ended where fp32 did. One of them has "
-            f"to stay in fp32, {_sensitive([high.module])}; or take bf16."
+            f"No window: at {power_text(best)} `{low.module}` loses "
+            f"{share_text(low.fractions.underflow)} of its gradient, while at "
+            f"{power_text(2 * best)} `{high.module}` overflows, and no run in fp16 ended where "
+            f"fp32 did. Take bf16, which has the range of fp32."
         )
 
     def _scaled(self) -> dict[str, Any]:
@@ -284,36 +310,50 @@ class LossScaleSweep:
         scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
         if self.window:
             why = (
-                f"From {_power(low)} to {_power(top)} at most {LOST:.0%} of the gradients' "
-                f"values that are not zero are lost and nothing overflows; {_power(scale)} leaves "
-                f"{_bits(top, scale)} below the top."
+                f"From {power_text(low)} to {power_text(top)} at most {LOST:.0%} of the gradients' "
+                f"values that are not zero are lost and nothing overflows; {power_text(scale)} "
+                f"leaves {_bits(top, scale)} below the top."
             )
         else:
             lost = self.prediction.total(scale).underflow
             why = (
-                f"{_power(scale)} is the largest scale without overflow, and still loses "
-                f"{_percent(lost)} of the gradients' values that are not zero."
+                f"{power_text(scale)} is the largest scale without overflow, and still loses "
+                f"{share_text(lost)} of the gradients' values that are not zero."
             )
-        bounds = [f"kind: dynamic, init_scale: {_number(scale)}"]
-        if scale < 1:
-            bounds.append(f"min_scale: {_number(scale)}")
-        if scale > MAX_SCALE:
-            bounds.append(f"max_scale: {_number(scale)}")
-        dynamic = f"precision.loss_scale={{{', '.join(bounds)}}}"
+            if scale < RELIABLE:
+                why += " Below 1 that is unreliable: its run says whether it is enough."
+        # The bounds as well: the recipe's own may not hold it.
+        fields = {
+            "init_scale": scale,
+            "min_scale": min(scale, RELIABLE),
+            "max_scale": max(scale, MAX_SCALE),
+        }
+        values = ", ".join(f"{name}: {number_text(value)}" for name, value in fields.items())
+        dynamic = f"precision.loss_scale={{kind: dynamic, {values}}}"
         if self._tried(dynamic) is False and (fixed := self._fixed(low, top, scale)):
             return self._answer(
                 "static",
                 fixed,
-                f"precision.loss_scale={{kind: static, scale: {_number(fixed)}}}",
-                f"{why} A dynamic scale did not end where fp32 did, but {_power(fixed)} did.",
+                f"precision.loss_scale={{kind: static, scale: {number_text(fixed)}}}",
+                f"{why} A dynamic scale did not end where fp32 did, but {power_text(fixed)} did.",
             )
         return self._answer("dynamic", scale, dynamic, why)
 
     def _fixed(self, low: float, top: float, wanted: float) -> float | None:
         """The fixed scale in the window nearest to the wanted one whose run matches fp32."""
-        scales = [_scale(self.half[label][0]) for label in self.matching]
-        fixed = [s for s in scales if isinstance(s, float) and low <= s <= top]
+        fixed = [scale for scale in self._good if low <= scale <= top]
         return min(fixed, key=lambda scale: abs(math.log2(scale / wanted)), default=None)
+
+
+def _final(trial: TrialResult) -> float | None:
+    """The final loss of a run that ended with one."""
+    ended = trial.status == "done" and trial.loss is not None and math.isfinite(trial.loss)
+    return trial.loss if ended else None
+
+
+def _has_nan_loss(trial: TrialResult) -> bool:
+    """Whether its loss was NaN or infinite, first or last: a matter of forward."""
+    return any(x is not None and not math.isfinite(x) for x in (trial.first_loss, trial.loss))
 
 
 def _tensor(one: GradientHistogram | LayerFractions) -> _Tensor:
@@ -365,23 +405,6 @@ def _total(
         return None
     shares = [fractions[which] for which in known]
     return _mean(shares, [weights[which] for which in known]).model_dump()
-
-
-def _sensitive(modules: Iterable[str]) -> str:
-    return f"`--set 'precision.sensitive_layers=[{', '.join(modules)}]'`"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() else repr(value)
-
-
-def _power(scale: float) -> str:
-    power = math.log2(scale)
-    return f"2^{power:.0f}" if power.is_integer() else _number(scale)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.0005 or not share else "less than 0.1%"
 
 
 def _bits(top: float, scale: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import statistics
 from collections import deque
@@ -172,6 +173,8 @@ class _Watch:
 
     def _judge(self, step: int, loss: float, first: float) -> None:
         if self._claim.is_worse(step, loss / first):
+            if not math.isfinite(loss):
+                raise Diverged(f"step {step}: the mean loss of {len(self._losses)} steps is {loss}")
             raise Diverged(
                 f"step {step}: the mean loss of {len(self._losses)} steps is {loss:.4g}, more than "
                 f"{WORSE:g} times the {first:.4g} of step 1"

@@ -279,9 +279,17 @@ def test_precision_says_what_is_not_tested_and_what_is_left_out(mptrain, recipe,
     sweeps.about["bf16"] = {"metrics": {"loss": 1.0, "accuracy": float("nan")}}
     command = ("sweep", "precision", recipe, "--modes", "fp32,bf16,fp16,fp16-master", "--seeds", 3)
     outcome = mptrain(*command)  # fp16 is as fp32 in every seed: tested
-    assert "after Holm's correction for 2 modes. No p: fewer than two pairs, or" in outcome.out
+    assert "after Holm's correction for 2 tests. No p: fewer than two pairs, or" in outcome.out
     assert "bf16: 3 of 3 runs are left out (done without a finite accuracy)" in outcome.out
     assert "No p:" not in mptrain(*command[:4], "fp32,fp16", *command[5:]).out
+
+
+def test_only_modes_with_a_p_value_are_corrected_for(mptrain, recipe, sweeps):
+    sweeps.about["fp16"] = {"status": "diverged", "metrics": {}}
+    outcome = mptrain("sweep", "precision", recipe, "--modes", "fp32,bf16,fp16", "--seeds", "3")
+    assert outcome.code == 0, outcome.err
+    assert "paired t-test." in outcome.out
+    assert "Holm" not in outcome.out
 
 
 def test_precision_with_one_seed_says_that_it_has_no_errors(mptrain, recipe, sweeps):

@@ -10,8 +10,9 @@ from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import load_recipe
 from mpcli.recipe.precision import NoScale, StaticScale
 from mpcli.sweep import asked
-from mpcli.sweep.asked import grid, modes, number_text, scales
+from mpcli.sweep.asked import grid, modes, scales
 from mpcli.sweep.cells import Cell
+from mpcli.sweep.text import number_text
 from tests.small import small_recipe
 
 

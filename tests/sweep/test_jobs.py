@@ -36,7 +36,7 @@ def test_sweeps_need_optuna(tmp_path: Path) -> None:
     loaded = small_recipe(tmp_path)
     with (
         mock.patch("importlib.util.find_spec", return_value=None),
-        pytest.raises(UserError, match="Optuna") as told,
+        pytest.raises(UserError, match="optuna") as told,
     ):
         run_sweep(
             tmp_path / "sweep", loaded, CELLS, kind="grid", asked={}, storage=None, jobs=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -70,7 +71,8 @@ def test_a_dynamic_scale_begins_two_bits_below_the_top() -> None:
     found = recommended(reference(gradient(-30, *[100] * 30)), at(1024))
     assert (found["policy"], found["knee"], found["window"]) == ("dynamic", 32.0, [32.0, 2.0**16])
     assert (found["init_scale"], found["window_bits"]) == (2.0**14, 11.0)
-    assert found["set"] == "precision.loss_scale={kind: dynamic, init_scale: 16384}"
+    setting = "{kind: dynamic, init_scale: 16384, min_scale: 1, max_scale: 16777216}"
+    assert found["set"] == f"precision.loss_scale={setting}"
     assert not found["confirmed"]
 
 
@@ -82,16 +84,26 @@ def test_it_begins_at_the_knee_where_there_is_no_room_and_within_the_policys_bou
     assert (tiny["knee"], tiny["init_scale"]) == (2.0**30, 2.0**30)
     assert "max_scale: 1073741824" in tiny["set"]
     large = recommended(reference(gradient(18, 100, 100)))
-    assert large["init_scale"] < 1
-    assert "min_scale" in large["set"]
+    assert (large["window"], large["init_scale"]) == (None, 0.0625)
+    assert "min_scale: 0.0625" in large["set"]
+    assert "unreliable" in large["why"]
 
 
+@pytest.mark.parametrize("own", ["", "min_scale: 1024, max_scale: 32768, init_scale: 2048"])
 @pytest.mark.parametrize(
-    "histogram", [SMALL, gradient(-55, 100, 100), gradient(18, 100), gradient(-20, 100)]
+    "histogram",
+    [
+        SMALL,
+        gradient(-55, 100, 100),
+        gradient(18, 100),
+        gradient(-20, 100),
+        gradient(-30, *[1] * 41),
+    ],
 )
-def test_what_is_recommended_is_a_recipe(histogram: Any, tmp_path: Any) -> None:
+def test_what_is_recommended_is_a_recipe(histogram: Any, own: str, tmp_path: Any) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("fp32", "fp16"))
+    given = f", loss_scale: {{kind: dynamic, {own}}}" if own else ""
+    path.write_text(RECIPE.replace("mode: fp32", f"mode: fp16{given}"))
     found = recommended(reference(histogram))
     scale = load_recipe(path, [found["set"]]).recipe.precision.loss_scale
     assert scale.kind == found["policy"]
@@ -110,7 +122,8 @@ def test_its_own_run_confirms_it() -> None:
 
 def test_a_fixed_scale_where_only_that_was_seen_to_work() -> None:
     failed = trial("recommended", recommended(reference(SMALL))["set"], loss=2.9)
-    found = recommended(reference(SMALL), failed, at(1024), at(2.0**16), at(8))
+    others = [at(1024), at(2.0**16), at(8), at(2.0**27)]  # which is nearer, but above the top
+    found = recommended(reference(SMALL), failed, *others)
     assert (found["policy"], found["init_scale"]) == ("static", 2.0**16)
     assert found["set"] == "precision.loss_scale={kind: static, scale: 65536}"
     assert found["confirmed"]
@@ -132,8 +145,28 @@ def test_an_overflow_in_forward_is_no_matter_of_the_scale() -> None:
     found = recommended(exact, at(1, **failed), at(1024, **failed))
     assert (found["policy"], found["set"]) == (None, None)
     assert "`layer` (2e+05) overflows in forward" in found["why"]
+    assert "set 'precision.sensitive_layers" not in found["why"]  # its outputs would overflow again
     assert "norm" not in found["why"]  # which fp16 does not hold
     assert recommended(exact, at(1024))["policy"] == "dynamic"  # the runs say otherwise
+
+
+def test_a_loss_that_is_nan_at_every_scale_is_an_overflow_in_forward() -> None:
+    gone = {"loss": math.nan, "first_loss": math.nan, "status": "diverged", "skipped": 10}
+    found = recommended(reference(SMALL), at(1, **gone), at(1024, **gone), trial("dynamic", **gone))
+    assert (found["policy"], found["window"]) == (None, None)
+    assert found["why"].startswith("No scale works here: in every run in fp16 the loss itself")
+    some = recommended(reference(SMALL), at(64), at(1024, **gone))
+    assert some["window"] == [32.0, 2.0**26]  # what is NaN in forward is not the scale's doing
+
+
+def test_below_a_scale_of_1_only_runs_count() -> None:
+    exact = reference(gradient(-12, 100, 100))
+    assert recommended(exact)["window"][0] == 1.0
+    assert recommended(exact, at(0.25, loss=2.0))["window"][0] == 1.0
+    assert recommended(exact, at(0.25))["window"][0] == 0.25
+    # The largest scale without overflow is tried before it is said that there is none.
+    large = reference(gradient(18, 100))
+    assert recommended(large, at(1, loss=3.0, skipped=100))["policy"] == "dynamic"
 
 
 def test_one_layer_that_loses_while_another_overflows() -> None:
@@ -145,11 +178,14 @@ def test_one_layer_that_loses_while_another_overflows() -> None:
     assert (found["policy"], found["window"]) == (None, None)
     assert "at 2^1 `low` loses 100.0%" in found["why"]
     assert "at 2^2 `high` overflows" in found["why"]
+    assert "bf16" in found["why"]
 
 
 def test_a_run_that_skips_lowers_the_top() -> None:
     found = recommended(reference(SMALL), at(1024), at(2.0**16, skipped=1), at(2.0**20, skipped=9))
     assert found["window"] == [32.0, 2.0**15]
+    one_seed = [at(2.0**16, seed=seed, skipped=seed) for seed in range(2)]
+    assert recommended(reference(SMALL), at(1024), *one_seed)["window"] == [32.0, 2.0**15]
     gone_wrong = recommended(reference(SMALL), at(1, skipped=50), at(1024))
     assert gone_wrong["window"][1] == 2.0**26
 
@@ -168,6 +204,23 @@ def test_seeds_count_together() -> None:
     )
 
 
+def test_the_largest_gradient_of_any_seed_counts() -> None:
+    large = SMALL.model_copy(update={"max": 2.0**10})
+    for seeds in ((SMALL, large), (large, SMALL)):
+        exact = [reference(one, seed=seed) for seed, one in enumerate(seeds)]
+        assert recommended(*exact)["window"] == [32.0, 32.0]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_final_loss_that_is_not_finite_matches_nothing(loss: float) -> None:
+    exact = [reference(SMALL, seed=seed) for seed in range(2)]
+    half = [at(64, seed=0), at(64, seed=1, loss=loss)]
+    assert LossScaleSweep([*exact, *half]).matching == ()
+    broken = [exact[0], reference(SMALL, seed=1, loss=loss)]
+    found = LossScaleSweep([*broken, at(64, seed=0), at(64, seed=1)])
+    assert (found.matching, found.learnt) == ((), 2.0)
+
+
 def test_runs_that_differ_wildly_do_not_match_for_their_noise() -> None:
     exact = [reference(SMALL, seed=seed) for seed in range(2)]
     wild = [at(64, seed=0, loss=1.1), at(64, seed=1, loss=3.0)]
@@ -179,6 +232,10 @@ def test_without_a_reference_nothing_is_recommended(status: Status) -> None:
     for trials in ([at(64)], [reference(SMALL, status=status), at(64)], []):
         found = recommended(*trials)
         assert (found["policy"], found["set"], found["confirmed"]) == (None, None, False)
+        assert found["window"] is found["window_bits"] is None
+    lost = recommended(reference(SMALL, status=status), at(64))["why"]
+    assert ("diverged" in lost and "`optim.lr`" in lost) == (status == "diverged")
+    assert "`optim.lr`" in recommended(reference(SMALL, loss=math.nan), at(64))["why"]
 
 
 def test_a_reference_that_learnt_nothing_is_said_to() -> None:

@@ -129,6 +129,18 @@ def test_results_come_back_as_they_were_told(folder: SweepFolder) -> None:
     assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
 
 
+def test_of_two_trials_that_ended_the_first_counts(folder: SweepFolder) -> None:
+    study = Study(folder, "study")
+    for loss in (0.25, 0.75):
+        cell = CELLS[0]
+        study.optuna.enqueue_trial({}, user_attrs={"cell": cell.name})
+        text = done(cell, loss=loss).to_json()
+        trial = study.optuna.ask()
+        trial.set_user_attr("result.0", text)
+        study.optuna.tell(trial, loss)
+    assert study.result(cell, study.look([cell])[cell.name]).loss == 0.25
+
+
 def test_of_two_trials_of_a_cell_the_first_is_run(folder: SweepFolder) -> None:
     """Two machines that begin together may both add one."""
     cell = CELLS[0]
@@ -160,7 +172,9 @@ def test_a_loss_that_grows_or_is_not_a_number_is_worse(folder: SweepFolder) -> N
     study = Study(folder, "study")
     study.revive(CELLS)
     claim = claimed(study)
-    verdicts = [claim.is_worse(step, loss) for step, loss in ((10, 2.9), (20, 3.1), (30, math.nan))]
+    verdicts = [
+        claim.is_worse(step, loss) for step, loss in ((10, 3.0), (20, 3.01), (30, math.nan))
+    ]
     assert verdicts == [False, True, True]
 
 

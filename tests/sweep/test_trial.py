@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mpcli import signals
+from mpcli.progress import Diverged
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.records import StepRecord
 from mpcli.rundir import RunDirectory
@@ -180,6 +181,13 @@ def test_the_mean_of_ten_steps_is_judged() -> None:
     assert claim.is_worse.mock_calls == [mock.call(10, 5.5), mock.call(20, 15.5)]
     watch.steps([row(step, math.nan) for step in range(26, 31)])
     assert math.isnan(claim.is_worse.call_args.args[1])
+
+
+def test_a_loss_that_is_not_a_number_is_called_that() -> None:
+    claim = mock.Mock(is_worse=mock.Mock(return_value=True))
+    watch = trials._Watch(mock.Mock(steps=lambda: iter(())), claim)
+    with pytest.raises(Diverged, match=r"^step 10: the mean loss of 10 steps is nan$"):
+        watch.steps([row(step, math.nan) for step in range(1, 11)])
 
 
 def row(step: int, loss: float) -> StepRecord:
