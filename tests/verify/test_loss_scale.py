@@ -73,7 +73,8 @@ def test_digits(tmp_path):
     assert result["recommended"]["confirmed"]
 
 
-def test_cifar10(tmp_path):
+def test_cifar10(tmp_path, shared_data, monkeypatch):
+    monkeypatch.setenv("MPTRAIN_DATA", str(shared_data))
     recipe(tmp_path, "cifar10-fp16")
     result = sweep(
         tmp_path, "loss scale of CIFAR-10", "loss-scale", "cifar10-fp16.yaml",
