@@ -155,8 +155,11 @@ function readout(figure, step) {
   for (const renderer of figure.renderers) {
     const { run, series, column } = about(renderer);
     if (run === undefined || column === undefined || !renderer.visible) continue;
-    if (renderer.glyph.type === "Scatter" && ["skipped", "nonfinite"].includes(series)) {
-      if ([...renderer.data_source.get("step")].includes(step)) told.set(renderer.name, "here");
+    if (renderer.glyph.type === "Scatter") { // of a line, which tells more, unless it is a mark
+      const marked = ["skipped", "nonfinite"].includes(series);
+      if (marked && [...renderer.data_source.get("step")].includes(step)) {
+        told.set(renderer.name, "here");
+      }
       continue;
     }
     const steps = renderer.data_source.get("step");
@@ -182,7 +185,7 @@ function number(value) {
   if (!Number.isFinite(value)) return "not finite";
   if (Number.isInteger(value) && Math.abs(value) < 1e9) return value.toLocaleString("en");
   return Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3)
-    ? value.toExponential(3) : value.toPrecision(5).replace(/\.?0+$/, "");
+    ? value.toExponential(3) : String(Number(value.toPrecision(5)));
 }
 
 async function inflated(text) {
