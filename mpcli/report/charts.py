@@ -89,14 +89,13 @@ class StepCharts:
 
     def training(self) -> Iterator[Chart]:
         """Loss and metrics, with what interrupted them."""
-        if self._any("loss"):
-            chart = self._chart("loss", "Loss", log=False)
-            self._curve(chart, "loss", "training")
-            if any(run.evaluations for run in self.runs):
-                self._evaluations(chart, "loss", "evaluation")
-            self._nonfinite(chart)
-            self._boundaries(chart)
-            yield chart
+        chart = self._chart("loss", "Loss", log=False)
+        self._curve(chart, "loss", "training")
+        if any(run.evaluations for run in self.runs):
+            self._evaluations(chart, "loss", "evaluation")
+        self._nonfinite(chart)
+        self._boundaries(chart)
+        yield chart
         for number, name in enumerate(self._metrics()):
             chart = self._chart(f"metric{number}", f"Evaluation: {name}", log=False)
             self._evaluations(chart, name, "evaluation")
@@ -268,14 +267,16 @@ class StepCharts:
                 self._marks(chart, run, source, "scale", "skipped", "skipped steps")
 
     def _nonfinite(self, chart: Chart) -> None:
-        """A cross for every loss that is not finite, at the last one that was."""
+        """A cross for every loss that is not finite, at the last one that was, else the first."""
         for run, about in enumerate(self.runs):
             loss = about.steps["loss"]
             finite = np.isfinite(loss)
             before = np.maximum.accumulate(np.where(finite, np.arange(len(loss)), -1))
-            bad = np.flatnonzero(~finite & (before >= 0))
+            bad = np.flatnonzero(~finite)
             if len(bad):
-                source = _source({"step": about.steps["step"][bad], "loss": loss[before[bad]]})
+                first = loss[finite][0] if finite.any() else 1.0
+                height = np.where(before >= 0, loss[before], first)
+                source = _source({"step": about.steps["step"][bad], "loss": height[bad]})
                 self._marks(chart, run, source, "loss", "nonfinite", "loss not finite")
 
     def _marks(

@@ -101,6 +101,22 @@ def test_charts_of_numbers_that_no_axis_can_show(tmp_path: Path) -> None:
     assert 'data-chart="loss"' in report_page(read_sources([path]))
 
 
+@pytest.mark.parametrize(("losses", "height"), [([math.nan, math.inf], 1), ([math.nan, 3.0], 3)])
+def test_losses_that_are_not_finite_from_the_first_on_have_crosses(
+    tmp_path: Path, losses: list[float], height: float
+) -> None:
+    from mpcli.report.charts import StepCharts
+
+    path = made_up_run(tmp_path / "run", steps=2)
+    rows = [step_row(n + 1, loss=loss) + "\n" for n, loss in enumerate(losses)]
+    (path / "steps.jsonl").write_text("".join(rows))
+    chart = next(StepCharts(read_sources([path]).runs).training())
+    (crosses,) = [drawn for drawn in chart.figure.renderers if drawn.name == "loss not finite"]
+    bad = [n + 1 for n, loss in enumerate(losses) if not math.isfinite(loss)]
+    assert list(crosses.data_source.data["step"]) == bad
+    assert list(crosses.data_source.data["loss"]) == [height] * len(bad)
+
+
 def test_a_run_of_no_steps_has_no_charts(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.mkdir()
