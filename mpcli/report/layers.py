@@ -183,8 +183,8 @@ def _merged(
         merged.lowest.append(lowest)
         texts.append(_levels(cells))
         for name, values in tensor.quantities.items():
-            finite = [values[index] for index in indices if math.isfinite(values[index])]
-            merged.quantities[name].append(max(finite, default=math.nan))
+            known = [values[index] for index in indices if not math.isnan(values[index])]
+            merged.quantities[name].append(max(known, default=math.nan))
     return merged, texts
 
 
@@ -211,7 +211,7 @@ def _packed(key: tuple[str, str, int], tensor: Tensor, cells: list[str]) -> dict
     quantities = {
         name: ("%.3g," * len(values) % tuple(values))[:-1]
         for name, values in tensor.quantities.items()
-        if any(map(math.isfinite, values))
+        if not all(map(math.isnan, values))
     }
     return {
         "tensor": kind,

@@ -197,7 +197,7 @@ async function inflated(text) {
 async function connectLayers(charts, exponents) {
   const runs = await inflated(data.layers);
   for (const { quantities } of runs.flat()) {
-    for (const key in quantities) quantities[key] = quantities[key].split(",").map(Number);
+    for (const key in quantities) quantities[key] = quantities[key].split(",").map(quantityOf);
   }
   const [run, kind, name, quantity] =
     ["run", "tensor", "name", "quantity"].map((key) => one(`#layers-${key}`));
@@ -223,6 +223,11 @@ async function connectLayers(charts, exponents) {
   quantity.addEventListener("change", () => { asked = quantity.value; });
   for (const control of [name, quantity, wide]) control.addEventListener("change", draw);
   choose();
+}
+
+/** As Python writes numbers. */
+function quantityOf(text) {
+  return text === "inf" ? Infinity : Number(text);
 }
 
 /** Replace the options of a select; the text that was chosen stays, where it is still there. */
@@ -279,12 +284,12 @@ function drawMap(charts, tensors, quantity) {
     const bottom = shown.length - 1 - row;
     columnsOf(tensor.steps).forEach(([left, right], index) => {
       const value = tensor.quantities[quantity][index];
-      if (!Number.isFinite(value)) return;
+      if (Number.isNaN(value)) return;
       const cell = { left, right, bottom, top: bottom + 1, value, step: left, name: tensor.name };
       for (const key of Object.keys(cells)) cells[key].push(cell[key]);
     });
   });
-  const positive = cells.value.filter((value) => value > 0);
+  const positive = cells.value.filter((value) => value > 0 && Number.isFinite(value));
   const largest = positive.reduce((a, b) => Math.max(a, b), 0) || 1;
   const smallest = positive.reduce((a, b) => Math.min(a, b), largest);
   charts.get_model_by_name("layers-log")

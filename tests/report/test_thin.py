@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -67,6 +69,17 @@ def test_samples_shown_together_keep_the_most_of_each(tmp_path: Path) -> None:
         zeros = [[*map(float, one["quantities"]["zeros"].split(","))] for one in (every, few)]
         assert max(zeros[0]) == max(zeros[1])
         assert min(every["lowest"]) == min(few["lowest"])
+
+
+def test_a_largest_value_that_is_infinite_stays(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=4, sampled=4, layers=1)
+    rows = [json.loads(row) for row in (path / "layers.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"max": math.inf}) + "\n" for row in rows)
+    (path / "layers.jsonl").write_text(text)
+    layers = read_layers(RunDirectory.read(path), Counter())
+    for most_rows, shown in ((1000, 4), (layers.num_rows // 4, 1)):
+        ranges = {tensor["quantities"]["range"] for tensor in layers.packed(most_rows)}
+        assert ranges == {",".join(["inf"] * shown)}
 
 
 def test_a_step_that_is_there_twice_counts_once(tmp_path: Path) -> None:
