@@ -17,7 +17,7 @@ COLUMNS = (
     "memory_allocated_bytes", "memory_peak_bytes",
 )  # fmt: skip
 _LARGEST = 2.0**53  # steps are counted exactly up to there
-_CURVES = ("loss", "grad_norm", "scale", "samples_per_second", "memory_peak_bytes")
+_CURVES = tuple(name for name in COLUMNS if name not in ("step", "attempt", "applied"))
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,14 @@ def test_extremes_of_every_bucket_and_what_always_stays(
 
 def test_every_skip_of_a_long_run_is_shown_and_the_page_says_so(tmp_path: Path) -> None:
     path = made_up_run(tmp_path / "run", steps=10_000, sampled=1, layers=1)
+    with (path / "steps.jsonl").open("a") as file:
+        file.write(step_row(5005, lr=9.0, memory_allocated_bytes=1) + "\n")
     (run,) = read_sources([path]).runs
     thin = run.steps.thinned(400)
     assert len(thin) < 5000
     assert list(thin["step"][thin["applied"] == 0]) == list(range(97, 10_001, 97))
     assert np.nanmax(thin["loss"]) == np.nanmax(run.steps["loss"])
+    assert (max(thin["lr"]), min(thin["memory_allocated_bytes"])) == (9, 1)
     assert f"{len(thin):,} of 10,000 steps" in report_page(read_sources([path]))
 
 
