@@ -45,7 +45,7 @@ def report_page(found: Sources) -> str:
     from mpcli.report.charts import StepCharts, sweep_charts
 
     document = Document()
-    runs = [run for run in found.runs if len(run.steps) or run.evaluations]
+    runs = found.charted
     charts = StepCharts(runs)
     layers = [run.layers.packed(MOST_LAYER_ROWS // len(runs)) if run.layers else [] for run in runs]
     training = list(charts.training()) if runs else []

@@ -53,7 +53,7 @@ class Attempt:
     environment: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run directory as far as it can be read.
 
@@ -97,6 +97,11 @@ class Sources:
     runs: list[Run] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
+
+    @property
+    def charted(self) -> list[Run]:
+        """The runs that have anything to draw; a run's place here is its colour."""
+        return [run for run in self.runs if len(run.steps) or run.evaluations]
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:

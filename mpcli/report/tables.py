@@ -18,7 +18,11 @@ _ORDER = ("error", "warning", "info")
 
 def summary(found: Sources) -> Html:
     """What happened: each run in a row, and what is missing of it."""
-    rows = [_summary_row(run, number) for number, run in enumerate(found.runs)]
+    charted = found.charted
+    rows = [
+        _summary_row(run, swatch(charted.index(run)) if run in charted else None)
+        for run in found.runs
+    ]
     parts: list[Content] = []
     if rows:
         header = ("run", "state", "result", "steps", "time", "peak memory", "precision")
@@ -35,8 +39,8 @@ def summary(found: Sources) -> Html:
     return together(*parts)
 
 
-def _summary_row(run: Run, number: int) -> tuple[Content, ...]:
-    name = together(swatch(number), run.label)
+def _summary_row(run: Run, color: Html | None) -> tuple[Content, ...]:
+    name = together(color, run.label)
     state = element("span", run.state, class_=f"badge {_tone(run)}")
     skipped = int((run.steps["applied"] == 0).sum())
     attempts = len(run.attempts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_a_run_of_no_steps_has_no_charts(tmp_path: Path) -> None:
     page = report_page(read_sources([path]))
     assert "steps.jsonl: no step was recorded" in page
     assert "data-chart" not in page[: page.index("<script")]
+
+
+def test_a_color_of_the_summary_is_that_of_the_charts(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        made_up_run(tmp_path / name, steps=2)
+    for name in ("steps.jsonl", "evals.jsonl"):
+        (tmp_path / "a" / name).unlink()
+    page = said(read_sources([tmp_path / name for name in ("a", "b", "c")]))
+    rows = re.findall(r"<th scope=.row.>(<i class=.swatch (c\d)[^>]*></i>)?([abc])<", page)
+    assert [(color, label) for _, color, label in rows] == [("", "a"), ("c0", "b"), ("c1", "c")]
 
 
 def test_differences_of_recipes_come_first(tmp_path: Path) -> None:
