@@ -47,7 +47,7 @@ def test_extremes_of_every_bucket_and_what_always_stays(
 def test_every_skip_of_a_long_run_is_shown_and_the_page_says_so(tmp_path: Path) -> None:
     path = made_up_run(tmp_path / "run", steps=10_000, sampled=1, layers=1)
     with (path / "steps.jsonl").open("a") as file:
-        file.write(step_row(5005, lr=9.0, memory_allocated_bytes=1) + "\n")
+        file.write(step_row(5006, lr=9.0, memory_allocated_bytes=1) + "\n")
     (run,) = read_sources([path]).runs
     thin = run.steps.thinned(400)
     assert len(thin) < 5000
