@@ -32,6 +32,11 @@ def _inner(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(number), item) for number, item in enumerate(value))
 
 
+def without_times(environment: Flat) -> Flat:
+    """Without what was measured, which is another number each time."""
+    return {path: environment[path] for path in environment if not path.endswith("relative_time")}
+
+
 @dataclass(frozen=True)
 class Differing:
     """A path and what each side has there.

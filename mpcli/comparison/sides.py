@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcli.comparison.curves import Curve, read_curve
-from mpcli.comparison.differences import Flat, flat
+from mpcli.comparison.differences import Flat, flat, without_times
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import recorded_values
 from mpcli.records import ForeignRun, Plan, Result
@@ -130,7 +130,7 @@ def read_run(path: Path) -> ComparedRun:
         is_foreign=foreign is not None,
         recipe=recipe,
         seed=_seed(recipe),
-        environment=_without_times(environment) or None,
+        environment=without_times(environment) or None,
         plan=_plan_values(plan) if plan else None,
         metrics=metrics_of(run, result),
         curve=read_curve(run, about.planned_steps),
@@ -210,11 +210,6 @@ def _plan_values(plan: Plan) -> Flat:
 
 
 _TYPES = {"name", "type", "parameters", "stored", "computed", "gradient", "master"}
-
-
-def _without_times(environment: Flat) -> Flat:
-    """Without what was measured, which is another number each time."""
-    return {path: environment[path] for path in environment if not path.endswith("relative_time")}
 
 
 def _peak(result: Result | None, peaks: Sequence[int]) -> int | None:

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from mpcli.comparison.differences import Flat, flat
 from mpcli.diagnose.finding import Finding
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.load import recorded_values
@@ -26,7 +27,6 @@ from mpcli.states import State, state_of
 MOST_TRIALS = 24
 """Of a sweep whose curves are shown."""
 _LARGEST_JSON = 2**26
-_DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Attempt:
 
     number: int
     changes: tuple[str, ...]
-    environment: dict[str, str]
+    environment: Flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Run:
     state: State
     result: Result | None
     foreign: ForeignRun | None
-    values: dict[str, str]
+    values: Flat
     source: str | None
     attempts: tuple[Attempt, ...]
     plan: Plan | None
@@ -196,7 +196,7 @@ def _try(read: Any, missing: list[str], name: str) -> Any:
         return None
 
 
-def _recipe(directory: RunDirectory, missing: list[str]) -> tuple[dict[str, str], str | None]:
+def _recipe(directory: RunDirectory, missing: list[str]) -> tuple[Flat, str | None]:
     source = None
     try:
         if directory.source_path.is_file():
@@ -205,38 +205,18 @@ def _recipe(directory: RunDirectory, missing: list[str]) -> tuple[dict[str, str]
     except (OSError, UserError) as error:
         missing.append(f"the recipe: {_first(error, directory.path)}")
         return {}, source
-    return dict(flat(values)), source
+    return flat(values), source
 
 
-def _foreign(about: ForeignRun) -> dict[str, str]:
+def _foreign(about: ForeignRun) -> Flat:
     facts = about.model_dump(exclude={"modules", "version", "settings"})
-    return dict(flat(facts | {"settings": dict(about.settings)}))
+    return flat(facts | {"settings": dict(about.settings)})
 
 
 def _attempts(directory: RunDirectory) -> Iterator[Attempt]:
     for number in range(1, min(directory.attempt, 1000) + 1):
         attempt = RunDirectory.join(directory.path, number, 0)
-        yield Attempt(number, attempt.changes(), dict(flat(attempt.environment())))
-
-
-def flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Nested values as (dotted path, text)."""
-    if isinstance(value, Mapping) and (value or not path) and depth < _DEEPEST:
-        for key, inner in value.items():
-            yield from flat(inner, f"{path}.{key}" if path else str(key), depth + 1)
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for number, inner in enumerate(value):
-            yield from flat(inner, f"{path}.{number}", depth + 1)
-    else:
-        yield path, _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    return json.dumps(value, default=str)
+        yield Attempt(number, attempt.changes(), flat(attempt.environment()))
 
 
 def _diagnosis(path: Path, label: str) -> Diagnosis:

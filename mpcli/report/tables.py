@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mpcli.comparison.differences import Flat, differing, flat, without_times
 from mpcli.diagnose.finding import Finding, Suggestion, Verification
 from mpcli.report.markup import Content, Html, details, element, table, together
-from mpcli.report.sources import Diagnosis, Run, Sources, Sweep, flat
+from mpcli.report.sources import Diagnosis, Run, Sources, Sweep
 from mpcli.sizes import size_text
 
 _SHARES = ("accuracy", "masked_accuracy", "f1")
@@ -55,7 +57,7 @@ def _summary_row(run: Run, color: Html | None) -> tuple[Content, ...]:
     return (
         name, state, _metrics(run), steps,
         f"{run.result.wall_seconds:,.1f}\u00a0s" if run.result else "unknown",
-        memory, run.values.get("precision.mode", "unknown"),
+        memory, _text(run.values.get("precision.mode", "unknown")),
     )  # fmt: skip
 
 
@@ -260,8 +262,8 @@ def recipes(runs: Sequence[Run]) -> Html:
             parts.append(details(title, element("pre", run.source, tabindex=0)))
         if run.values:
             what = "what is known of its loop" if run.foreign else "every value"
-            rows = [(path, value) for path, value in run.values.items()]
-            parts.append(details(f"{run.label}: {what}", table(("setting", "value"), rows)))
+            values = [(path, _text(value)) for path, value in run.values.items()]
+            parts.append(details(f"{run.label}: {what}", table(("setting", "value"), values)))
     return together(*parts)
 
 
@@ -277,35 +279,42 @@ def environments(runs: Sequence[Run]) -> Html:
     values = list(columns.values())
     names = list(dict.fromkeys(name for one in values for name in one))
     header = ("", *columns)
-    differing = list(_differing(values)) if len(values) > 1 else []
-    everything = [(name, *[one.get(name, "nothing") for one in values]) for name in names]
+    everything = [(name, *[_text(one.get(name, "nothing")) for one in values]) for name in names]
+    differ = list(_differing([without_times(one) for one in values]))
     return together(
-        table(header, differing, caption="What differs") if differing else None,
+        table(header, differ, caption="What differs") if differ else None,
         details(f"all {len(names)} facts", table(header, everything)),
     )
 
 
-def _differing(columns: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, ...]]:
-    for name in dict.fromkeys(name for column in columns for name in column):
-        values = [column.get(name, "nothing") for column in columns]
-        if len(set(values)) > 1:
-            yield name, *values
+def _differing(columns: Sequence[Flat]) -> Iterator[tuple[str, ...]]:
+    for row in differing([[column] for column in columns]):
+        yield row.path, *[_text(values[0]) if values else "nothing" for values in row.values]
 
 
 def sweep(found: Sweep) -> Html:
     """The table of a sweep, and what it recommends."""
     rows = [
-        {path: text for path, text in flat(row) if not path.startswith("layers.")}
+        {path: _text(value) for path, value in flat(row).items() if not path.startswith("layers.")}
         for row in found.rows
     ]
     header = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_short(row.get(name, "")) for name in header] for row in rows]
-    advice = list(flat(found.recommended)) if found.recommended else []
+    advice = [(path, _text(value)) for path, value in flat(found.recommended).items()]
     return together(
         element("h3", f"{found.label}: {found.kind}"),
         table(("recommended", ""), advice) if advice else None,
         table(header, cells, caption="Rows") if rows else element("p", "It has no rows yet."),
     )
+
+
+def _text(value: Any, deepest: int = 20) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        inner = (_text(item, deepest - 1) for item in value) if deepest else "…"
+        return f"[{', '.join(inner)}]"
+    return json.dumps(value, default=str)
 
 
 def _short(text: str) -> str:

@@ -145,6 +145,17 @@ def test_differences_of_recipes_come_first(tmp_path: Path) -> None:
     assert "The recipes are the same." in same
 
 
+def test_a_measured_time_is_no_difference_of_environments(tmp_path: Path) -> None:
+    paths = [made_up_run(tmp_path / name, steps=2) for name in ("a", "b")]
+    for number, path in enumerate(paths):
+        about = {"torch": f"2.{number}", "types": {"fp16": {"relative_time": 1.5 + number}}}
+        (path / "attempts/1/environment.json").write_text(json.dumps(about))
+    page = said(read_sources(paths))
+    differ, everything = page[page.rindex("What differs") :].split("all 2 facts")
+    assert "2.0</td><td>2.1" in differ and "relative_time" not in differ
+    assert "types.fp16.relative_time" in everything
+
+
 def test_a_diagnosis_beside_the_run_is_shown_once(tmp_path: Path) -> None:
     path = made_up_run(tmp_path / "run", steps=5)
     file = path / "diagnosis.json"
