@@ -22,7 +22,7 @@ from mpcli.records import EvalRecord, ForeignRun, ModuleTypes, Plan, Result, Rol
 from mpcli.report.layers import Layers, read_layers
 from mpcli.report.steps import Steps, read_steps
 from mpcli.rundir import RunDirectory
-from mpcli.states import State, state_of
+from mpcli.states import Metrics, State, metrics_of, overview, state_of
 
 MOST_TRIALS = 24
 """Of a sweep whose curves are shown."""
@@ -58,6 +58,8 @@ class Run:
     """A run directory as far as it can be read.
 
     Attributes:
+        wall_seconds: that it took so far; None where nobody knows.
+        peak_memory_bytes: of its steps so far; None where nobody knows.
         values: of the recipe, or of a recorded loop's settings, by dotted path.
         missing: what a whole run has and this one has not, in words.
     """
@@ -66,6 +68,9 @@ class Run:
     path: Path
     state: State
     result: Result | None
+    metrics: Metrics
+    wall_seconds: float | None
+    peak_memory_bytes: int | None
     foreign: ForeignRun | None
     values: Flat
     source: str | None
@@ -105,18 +110,22 @@ class Sources:
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:
-    """Read what the paths name; the labels tell them apart.
+    """Read what the paths name, each once; the labels tell them apart.
 
     Raises:
         UserError: exit 2, a path holds nothing that a report can show.
     """
     found = Sources()
-    beside = {RunDirectory(path).diagnosis_path.resolve() for path in paths}
+    each: dict[str, Path] = {}
+    for path in paths:
+        each.setdefault(os.path.realpath(path), path)
+    paths = list(each.values())
+    beside = {os.path.realpath(RunDirectory(path).diagnosis_path) for path in paths}
     for path, label in zip(paths, _labels(paths), strict=True):
         if _is_sweep(path):
             _read_sweep(path, label, found)
         elif path.is_file():
-            if path.resolve() not in beside:
+            if os.path.realpath(path) not in beside:
                 found.diagnoses.append(_diagnosis(path, label))
         else:
             _read_run(path, label, found)
@@ -125,8 +134,10 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Paths without the folders that all of them lie in."""
-    resolved = [path.resolve() if path.name == "latest" else path.absolute() for path in paths]
-    if len(set(resolved)) == 1:
+    resolved = [
+        Path(os.path.realpath(path)) if path.name == "latest" else path.absolute() for path in paths
+    ]
+    if len(resolved) == 1:
         common = resolved[0].parent.parent
     else:
         common = Path(os.path.commonpath([path.parent for path in resolved]))
@@ -158,11 +169,7 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
     steps = read_steps(directory, unread)
     layers = read_layers(directory, unread) if with_layers else None
     values, source = _recipe(directory, missing) if not foreign else (_foreign(foreign), None)
-    state, result = state_of(directory)
-    if state in ("running", "killed"):
-        missing.append(f"result.json: the run {'goes on' if state == 'running' else 'was killed'}")
-    elif state == "unreadable":
-        missing.append("result.json: cannot be read")
+    state, result = _state(directory, missing)
     if not len(steps):
         missing.append("steps.jsonl: no step was recorded")
     if layers and not layers.tensors:
@@ -174,6 +181,9 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
         path=directory.path,
         state=state,
         result=result,
+        metrics=metrics_of(directory, result),
+        wall_seconds=result.wall_seconds if result else overview(directory.path).wall_seconds,
+        peak_memory_bytes=_peak(result, steps),
         foreign=foreign,
         values=values,
         source=source,
@@ -186,6 +196,24 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
         rollbacks=tuple(row for row in directory.rollbacks() if 0 <= row.step < 2**53),
         missing=tuple(missing),
     )
+
+
+def _state(directory: RunDirectory, missing: list[str]) -> tuple[State, Result | None]:
+    try:
+        state, result = state_of(directory)
+    except UserError:  # of a foreign.json, which is told already
+        return "unreadable", None
+    if state in ("running", "killed"):
+        missing.append(f"result.json: the run {'goes on' if state == 'running' else 'was killed'}")
+    elif state == "unreadable":
+        missing.append("result.json: cannot be read")
+    return state, result
+
+
+def _peak(result: Result | None, steps: Steps) -> int | None:
+    if result:
+        return result.peak_memory_bytes or None
+    return int(steps["memory_peak_bytes"].max(initial=0)) or None
 
 
 def _try(read: Any, missing: list[str], name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mpcli.comparison.differences import Flat, differing, flat, without_times
@@ -50,13 +50,12 @@ def _summary_row(run: Run, color: Html | None) -> tuple[Content, ...]:
     if attempts > 1:
         steps += f", in {attempts} attempts"
     planned = run.plan.memory.peak if run.plan and run.plan.memory else None
-    peak = run.result.peak_memory_bytes if run.result else 0
-    memory = f"{size_text(peak) if peak else 'unknown'}"
+    memory = size_text(run.peak_memory_bytes) if run.peak_memory_bytes else "unknown"
     if planned:
         memory += f" ({size_text(planned)} planned)"
     return (
         name, state, _metrics(run), steps,
-        f"{run.result.wall_seconds:,.1f}\u00a0s" if run.result else "unknown",
+        "unknown" if run.wall_seconds is None else f"{run.wall_seconds:,.1f}\u00a0s",
         memory, _text(run.values.get("precision.mode", "unknown")),
     )  # fmt: skip
 
@@ -66,17 +65,10 @@ def _tone(run: Run) -> str:
 
 
 def _metrics(run: Run) -> str:
-    if run.result:
-        split = "eval" if run.result.metrics.get("eval") else "train"
-        found: Mapping[str, float] = run.result.metrics.get(split, {})
-    elif run.evaluations:
-        split, found = "eval", run.evaluations[-1].metrics
-    elif len(run.steps):
-        split, found = "train", {"loss": float(run.steps["loss"][-1])}
-    else:
-        return "unknown"
-    shown = sorted(found.items(), key=lambda item: item[0] == "loss")
-    return ", ".join(f"{split} {name} {_metric(name, value)}" for name, value in shown)
+    split = "eval" if run.metrics.get("eval") else "train"
+    shown = sorted(run.metrics.get(split, {}).items(), key=lambda item: item[0] == "loss")
+    told = [f"{split} {name} {_metric(name, value)}" for name, value in shown]
+    return ", ".join(told) or "unknown"
 
 
 def _metric(name: str, value: float) -> str:

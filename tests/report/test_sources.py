@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mpcli.comparison.sides import read_run
 from mpcli.recipe.errors import UserError
 from mpcli.report import tables
 from mpcli.report.markup import together
@@ -22,7 +23,7 @@ from tests.report.synthetic import finding, made_up_run, step_row
 FILES = (
     "steps.jsonl", "layers.jsonl", "evals.jsonl", "rollbacks.jsonl", "result.json", "recipe.yaml",
     "recipe.source.yaml", "attempts/1/plan.json", "attempts/1/environment.json",
-    "attempts/1/observed.json", "attempts/1/resumed.json", "diagnosis.json",
+    "attempts/1/observed.json", "attempts/1/resumed.json", "diagnosis.json", "foreign.json",
 )  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
@@ -90,6 +91,32 @@ def test_a_killed_run_says_what_is_missing(tmp_path: Path) -> None:
         assert told in page
 
 
+def test_a_killed_run_has_the_numbers_that_compare_has(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=60)
+    for name in ("result.json", "evals.jsonl"):
+        (path / name).unlink()
+    (found,) = read_sources([path]).runs
+    beside = read_run(path)
+    assert found.metrics == beside.metrics
+    assert found.wall_seconds == beside.about.wall_seconds is not None
+    assert found.peak_memory_bytes == beside.peak_memory_bytes == 2 * 10**8
+
+
+def test_a_damaged_record_is_told_and_the_other_run_is_shown(tmp_path: Path) -> None:
+    paths = [made_up_run(tmp_path / name, steps=2) for name in ("a", "b")]
+    (paths[0] / "foreign.json").write_text("{")
+    damaged, whole = read_sources(paths).runs
+    assert (damaged.state, whole.state) == ("unreadable", "done")
+    assert "foreign.json: is not there, or cannot be read" in damaged.missing
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    (tmp_path / "latest").symlink_to("run")
+    (found,) = read_sources([path, path, tmp_path / "latest"]).runs
+    assert found.label == f"{tmp_path.name}/run"
+
+
 def test_charts_of_numbers_that_no_axis_can_show(tmp_path: Path) -> None:
     path = made_up_run(tmp_path / "run", steps=1)
     values = [math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 0.0]
@@ -141,7 +168,7 @@ def test_differences_of_recipes_come_first(tmp_path: Path) -> None:
     paths = [made_up_run(tmp_path / name, steps=n) for name, n in (("a", 5), ("b", 6))]
     page = said(read_sources(paths))
     assert page.index("<td>5</td><td>6</td>") < page.index("as it was written")
-    same = said(read_sources([paths[0], paths[0]]))
+    same = said(read_sources([paths[0], shutil.copytree(paths[0], tmp_path / "c")]))
     assert "The recipes are the same." in same
 
 
