@@ -274,12 +274,15 @@ def _read_sweep(path: Path, label: str, found: Sources) -> None:
         missing.append("result.json: the sweep goes on, or it was stopped")
     rows = result.get("rows")
     recommended = result.get("recommended")
+    recommended = recommended if isinstance(recommended, dict) else {}
     names = {
         trial["run"]: f"{trial.get('label')}, seed {trial.get('seed')}"
-        for trial in _objects(result.get("trials"))
+        for trial in _ordered(_objects(result.get("trials")), recommended.get("set"))
         if isinstance(trial.get("run"), str)
     }
+    places = {name: place for place, name in enumerate(names)}
     folders = sorted(entry for entry in (path / "trials").glob("*") if entry.is_dir())
+    folders.sort(key=lambda folder: places.get(folder.name, len(places)))
     for folder in folders[:MOST_TRIALS]:
         try:
             directory = RunDirectory.read(folder)
@@ -296,11 +299,21 @@ def _read_sweep(path: Path, label: str, found: Sources) -> None:
         Sweep(
             label=label,
             kind=str(result.get("kind", "sweep")),
-            recommended=recommended if isinstance(recommended, dict) else {},
+            recommended=recommended,
             rows=tuple(_objects(rows)),
             missing=tuple(missing),
         )
     )
+
+
+def _ordered(trials: list[dict[str, Any]], setting: Any) -> list[dict[str, Any]]:
+    """In their order, but those with the recommended setting first: not all may be shown."""
+
+    def is_other(trial: dict[str, Any]) -> bool:
+        settings = trial.get("settings")
+        return not (isinstance(settings, list) and setting in settings)
+
+    return sorted(trials, key=is_other)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

@@ -219,6 +219,24 @@ def test_a_sweep_has_its_rows_its_curves_and_its_trials(tmp_path: Path) -> None:
     assert "predicted.underflow" in page and "layers.0" not in page
 
 
+def test_of_many_trials_the_recommended_ones_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcli.report.sources.MOST_TRIALS", 2)
+    sweep = tmp_path / "sweep"
+    trials = [
+        {"run": name, "label": name, "seed": 0, "settings": [f"precision.loss_scale={name}"]}
+        for name in ("d", "c", "b", "a")
+    ]
+    for trial in trials:
+        made_up_run(sweep / "trials" / trial["run"], steps=2)
+    told = {"recommended": {"set": "precision.loss_scale=b"}, "rows": [], "trials": trials}
+    (sweep / "result.json").write_text(json.dumps(told))
+    found = read_sources([sweep])
+    assert [run.path.name for run in found.runs] == ["b", "d"]
+    assert found.sweeps[0].missing == ("the curves of 2 of its 4 trials are left out",)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [("{}", "no diagnosis"), ("[]", "no JSON object"), ("x", "is no JSON")],
