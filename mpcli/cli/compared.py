@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from mpcli.cli.console import clock_text, memory_text, metric_text, show_table, write
+from mpcli.cli.console import clock_text, memory_text, show_table, write
 from mpcli.cli.listing import run_metric_text, show_listing, steps_text, time_text
 from mpcli.comparison.compare import Comparison, Measure
 from mpcli.comparison.curves import TENTHS, Apart
@@ -18,6 +18,7 @@ from mpcli.comparison.sides import ComparedRun, KeptFinding, Side, Spread
 from mpcli.comparison.verdict import Verdict
 from mpcli.recipe.dump import written
 from mpcli.recipe.render import visible
+from mpcli.sizes import metric_text
 from mpcli.states import METRICS
 
 ROWS = 20  # of a table

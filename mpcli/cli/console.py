@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mpcli.recipe.errors import Exit, user_error
-from mpcli.sizes import size_text
+from mpcli.sizes import metric_text, size_text
 
 if TYPE_CHECKING:
     from mpcli.recipe.recipe import Recipe
@@ -115,16 +115,6 @@ def _line(header: Sequence[str], row: Sequence[str]) -> str:
 def memory_text(num_bytes: int | None) -> str:
     """Bytes for people, if they are known."""
     return "unknown" if num_bytes is None else size_text(num_bytes)
-
-
-_SHARES = ("accuracy", "masked_accuracy", "f1")
-
-
-def metric_text(name: str, value: float) -> str:
-    """A metric's value for people: shares in percent."""
-    if name in _SHARES and abs(value) <= 1:
-        return f"{value:.2%}"
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def display() -> Display:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from mpcli.cli.console import metric_text, show_table, write
+from mpcli.cli.console import show_table, write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath
 from mpcli.cli.plan import planned_for
 from mpcli.cli.plugin import plugin_of_run
 from mpcli.recipe.errors import Exit
 from mpcli.signals import uninterrupted
+from mpcli.sizes import metric_text
 
 
 def eval(

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mpcli.cli.console import clock_text, memory_text, metric_text, write
+from mpcli.cli.console import clock_text, memory_text, write
+from mpcli.sizes import metric_text
 
 if TYPE_CHECKING:
     from mpcli.states import Overview

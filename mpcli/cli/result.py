@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from mpcli.cli.console import memory_text, metric_text, show_table, write
+from mpcli.cli.console import memory_text, show_table, write
 from mpcli.cli.errors import show_problems, write_json
 from mpcli.recipe.errors import Exit, Place, Problem
+from mpcli.sizes import metric_text
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe

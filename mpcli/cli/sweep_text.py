@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mpcli.cli.console import metric_text, show_table, write
+from mpcli.cli.console import show_table, write
 from mpcli.recipe.render import visible
+from mpcli.sizes import metric_text
 from mpcli.sweep.text import power_text, share_text
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +11,8 @@ from mpcli.comparison.differences import Flat, differing, flat, without_times
 from mpcli.diagnose.finding import Finding, Suggestion, Verification
 from mpcli.report.markup import Content, Html, details, element, table, together
 from mpcli.report.sources import Diagnosis, Run, Sources, Sweep
-from mpcli.sizes import size_text
+from mpcli.sizes import metric_text, size_text
 
-_SHARES = ("accuracy", "masked_accuracy", "f1")
 _ORDER = ("error", "warning", "info")
 
 
@@ -67,14 +65,8 @@ def _tone(run: Run) -> str:
 def _metrics(run: Run) -> str:
     split = "eval" if run.metrics.get("eval") else "train"
     shown = sorted(run.metrics.get(split, {}).items(), key=lambda item: item[0] == "loss")
-    told = [f"{split} {name} {_metric(name, value)}" for name, value in shown]
+    told = [f"{split} {name} {metric_text(name, value)}" for name, value in shown]
     return ", ".join(told) or "unknown"
-
-
-def _metric(name: str, value: float) -> str:
-    if name in _SHARES and math.isfinite(value):
-        return f"{value:.2%}"
-    return f"{value:.4g}"
 
 
 def _ended(run: Run) -> Content:
