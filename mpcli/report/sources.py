@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,18 @@ from pydantic import ValidationError
 
 from mpcli.comparison.differences import Flat, flat
 from mpcli.diagnose.finding import Finding
-from mpcli.recipe.errors import Exit, UserError, user_error
+from mpcli.recipe.errors import UserError, user_error
 from mpcli.recipe.load import recorded_values
 from mpcli.recipe.source import read_source
 from mpcli.records import EvalRecord, ForeignRun, ModuleTypes, Plan, Result, RollbackRecord
 from mpcli.report.layers import Layers, read_layers
 from mpcli.report.steps import Steps, read_steps
 from mpcli.rundir import RunDirectory
+from mpcli.rundir.storage import known_object, read_object
 from mpcli.states import Metrics, State, metrics_of, overview, state_of
 
 MOST_TRIALS = 24
 """Of a sweep whose curves are shown."""
-_LARGEST_JSON = 2**26
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def _diagnosis(path: Path, label: str) -> Diagnosis:
 
 
 def _read_sweep(path: Path, label: str, found: Sources) -> None:
-    result, missing = _object(path / "result.json"), []
+    result, missing = known_object(path / "result.json"), []
     if not result:
         missing.append("result.json: the sweep goes on, or it was stopped")
     rows = result.get("rows")
@@ -318,36 +317,6 @@ def _ordered(trials: list[dict[str, Any]], setting: Any) -> list[dict[str, Any]]
 
 def _objects(value: Any) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        return read_object(path)
-    except UserError:
-        return {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: exit 2 for other contents, 7 where it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_JSON + 1)
-    except OSError as error:
-        raise user_error(f"{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
-    if len(content) > _LARGEST_JSON:
-        raise user_error(f"{path}: is larger than 64 MiB", "is it what `mptrain` wrote?")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise user_error(f"{path}: is no JSON", "is it what `mptrain` wrote?") from error
-    if not isinstance(found, dict):
-        raise user_error(f"{path}: is no JSON object", "is it what `mptrain` wrote?")
-    return found
 
 
 def _first(error: OSError | UserError, path: Path) -> str:

@@ -75,7 +75,7 @@ from mpcli.rundir.places import (
 )
 from mpcli.rundir.rows import LONGEST_ROW, Tail, cut, last_rows, read_rows, thin
 from mpcli.rundir.search import find_runs, num_bytes
-from mpcli.rundir.storage import storage_errors, sync
+from mpcli.rundir.storage import known_object, storage_errors, sync
 
 __all__ = ["RunDirectory", "find_runs", "newest_run", "num_bytes", "storage_errors", "sync"]
 
@@ -86,7 +86,6 @@ MAX_LAYER_BYTES = 2**25
 RESERVE = 2**18
 """Bytes on the disk that evidence leaves free."""
 _LONGEST_RESULT = 2**20
-_LONGEST_JSON = 2**24
 _OBSERVED = TypeAdapter(dict[str, ModuleTypes])
 
 
@@ -392,16 +391,16 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any]:
         """Of this attempt; empty if unknown."""
-        return _json_object(self.attempt_path / "environment.json")
+        return known_object(self.attempt_path / "environment.json")
 
     def changes(self) -> tuple[str, ...]:
         """What this attempt changed, or why it was begun, in words; a first one has nothing."""
-        changes = _json_object(self.attempt_path / "resumed.json").get("changes")
+        changes = known_object(self.attempt_path / "resumed.json").get("changes")
         return tuple(map(str, changes)) if isinstance(changes, list) else ()
 
     def diagnosis(self) -> dict[str, Any]:
         """What `mptrain diagnose --json` printed; empty where nobody kept it."""
-        return _json_object(self.path / "diagnosis.json")
+        return known_object(self.path / "diagnosis.json")
 
     def began(self, attempt: int | None = None) -> float | None:
         """When an attempt (default: this one) began, in seconds since 1970."""
@@ -685,16 +684,6 @@ class RunDirectory:
     def _write_process(self) -> None:
         self._files["lock"].truncate(0)
         self._files["lock"].write(f"{os.getpid()}\n".encode())
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none that can be read."""
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_LONGEST_JSON))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _changed(path: Path) -> float | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from mpcli.recipe.errors import Exit, user_error
+from mpcli.recipe.errors import Exit, UserError, user_error
+
+_LARGEST_JSON = 2**26
 
 
 @contextlib.contextmanager
@@ -37,3 +41,33 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: exit 2 for other contents, 7 where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise user_error(f"{path}: {error.strerror}", exit_code=Exit.STORAGE) from error
+    if len(content) > _LARGEST_JSON:
+        raise user_error(f"{path}: is larger than 64 MiB", "is it what `mptrain` wrote?")
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise user_error(f"{path}: is no JSON", "is it what `mptrain` wrote?") from error
+    if not isinstance(found, dict):
+        raise user_error(f"{path}: is no JSON object", "is it what `mptrain` wrote?")
+    return found
+
+
+def known_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none that can be read."""
+    try:
+        return read_object(path)
+    except UserError:
+        return {}
