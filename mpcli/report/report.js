@@ -128,7 +128,8 @@ function connectCursor(charts, figures) {
     slider.dataset.chosen = "true";
     one("#cursor-step").value = `step ${step.toLocaleString("en")}`;
     for (const [chart, figure] of figures) {
-      one(".readout", chart).textContent = readout(figure, step);
+      const told = figure.name in MAPS ? mapReadout(figure, step) : readout(figure, step);
+      one(".readout", chart).textContent = told;
     }
   };
   slider.addEventListener("input", () => {
@@ -172,6 +173,25 @@ function readout(figure, step) {
   return [...told].map(([name, text]) => `${name} ${text}`).join(" · ");
 }
 
+const MAPS = {
+  exponents: (source, cell) =>
+    `2^${source.get("bottom")[cell]} ${Number((100 * source.get("value")[cell]).toPrecision(2))}%`,
+  layers: (source, cell) => `${source.get("name")[cell]} ${number(source.get("value")[cell])}`,
+};
+const MOST_CELLS = 5; // of a map, in words
+
+/** The largest cells of a map in the column at a step. */
+function mapReadout(figure, step) {
+  const source = figure.renderers[0].data_source;
+  const [left, right, value] = ["left", "right", "value"].map((key) => source.get(key));
+  const here = [...left.keys()].filter((cell) => left[cell] <= step && step < right[cell]);
+  if (!here.length) return "";
+  here.sort((a, b) => (value[a] < value[b]) - (value[a] > value[b]));
+  const told = here.slice(0, MOST_CELLS).map((cell) => MAPS[figure.name](source, cell));
+  if (here.length > MOST_CELLS) told.push(`${here.length - MOST_CELLS} smaller ones`);
+  return `at step ${left[here[0]].toLocaleString("en")}: ${told.join(" · ")}`;
+}
+
 function lastUpTo(steps, step) {
   let [low, high] = [0, steps.length];
   while (low < high) {
@@ -208,6 +228,8 @@ async function connectLayers(charts, exponents) {
     const shown = tensors();
     drawExponents(charts, shown[Number(name.value)], wide.checked);
     drawMap(charts, shown, quantity.value);
+    const cursor = one("#cursor");
+    if (cursor.dataset.chosen) cursor.dispatchEvent(new Event("input")); // what stands below
   };
   const choose = () => {
     const shown = tensors();

@@ -5,6 +5,9 @@ Screenshots are left in the folder of the test (`--basetemp`), to be looked at.
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from mpcli.report.page import report_page
 from mpcli.report.sources import read_sources
 from mpcli.rundir import RunDirectory
+from tests.report.synthetic import made_up_run, step_row
 from tests.small import RECIPE, resume_small, run_small
 
 pytestmark = pytest.mark.slow
@@ -129,3 +133,32 @@ def test_a_mouse_moves_the_cursor_of_all_charts(report: Path, opened: Any) -> No
     assert "step" in shown.page.inner_text("#cursor-step")
     assert shown.page.inner_text('[data-chart="lr"] .readout').startswith("learning rate")
     assert not shown.complaints
+
+
+def test_values_below_the_charts_are_those_at_the_cursor(tmp_path: Path, opened: Any) -> None:
+    path = made_up_run(tmp_path / "run", steps=8, sampled=4, layers=1)
+    losses = [math.nan, 12340.2, math.nan, 1.5, 1.25, 1.0, 0.75, 0.5]
+    rows = [step_row(n + 1, loss=loss) + "\n" for n, loss in enumerate(losses)]
+    (path / "steps.jsonl").write_text("".join(rows))
+    layers = [json.loads(row) for row in (path / "layers.jsonl").read_text().splitlines()]
+    overflowed = [row | {"max": math.inf} if row["step"] == 3 else row for row in layers]
+    (path / "layers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in overflowed))
+    file = tmp_path / "report.html"
+    file.write_text(report_page(read_sources([path])))
+    page = opened(file).page
+    page.select_option("#layers-quantity", "range")
+
+    def told(chart: str, step: int) -> str:
+        page.fill("#cursor", str(step))
+        return str(page.inner_text(f'[data-chart="{chart}"] .readout'))
+
+    assert told("loss", 1) == "training not finite · loss not finite here"
+    assert told("loss", 2) == "training 12340"
+    assert told("loss", 4) == "training 1.5"
+    names = "block.0.attention.output.dense"
+    assert told("layers", 4).startswith(f"at step 3: {names}.weight not finite · {names}.bias")
+    page.select_option("#layers-tensor", "weight")
+    assert re.fullmatch(
+        r"at step 3: (2\^-\d+ [\d.]+% · ){5}\d+ smaller ones",
+        page.inner_text('[data-chart="exponents"] .readout'),
+    )
