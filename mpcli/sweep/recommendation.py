@@ -15,6 +15,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mpcli.recipe.precision import DynamicScale
+from mpcli.significance import standard_error
+from mpcli.sweep.evidence import summed
 from mpcli.sweep.prediction import LIMIT, SCALES, Prediction
 from mpcli.sweep.results import Fractions, GradientHistogram, LayerFractions, TrialResult
 from mpcli.sweep.text import number_text, power_text, share_text
@@ -89,9 +91,7 @@ class LossScaleSweep:
         ]
         if not differences or len(differences) < len(self.half[label]):
             return False
-        error = 0.0
-        if len(differences) > 1:
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
+        error = standard_error(differences) or 0.0
         span = self.learnt or abs(statistics.fmean(t.first_loss or 0.0 for t in self.reference))
         allowed = max(LEARNT * span, min(2 * error, NOISE * span))
         return statistics.fmean(differences) <= allowed  # NaN is not
@@ -371,18 +371,11 @@ def _scale(trial: TrialResult) -> float | Literal["dynamic"]:
 
 def _together(histograms: Sequence[GradientHistogram]) -> GradientHistogram:
     """One tensor's, of all seeds."""
-    first = histograms[0]
-    counts: dict[int, int] = defaultdict(int)
-    for one in histograms:
-        for exponent, count in enumerate(one.counts, one.lowest or 0):
-            counts[exponent] += count
-    bins = range(min(counts, default=0), max(counts, default=-1) + 1)
-    return first.model_copy(
+    return histograms[0].model_copy(
         update={
             "max": max(one.max for one in histograms),
             "zeros": statistics.fmean(one.zeros for one in histograms),
-            "lowest": min(counts, default=None),
-            "counts": tuple(counts[exponent] for exponent in bins),
+            **summed((one.lowest, one.counts) for one in histograms),
         }
     )
 
