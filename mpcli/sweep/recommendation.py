@@ -166,8 +166,8 @@ class LossScaleSweep:
                     "The fp32 run diverged: no loss scale helps, look at `optim.lr`."
                 )
             return self._nothing("There is no fp32 run to compare with: it did not end.")
-        if forward := self._forward_overflow():
-            return self._nothing(forward)
+        if reason := self._unscalable():
+            return self._nothing(reason)
         if not self.prediction.histograms:
             return self._nothing("All gradients that were sampled are zero.")
         return self._unscaled() or self._windowless() or self._scaled()
@@ -235,7 +235,7 @@ class LossScaleSweep:
         """
         skipped: dict[float, bool] = {}
         for trials in self.half.values():
-            own = [trial for trial in trials if not _has_nan_loss(trial)]
+            own = [trial for trial in trials if trial.steps and not _has_nan_loss(trial)]
             if own and isinstance(scale := _scale(own[0]), float):
                 skipped[scale] = any(trial.skipped for trial in own)
         clean = max((scale for scale, some in skipped.items() if not some), default=0.0)
@@ -244,10 +244,15 @@ class LossScaleSweep:
         fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < first)
         return max(fitting, default=0.0)
 
-    def _forward_overflow(self) -> str | None:
-        """Why no scale works, where activations are too large for fp16 whatever the scale."""
+    def _unscalable(self) -> str | None:
+        """Why no scale works, where that is no matter of the scale."""
         if self.matching or not self.half:
             return None
+        half = [trial for trials in self.half.values() for trial in trials]
+        trained = [trial for trial in half if trial.steps]
+        if not trained:
+            reasons = dict.fromkeys(trial.reason or trial.status for trial in half)
+            return f"No run in fp16 trained: {'; '.join(reasons)}."
         held = {one.module for one in self.prediction.histograms if one.tensor == "grad_output"}
         largest: dict[str, float] = {}
         for trial in self.reference:
@@ -262,10 +267,15 @@ class LossScaleSweep:
                 "did. Take bf16, or make these outputs smaller: of a layer in "
                 "`precision.sensitive_layers` they return to fp16, but for the last layer's."
             )
-        if all(_has_nan_loss(trial) for trials in self.half.values() for trial in trials):
+        if all(_is_nan(trial.first_loss) for trial in trained):
             return (
                 "No scale works here: in every run in fp16 the loss itself is NaN or infinite in "
                 "forward, where no loss scale helps. Take bf16, or make what overflows smaller."
+            )
+        if all(_is_nan(trial.loss) for trial in trained):
+            return (
+                "In every run in fp16 the loss became NaN or infinite: `mptrain diagnose` of one, "
+                f"such as `trials/{trained[0].run}` of this sweep, says why."
             )
         return None
 
@@ -352,8 +362,12 @@ def _final(trial: TrialResult) -> float | None:
 
 
 def _has_nan_loss(trial: TrialResult) -> bool:
-    """Whether its loss was NaN or infinite, first or last: a matter of forward."""
-    return any(x is not None and not math.isfinite(x) for x in (trial.first_loss, trial.loss))
+    """Whether its loss was NaN or infinite, first or last: its skips are not the scale's doing."""
+    return _is_nan(trial.first_loss) or _is_nan(trial.loss)
+
+
+def _is_nan(loss: float | None) -> bool:
+    return loss is not None and not math.isfinite(loss)
 
 
 def _tensor(one: GradientHistogram | LayerFractions) -> _Tensor:

@@ -159,6 +159,28 @@ def test_a_loss_that_is_nan_at_every_scale_is_an_overflow_in_forward() -> None:
     assert some["window"] == [32.0, 2.0**26]  # what is NaN in forward is not the scale's doing
 
 
+def test_runs_that_trained_nothing_say_nothing() -> None:
+    failed = {"status": "failed", "reason": "out of memory", "steps": 0, "first_loss": None}
+    none = [at(1, loss=None, **failed), at(1024, loss=None, **failed)]
+    found = recommended(reference(SMALL, outputs_max={"layer": 2e5}), *none)
+    assert (found["policy"], found["set"], found["window"]) == (None, None, None)
+    assert found["why"] == "No run in fp16 trained: out of memory."
+    gone = at(64, loss=math.nan, first_loss=math.nan, status="diverged", skipped=10)
+    assert "is NaN or infinite in forward" in recommended(reference(SMALL), gone, *none)["why"]
+    # Nor is a scale clean at which nothing was tried.
+    tried = [at(16), at(256, skipped=1), none[1]]
+    assert recommended(reference(SMALL), *tried)["window"] == [32.0, 128.0]
+
+
+def test_a_loss_that_becomes_nan_later_is_no_overflow_in_forward() -> None:
+    late = {"loss": math.nan, "status": "diverged", "skipped": 10}
+    found = recommended(reference(SMALL), at(1, **late), at(1024, **late))
+    assert (found["policy"], found["set"]) == (None, None)
+    assert "forward" not in found["why"]
+    assert "the loss became NaN" in found["why"]
+    assert "`mptrain diagnose`" in found["why"] and "`trials/scale=1-seed0`" in found["why"]
+
+
 def test_below_a_scale_of_1_only_runs_count() -> None:
     exact = reference(gradient(-12, 100, 100))
     assert recommended(exact)["window"][0] == 1.0
