@@ -60,6 +60,11 @@ class LossScaleSweep:
         return [trial for trial in self.trials if trial.label == "fp32"]
 
     @cached_property
+    def exact(self) -> dict[int, float]:
+        """Final losses in fp32, by seed, of the runs that ended with one."""
+        return {t.seed: loss for t in self.reference if (loss := _final(t)) is not None}
+
+    @cached_property
     def half(self) -> dict[str, list[TrialResult]]:
         """The others, by label."""
         groups: dict[str, list[TrialResult]] = defaultdict(list)
@@ -80,19 +85,20 @@ class LossScaleSweep:
         return Prediction([_together(histograms) for histograms in groups.values()])
 
     def matches(self, label: str) -> bool:
-        """Whether runs end where fp32's do or lower, by their last losses with the same seeds."""
-        exact = {
-            trial.seed: loss for trial in self.reference if (loss := _final(trial)) is not None
-        }
+        """Whether runs end where fp32's do or lower, by their last losses with the same seeds.
+
+        Seeds with which fp32 itself did not end are not compared.
+        """
+        losses = {trial.seed: _final(trial) for trial in self.half[label]}
+        ended = {seed: loss for seed, loss in losses.items() if loss is not None}
         differences = [
-            loss - exact[trial.seed]
-            for trial in self.half[label]
-            if trial.seed in exact and (loss := _final(trial)) is not None
+            loss - self.exact[seed] for seed, loss in ended.items() if seed in self.exact
         ]
-        if not differences or len(differences) < len(self.half[label]):
+        if not differences or len(ended) < len(losses):
             return False
         error = standard_error(differences) or 0.0
-        span = self.learnt or abs(statistics.fmean(t.first_loss or 0.0 for t in self.reference))
+        firsts = [trial.first_loss or 0.0 for trial in self.reference if trial.seed in self.exact]
+        span = self.learnt or abs(statistics.fmean(firsts))
         allowed = max(LEARNT * span, min(2 * error, NOISE * span))
         return statistics.fmean(differences) <= allowed  # NaN is not
 
@@ -100,11 +106,11 @@ class LossScaleSweep:
     def learnt(self) -> float:
         """First loss minus final one, in fp32; 0 where it learnt nothing."""
         falls = [
-            trial.first_loss - loss
+            trial.first_loss - self.exact[trial.seed]
             for trial in self.reference
-            if trial.first_loss is not None
+            if trial.seed in self.exact
+            and trial.first_loss is not None
             and math.isfinite(trial.first_loss)
-            and (loss := _final(trial)) is not None
         ]
         return max(0.0, statistics.fmean(falls)) if falls else 0.0
 
@@ -160,7 +166,7 @@ class LossScaleSweep:
 
     def recommended(self) -> dict[str, Any]:
         """The policy to take, with its evidence."""
-        if all(_final(trial) is None for trial in self.reference):
+        if not self.exact:
             if any(trial.status == "diverged" or _has_nan_loss(trial) for trial in self.reference):
                 return self._nothing(
                     "The fp32 run diverged: no loss scale helps, look at `optim.lr`."
@@ -185,6 +191,9 @@ class LossScaleSweep:
         confirmed = self._tried(setting)
         if confirmed is False:
             why += " Its run did not end where fp32 did."
+        left_out = [str(t.seed) for t in self.reference if t.seed not in self.exact]
+        if self.exact and left_out:
+            why += f" Without seed {', '.join(left_out)}, with which fp32 did not end."
         if policy and not self.learnt:
             why += " But fp32 learnt nothing in so few steps: runs say little, take more `--steps`."
         window = self.window if policy else None

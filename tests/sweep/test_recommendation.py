@@ -240,7 +240,21 @@ def test_a_final_loss_that_is_not_finite_matches_nothing(loss: float) -> None:
     assert LossScaleSweep([*exact, *half]).matching == ()
     broken = [exact[0], reference(SMALL, seed=1, loss=loss)]
     found = LossScaleSweep([*broken, at(64, seed=0), at(64, seed=1)])
-    assert (found.matching, found.learnt) == ((), 2.0)
+    assert (found.matching, found.learnt) == (("scale=64",), 2.0)
+
+
+def test_a_seed_with_which_fp32_did_not_end_is_left_out_and_said() -> None:
+    large = {"layer": 2e5}
+    exact = [reference(SMALL, seed=0, outputs_max=large)]
+    failed = reference(SMALL, seed=1, status="failed", loss=None, first_loss=None)
+    half = [at(64, seed=seed, loss=1.0 + seed) for seed in range(2)]
+    found = recommended(*exact, failed, *half)
+    assert (found["policy"], found["window"]) == ("dynamic", [32.0, 2.0**26])
+    assert found["why"].endswith("Without seed 1, with which fp32 did not end.")
+    assert "Without seed" not in recommended(*exact, half[0])["why"]
+    # A run in fp16 that did not end is no match, whatever fp32 did with its seed.
+    lost = at(64, seed=1, status="failed", loss=None)
+    assert LossScaleSweep([*exact, failed, half[0], lost]).matching == ()
 
 
 def test_runs_that_differ_wildly_do_not_match_for_their_noise() -> None:
