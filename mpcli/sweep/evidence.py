@@ -41,7 +41,10 @@ def evidence_of(run: RunDirectory) -> dict[str, Any]:
     gradients = _without_cancelled([row for row in rows if row.tensor != "output"])
     if not any(row.shadow for row in rows):
         return {
-            "histograms": tuple(map(histogram_of, _by_tensor(gradients))),
+            # What is infinite in fp32 is so at every scale, and says nothing of any.
+            "histograms": tuple(
+                map(histogram_of, _by_tensor(row for row in gradients if not row.inf))
+            ),
             "outputs_max": _outputs_max(rows),
         }
     types = run.observed()

@@ -176,7 +176,7 @@ class LossScaleSweep:
             return self._nothing(reason)
         if not self.prediction.histograms:
             return self._nothing("All gradients that were sampled are zero.")
-        return self._unscaled() or self._windowless() or self._scaled()
+        return self._topless() or self._unscaled() or self._windowless() or self._scaled()
 
     def _nothing(self, why: str) -> dict[str, Any]:
         return self._answer(None, None, None, why)
@@ -242,6 +242,12 @@ class LossScaleSweep:
 
         0 where there is none.
         """
+        fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < self._skipping)
+        return max(fitting, default=0.0)
+
+    @cached_property
+    def _skipping(self) -> float:
+        """The least fixed scale at which runs skip steps."""
         skipped: dict[float, bool] = {}
         for trials in self.half.values():
             own = [trial for trial in trials if trial.steps and not _has_nan_loss(trial)]
@@ -249,9 +255,7 @@ class LossScaleSweep:
                 skipped[scale] = any(trial.skipped for trial in own)
         clean = max((scale for scale, some in skipped.items() if not some), default=0.0)
         # A run that skips below one that does not has gone wrong for another reason.
-        first = min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
-        fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < first)
-        return max(fitting, default=0.0)
+        return min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
 
     def _unscalable(self) -> str | None:
         """Why no scale works, where that is no matter of the scale."""
@@ -288,6 +292,16 @@ class LossScaleSweep:
             )
         return None
 
+    def _topless(self) -> dict[str, Any] | None:
+        """Why there is none, where even the least scale that is judged is too large."""
+        if self.top:
+            return None
+        why = f"Even {self._overflow}."
+        if self.matching:
+            matching = ", ".join(f"`{label}`" for label in self.matching)
+            why += f" But runs ended where fp32 did: {matching}."
+        return self._nothing(why)
+
     def _unscaled(self) -> dict[str, Any] | None:
         """No scaling, where nothing is lost without and no run says otherwise."""
         if self.window is None or not self.window[0] <= 1 <= self.window[1]:
@@ -307,25 +321,32 @@ class LossScaleSweep:
 
     def _windowless(self) -> dict[str, Any] | None:
         """Why there is none, where some layer always loses or overflows and no run is good."""
-        best = self.top or SCALES[0]
+        best = self.top
         lost = self.prediction.total(best).underflow
         if self.window or self.matching or not self.half or lost <= LOST:
             return None
         low = max(self.prediction.layers(best), key=lambda layer: layer.fractions.underflow)
-        high = max(self.prediction.histograms, key=lambda one: one.max)
+        overflow = f", while {self._overflow}" if best < SCALES[-1] else ""
         return self._nothing(
             f"No window: at {power_text(best)} `{low.module}` loses "
-            f"{share_text(low.fractions.underflow)} of its gradient, while at "
-            f"{power_text(2 * best)} `{high.module}` overflows, and no run in fp16 ended where "
-            f"fp32 did. Take bf16, which has the range of fp32."
+            f"{share_text(low.fractions.underflow)} of its gradient{overflow}, and no run in fp16 "
+            f"ended where fp32 did. Take bf16, which has the range of fp32."
         )
+
+    @property
+    def _overflow(self) -> str:
+        """What happens at the first scale above the top, where that is not the last one judged."""
+        if self.top < self.prediction.largest_scale:
+            return f"at {power_text(self._skipping)} runs skip steps"
+        high = max(self.prediction.histograms, key=lambda one: one.max)
+        return f"at {power_text(2 * self.top or SCALES[0])} `{high.module}` overflows"
 
     def _scaled(self) -> dict[str, Any]:
         """A dynamic scale that begins in the window; a fixed one where only that was seen to work.
 
         Where the window is empty, the largest scale that does not overflow.
         """
-        low, top = self.window or (self.top or SCALES[0],) * 2
+        low, top = self.window or (self.top, self.top)
         scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
         if self.window:
             why = (
@@ -336,8 +357,9 @@ class LossScaleSweep:
         else:
             lost = self.prediction.total(scale).underflow
             why = (
-                f"{power_text(scale)} is the largest scale without overflow, and still loses "
-                f"{share_text(lost)} of the gradients' values that are not zero."
+                f"{power_text(scale)} is the largest scale "
+                f"{'without overflow' if scale < SCALES[-1] else 'that is judged'}, and still "
+                f"loses {share_text(lost)} of the gradients' values that are not zero."
             )
             if scale < RELIABLE:
                 why += " Below 1 that is unreliable: its run says whether it is enough."

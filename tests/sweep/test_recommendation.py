@@ -203,6 +203,27 @@ def test_one_layer_that_loses_while_another_overflows() -> None:
     assert "bf16" in found["why"]
 
 
+def test_gradients_beyond_the_scales_that_are_judged() -> None:
+    large = reference(gradient(-30, 1000, name="low"), gradient(40, 100, name="high"))
+    for runs in ([], [at(1, loss=3.0, skipped=100)]):
+        found = recommended(large, *runs)
+        assert (found["policy"], found["set"]) == (None, None)
+        assert found["why"] == "Even at 2^-8 `high` overflows."
+    below = recommended(large, at(2.0**-20))["why"]
+    assert below.endswith("overflows. But runs ended where fp32 did: `scale=9.53674e-07`.")
+    tiny = reference(gradient(-80, 100))
+    assert "2^32 is the largest scale that is judged, and still" in recommended(tiny)["why"]
+    assert "overflow" not in recommended(tiny, at(2.0**32, loss=3.0))["why"]
+
+
+def test_what_runs_say_of_the_top_is_not_said_of_a_layer() -> None:
+    exact = reference(gradient(-40, 100, name="low"), gradient(0, 100, name="high"))
+    found = recommended(exact, at(4, loss=3.0), at(64, loss=3.0, skipped=9))
+    assert "at 2^5 `low` loses 100.0% of its gradient, while at 2^6 runs skip" in found["why"]
+    all_skip = recommended(reference(SMALL), at(2.0**-8, loss=3.0, skipped=9))
+    assert all_skip["why"] == "Even at 2^-8 runs skip steps."
+
+
 def test_a_run_that_skips_lowers_the_top() -> None:
     found = recommended(reference(SMALL), at(1024), at(2.0**16, skipped=1), at(2.0**20, skipped=9))
     assert found["window"] == [32.0, 2.0**15]
