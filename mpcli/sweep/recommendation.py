@@ -38,6 +38,9 @@ runs differ so much from each other that something is wrong with some."""
 RELIABLE = 1.0
 """Below this scale no prediction is relied on: most models lose most of their gradient there, and
 what is lost in one layer is missing in those before it, which the prediction does not model."""
+LAYERS_LOST = 0.05
+"""Where more than this is lost of all values, the shares of single layers are not relied on: what
+is lost in one layer is missing in those before it (docs/loss-scale.md has how much that is)."""
 MAX_SCALE = DynamicScale(kind="dynamic").max_scale
 """The dynamic policy grows no further, unless it has to."""
 
@@ -129,7 +132,7 @@ class LossScaleSweep:
         total = None
         if isinstance(scale, float) and prediction.histograms:
             predicted = {_tensor(layer): layer for layer in prediction.layers(scale)}
-            total = {**prediction.total(scale).model_dump(), "reliable": scale >= RELIABLE}
+            total = self._total(scale)
         measured: dict[_Tensor, list[LayerFractions]] = defaultdict(list)
         for trial in trials:
             for layer in trial.layers:
@@ -164,6 +167,28 @@ class LossScaleSweep:
             ],
         }
 
+    def predicted(self) -> tuple[dict[str, Any], ...]:
+        """What is predicted for every scale that is judged: in total, and of each tensor."""
+        if not self.prediction.histograms:
+            return ()
+        return tuple(
+            {
+                "scale": scale,
+                "total": self._total(scale),
+                "layers": [
+                    {"name": one.name, "tensor": one.tensor, **one.fractions.model_dump()}
+                    for one in self.prediction.layers(scale)
+                ],
+            }
+            for scale in SCALES
+        )
+
+    def _total(self, scale: float) -> dict[str, Any]:
+        """Of all values, and what of the prediction is to be relied on."""
+        total, reliable = self.prediction.total(scale), scale >= RELIABLE
+        layers_reliable = reliable and total.underflow <= LAYERS_LOST
+        return {**total.model_dump(), "reliable": reliable, "layers_reliable": layers_reliable}
+
     def recommended(self) -> dict[str, Any]:
         """The policy to take, with its evidence."""
         if not self.exact:
@@ -175,7 +200,7 @@ class LossScaleSweep:
         if reason := self._unscalable():
             return self._nothing(reason)
         if not self.prediction.histograms:
-            return self._nothing("All gradients that were sampled are zero.")
+            return self._nothing("No gradient that was sampled is finite and not zero.")
         return self._topless() or self._unscaled() or self._windowless() or self._scaled()
 
     def _nothing(self, why: str) -> dict[str, Any]:
@@ -191,12 +216,14 @@ class LossScaleSweep:
         confirmed = self._tried(setting)
         if confirmed is False:
             why += " Its run did not end where fp32 did."
+        if window := self.window if policy else None:
+            low, top = window
+            why += f" Window: {power_text(low)} to {power_text(top)}, {_bits(top, low)}."
         left_out = [str(t.seed) for t in self.reference if t.seed not in self.exact]
         if self.exact and left_out:
             why += f" Without seed {', '.join(left_out)}, with which fp32 did not end."
         if policy and not self.learnt:
             why += " But fp32 learnt nothing in so few steps: runs say little, take more `--steps`."
-        window = self.window if policy else None
         return {
             "policy": policy,
             "init_scale": scale,
@@ -350,9 +377,9 @@ class LossScaleSweep:
         scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
         if self.window:
             why = (
-                f"From {power_text(low)} to {power_text(top)} at most {LOST:.0%} of the gradients' "
-                f"values that are not zero are lost and nothing overflows; {power_text(scale)} "
-                f"leaves {_bits(top, scale)} below the top."
+                f"In the window at most {LOST:.0%} of the gradients' values that are not zero are "
+                f"lost and nothing overflows; {power_text(scale)} leaves {_bits(top, scale)} below "
+                f"its top."
             )
         else:
             lost = self.prediction.total(scale).underflow

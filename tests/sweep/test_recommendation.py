@@ -211,6 +211,7 @@ def test_gradients_beyond_the_scales_that_are_judged() -> None:
         assert found["why"] == "Even at 2^-8 `high` overflows."
     below = recommended(large, at(2.0**-20))["why"]
     assert below.endswith("overflows. But runs ended where fp32 did: `scale=9.53674e-07`.")
+    assert recommended(reference(), at(1))["why"].startswith("No gradient that was sampled is")
     tiny = reference(gradient(-80, 100))
     assert "2^32 is the largest scale that is judged, and still" in recommended(tiny)["why"]
     assert "overflow" not in recommended(tiny, at(2.0**32, loss=3.0))["why"]
@@ -320,10 +321,42 @@ def test_a_row_has_what_was_predicted_and_what_was_seen() -> None:
     assert [row["scale"] for row in rows] == [2.0, 0.5, "dynamic"]
     first = rows[0]
     assert first["predicted"] == pytest.approx(
-        {"underflow": 0.2, "subnormal": 0.55, "overflow": 0.0, "reliable": True}
+        {
+            "underflow": 0.2,
+            "subnormal": 0.55,
+            "overflow": 0.0,
+            "reliable": True,
+            "layers_reliable": False,
+        }
     )
     assert first["measured"] == {"underflow": 0.21, "subnormal": 0.5, "overflow": 0.0}
     assert (first["skips"], first["skip_rate"], first["cosine"]) == (4, 0.04, 0.99)
     assert first["layers"][0]["predicted"]["underflow"] == pytest.approx(0.2)
-    assert not rows[1]["predicted"]["reliable"]
+    assert not rows[1]["predicted"]["reliable"] and not rows[1]["predicted"]["layers_reliable"]
     assert rows[2]["predicted"] is None
+
+
+def test_every_scale_is_predicted_in_total_and_of_each_tensor() -> None:
+    other = gradient(-10, *[100] * 20, name="other")
+    found = LossScaleSweep([reference(SMALL, other)]).predicted()
+    assert [one["scale"] for one in found] == [2.0**power for power in range(-8, 33)]
+    at_1 = found[8]
+    assert at_1["total"]["underflow"] == pytest.approx(5 / 40)
+    assert [(one["name"], one["underflow"]) for one in at_1["layers"]] == [
+        ("layer", pytest.approx(5 / 20)),
+        ("other", 0.0),
+    ]
+    assert set(at_1["layers"][0]) == {"name", "tensor", "underflow", "subnormal", "overflow"}
+    lost = [one["scale"] for one in found if one["total"]["underflow"] > 0.05]
+    unreliable = [one["scale"] for one in found if not one["total"]["layers_reliable"]]
+    assert unreliable == lost == [2.0**power for power in range(-8, 3)]
+    assert [one["scale"] for one in found if not one["total"]["reliable"]] == lost[:8]
+    assert LossScaleSweep([reference()]).predicted() == ()
+
+
+def test_the_window_is_in_the_words_of_every_answer_that_has_one() -> None:
+    dynamic = recommended(reference(SMALL), at(1024))
+    assert dynamic["why"].endswith("Window: 2^5 to 2^26, 21 bits.")
+    none = recommended(reference(gradient(-20, *[100] * 20)), at(1))
+    assert none["policy"] == "none" and none["why"].endswith("Window: 2^0 to 2^16, 16 bits.")
+    assert "Window" not in recommended(reference(gradient(18, 100, 100)))["why"]
