@@ -120,7 +120,7 @@ def loss_scale(
             more = ask.confirming(loaded.recipe, setting, number, steps=length, seeds=seeds)
             found = LossScaleSweep(sweep.run(more))
             recommended = found.recommended()
-        result = sweep.result(found.trials, found.rows(), recommended)
+        result = sweep.result(found.trials, found.rows(), recommended, found.predicted())
         patch = None if as_json else _patch(loaded, sweep, recommended["set"])
     if not as_json:
         from mpcli.cli.sweep_text import show_loss_scale, show_recommended
@@ -286,6 +286,7 @@ class _Sweep:
         trials: Sequence[TrialResult],
         rows: Iterable[Mapping[str, Any]],
         recommended: Mapping[str, Any] | None = None,
+        predicted: Iterable[Mapping[str, Any]] = (),
     ) -> SweepResult:
         """All of it, kept in the folder."""
         from mpcli.sweep.results import SweepResult
@@ -305,6 +306,7 @@ class _Sweep:
             seeds=self._asked.seeds,
             recommended=recommended and dict(recommended),
             rows=tuple(map(dict, rows)),
+            predicted=tuple(map(dict, predicted)),
             trials=tuple(trials),
         )
         self._files.write_result(result)

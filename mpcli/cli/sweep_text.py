@@ -30,6 +30,7 @@ _MARKS = {  # in the order of drawing
     ("predicted", "underflow"): ".",
     ("measured", "underflow"): "o",
 }
+_LARGE = 1000  # elements: the shares of smaller layers are coarse
 _NAMES = {"underflow": "lost", "overflow": "overflow"}
 
 
@@ -57,6 +58,26 @@ def show_loss_scale(result: SweepResult, prediction: Prediction) -> None:
             write(f"{_label(row)}: {row['status']}")
     if prediction.histograms:
         write(f"\n{_plot(result.rows, prediction)}")
+    if result.recommended and (worst := _worst(result.recommended, prediction)):
+        text = f"Predicted to lose most, of those with more than {_LARGE:,} elements: {worst}."
+        write(f"\n{_wrapped(visible(text))}")
+
+
+def _worst(recommended: _Row, prediction: Prediction) -> str:
+    """The layer that loses most at the knee, and that at the recommended scale."""
+    from mpcli.sweep.recommendation import RELIABLE
+
+    scales = {recommended["knee"]: "the knee", recommended["init_scale"]: "the recommended"}
+    found = []
+    for scale, name in scales.items():
+        if scale is None or scale < RELIABLE:
+            continue
+        layers = [one for one in prediction.layers(scale) if one.elements > _LARGE]
+        worst = max(layers, key=lambda one: one.fractions.underflow, default=None)
+        if worst and worst.fractions.underflow:
+            lost = share_text(worst.fractions.underflow)
+            found.append(f"at {name} {power_text(scale)} `{worst.name}`, {lost}")
+    return "; ".join(found)
 
 
 def _scale_row(row: _Row) -> tuple[str, ...]:

@@ -41,7 +41,10 @@ def evidence_of(run: RunDirectory) -> dict[str, Any]:
     gradients = _without_cancelled([row for row in rows if row.tensor != "output"])
     if not any(row.shadow for row in rows):
         return {
-            "histograms": tuple(map(histogram_of, _by_tensor(gradients))),
+            # What is infinite in fp32 is so at every scale, and says nothing of any.
+            "histograms": tuple(
+                map(histogram_of, _by_tensor(row for row in gradients if not row.inf))
+            ),
             "outputs_max": _outputs_max(rows),
         }
     types = run.observed()
@@ -99,11 +102,6 @@ def _elements(rows: Sequence[LayerRecord]) -> int:
 
 def histogram_of(rows: Sequence[LayerRecord]) -> GradientHistogram:
     """Of one tensor, from its rows of fp32 without a loss scale, over calls and moments."""
-    counts: dict[int, float] = defaultdict(float)
-    for row in rows:
-        for exponent, count in enumerate(row.exponents, row.lowest_exponent or 0):
-            counts[exponent] += count * row.elements / row.sampled
-    bins = range(min(counts, default=0), max(counts, default=-1) + 1)
     return GradientHistogram(
         module=rows[0].module,
         tensor="grad" if rows[0].tensor == "grad" else "grad_output",
@@ -111,9 +109,24 @@ def histogram_of(rows: Sequence[LayerRecord]) -> GradientHistogram:
         elements=_elements(rows),
         max=max(row.max for row in rows),
         zeros=_mean(rows, [row.zeros for row in rows]),
-        lowest=min(counts, default=None),
-        counts=tuple(round(counts[exponent]) for exponent in bins),
+        **summed(
+            (row.lowest_exponent, [count * row.elements / row.sampled for count in row.exponents])
+            for row in rows
+        ),
     )
+
+
+def summed(parts: Iterable[tuple[int | None, Sequence[float]]]) -> dict[str, Any]:
+    """`lowest` and `counts` of all together, from those of each."""
+    total: dict[int, float] = defaultdict(float)
+    for lowest, counts in parts:
+        for exponent, count in enumerate(counts, lowest or 0):
+            total[exponent] += count
+    bins = range(min(total, default=0), max(total, default=-1) + 1)
+    return {
+        "lowest": min(total, default=None),
+        "counts": tuple(round(total[exponent]) for exponent in bins),
+    }
 
 
 def _outputs_max(rows: Sequence[LayerRecord]) -> dict[str, float]:

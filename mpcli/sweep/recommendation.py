@@ -15,6 +15,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mpcli.recipe.precision import DynamicScale
+from mpcli.significance import standard_error
+from mpcli.sweep.evidence import summed
 from mpcli.sweep.prediction import LIMIT, SCALES, Prediction
 from mpcli.sweep.results import Fractions, GradientHistogram, LayerFractions, TrialResult
 from mpcli.sweep.text import number_text, power_text, share_text
@@ -36,6 +38,9 @@ runs differ so much from each other that something is wrong with some."""
 RELIABLE = 1.0
 """Below this scale no prediction is relied on: most models lose most of their gradient there, and
 what is lost in one layer is missing in those before it, which the prediction does not model."""
+LAYERS_LOST = 0.05
+"""Where more than this is lost of all values, the shares of single layers are not relied on: what
+is lost in one layer is missing in those before it (docs/loss-scale.md has how much that is)."""
 MAX_SCALE = DynamicScale(kind="dynamic").max_scale
 """The dynamic policy grows no further, unless it has to."""
 
@@ -58,6 +63,11 @@ class LossScaleSweep:
         return [trial for trial in self.trials if trial.label == "fp32"]
 
     @cached_property
+    def exact(self) -> dict[int, float]:
+        """Final losses in fp32, by seed, of the runs that ended with one."""
+        return {t.seed: loss for t in self.reference if (loss := _final(t)) is not None}
+
+    @cached_property
     def half(self) -> dict[str, list[TrialResult]]:
         """The others, by label."""
         groups: dict[str, list[TrialResult]] = defaultdict(list)
@@ -78,21 +88,20 @@ class LossScaleSweep:
         return Prediction([_together(histograms) for histograms in groups.values()])
 
     def matches(self, label: str) -> bool:
-        """Whether runs end where fp32's do or lower, by their last losses with the same seeds."""
-        exact = {
-            trial.seed: loss for trial in self.reference if (loss := _final(trial)) is not None
-        }
+        """Whether runs end where fp32's do or lower, by their last losses with the same seeds.
+
+        Seeds with which fp32 itself did not end are not compared.
+        """
+        losses = {trial.seed: _final(trial) for trial in self.half[label]}
+        ended = {seed: loss for seed, loss in losses.items() if loss is not None}
         differences = [
-            loss - exact[trial.seed]
-            for trial in self.half[label]
-            if trial.seed in exact and (loss := _final(trial)) is not None
+            loss - self.exact[seed] for seed, loss in ended.items() if seed in self.exact
         ]
-        if not differences or len(differences) < len(self.half[label]):
+        if not differences or len(ended) < len(losses):
             return False
-        error = 0.0
-        if len(differences) > 1:
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-        span = self.learnt or abs(statistics.fmean(t.first_loss or 0.0 for t in self.reference))
+        error = standard_error(differences) or 0.0
+        firsts = [trial.first_loss or 0.0 for trial in self.reference if trial.seed in self.exact]
+        span = self.learnt or abs(statistics.fmean(firsts))
         allowed = max(LEARNT * span, min(2 * error, NOISE * span))
         return statistics.fmean(differences) <= allowed  # NaN is not
 
@@ -100,11 +109,11 @@ class LossScaleSweep:
     def learnt(self) -> float:
         """First loss minus final one, in fp32; 0 where it learnt nothing."""
         falls = [
-            trial.first_loss - loss
+            trial.first_loss - self.exact[trial.seed]
             for trial in self.reference
-            if trial.first_loss is not None
+            if trial.seed in self.exact
+            and trial.first_loss is not None
             and math.isfinite(trial.first_loss)
-            and (loss := _final(trial)) is not None
         ]
         return max(0.0, statistics.fmean(falls)) if falls else 0.0
 
@@ -123,7 +132,7 @@ class LossScaleSweep:
         total = None
         if isinstance(scale, float) and prediction.histograms:
             predicted = {_tensor(layer): layer for layer in prediction.layers(scale)}
-            total = {**prediction.total(scale).model_dump(), "reliable": scale >= RELIABLE}
+            total = self._total(scale)
         measured: dict[_Tensor, list[LayerFractions]] = defaultdict(list)
         for trial in trials:
             for layer in trial.layers:
@@ -158,19 +167,41 @@ class LossScaleSweep:
             ],
         }
 
+    def predicted(self) -> tuple[dict[str, Any], ...]:
+        """What is predicted for every scale that is judged: in total, and of each tensor."""
+        if not self.prediction.histograms:
+            return ()
+        return tuple(
+            {
+                "scale": scale,
+                "total": self._total(scale),
+                "layers": [
+                    {"name": one.name, "tensor": one.tensor, **one.fractions.model_dump()}
+                    for one in self.prediction.layers(scale)
+                ],
+            }
+            for scale in SCALES
+        )
+
+    def _total(self, scale: float) -> dict[str, Any]:
+        """Of all values, and what of the prediction is to be relied on."""
+        total, reliable = self.prediction.total(scale), scale >= RELIABLE
+        layers_reliable = reliable and total.underflow <= LAYERS_LOST
+        return {**total.model_dump(), "reliable": reliable, "layers_reliable": layers_reliable}
+
     def recommended(self) -> dict[str, Any]:
         """The policy to take, with its evidence."""
-        if all(_final(trial) is None for trial in self.reference):
+        if not self.exact:
             if any(trial.status == "diverged" or _has_nan_loss(trial) for trial in self.reference):
                 return self._nothing(
                     "The fp32 run diverged: no loss scale helps, look at `optim.lr`."
                 )
             return self._nothing("There is no fp32 run to compare with: it did not end.")
-        if forward := self._forward_overflow():
-            return self._nothing(forward)
+        if reason := self._unscalable():
+            return self._nothing(reason)
         if not self.prediction.histograms:
-            return self._nothing("All gradients that were sampled are zero.")
-        return self._unscaled() or self._windowless() or self._scaled()
+            return self._nothing("No gradient that was sampled is finite and not zero.")
+        return self._topless() or self._unscaled() or self._windowless() or self._scaled()
 
     def _nothing(self, why: str) -> dict[str, Any]:
         return self._answer(None, None, None, why)
@@ -185,9 +216,14 @@ class LossScaleSweep:
         confirmed = self._tried(setting)
         if confirmed is False:
             why += " Its run did not end where fp32 did."
+        if window := self.window if policy else None:
+            low, top = window
+            why += f" Window: {power_text(low)} to {power_text(top)}, {_bits(top, low)}."
+        left_out = [str(t.seed) for t in self.reference if t.seed not in self.exact]
+        if self.exact and left_out:
+            why += f" Without seed {', '.join(left_out)}, with which fp32 did not end."
         if policy and not self.learnt:
             why += " But fp32 learnt nothing in so few steps: runs say little, take more `--steps`."
-        window = self.window if policy else None
         return {
             "policy": policy,
             "init_scale": scale,
@@ -233,21 +269,30 @@ class LossScaleSweep:
 
         0 where there is none.
         """
+        fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < self._skipping)
+        return max(fitting, default=0.0)
+
+    @cached_property
+    def _skipping(self) -> float:
+        """The least fixed scale at which runs skip steps."""
         skipped: dict[float, bool] = {}
         for trials in self.half.values():
-            own = [trial for trial in trials if not _has_nan_loss(trial)]
+            own = [trial for trial in trials if trial.steps and not _has_nan_loss(trial)]
             if own and isinstance(scale := _scale(own[0]), float):
                 skipped[scale] = any(trial.skipped for trial in own)
         clean = max((scale for scale, some in skipped.items() if not some), default=0.0)
         # A run that skips below one that does not has gone wrong for another reason.
-        first = min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
-        fitting = (s for s in SCALES if s <= self.prediction.largest_scale and s < first)
-        return max(fitting, default=0.0)
+        return min((s for s, some in skipped.items() if some and s > clean), default=math.inf)
 
-    def _forward_overflow(self) -> str | None:
-        """Why no scale works, where activations are too large for fp16 whatever the scale."""
+    def _unscalable(self) -> str | None:
+        """Why no scale works, where that is no matter of the scale."""
         if self.matching or not self.half:
             return None
+        half = [trial for trials in self.half.values() for trial in trials]
+        trained = [trial for trial in half if trial.steps]
+        if not trained:
+            reasons = dict.fromkeys(trial.reason or trial.status for trial in half)
+            return f"No run in fp16 trained: {'; '.join(reasons)}."
         held = {one.module for one in self.prediction.histograms if one.tensor == "grad_output"}
         largest: dict[str, float] = {}
         for trial in self.reference:
@@ -262,12 +307,27 @@ class LossScaleSweep:
                 "did. Take bf16, or make these outputs smaller: of a layer in "
                 "`precision.sensitive_layers` they return to fp16, but for the last layer's."
             )
-        if all(_has_nan_loss(trial) for trials in self.half.values() for trial in trials):
+        if all(_is_nan(trial.first_loss) for trial in trained):
             return (
                 "No scale works here: in every run in fp16 the loss itself is NaN or infinite in "
                 "forward, where no loss scale helps. Take bf16, or make what overflows smaller."
             )
+        if all(_is_nan(trial.loss) for trial in trained):
+            return (
+                "In every run in fp16 the loss became NaN or infinite: `mptrain diagnose` of one, "
+                f"such as `trials/{trained[0].run}` of this sweep, says why."
+            )
         return None
+
+    def _topless(self) -> dict[str, Any] | None:
+        """Why there is none, where even the least scale that is judged is too large."""
+        if self.top:
+            return None
+        why = f"Even {self._overflow}."
+        if self.matching:
+            matching = ", ".join(f"`{label}`" for label in self.matching)
+            why += f" But runs ended where fp32 did: {matching}."
+        return self._nothing(why)
 
     def _unscaled(self) -> dict[str, Any] | None:
         """No scaling, where nothing is lost without and no run says otherwise."""
@@ -288,37 +348,45 @@ class LossScaleSweep:
 
     def _windowless(self) -> dict[str, Any] | None:
         """Why there is none, where some layer always loses or overflows and no run is good."""
-        best = self.top or SCALES[0]
+        best = self.top
         lost = self.prediction.total(best).underflow
         if self.window or self.matching or not self.half or lost <= LOST:
             return None
         low = max(self.prediction.layers(best), key=lambda layer: layer.fractions.underflow)
-        high = max(self.prediction.histograms, key=lambda one: one.max)
+        overflow = f", while {self._overflow}" if best < SCALES[-1] else ""
         return self._nothing(
             f"No window: at {power_text(best)} `{low.module}` loses "
-            f"{share_text(low.fractions.underflow)} of its gradient, while at "
-            f"{power_text(2 * best)} `{high.module}` overflows, and no run in fp16 ended where "
-            f"fp32 did. Take bf16, which has the range of fp32."
+            f"{share_text(low.fractions.underflow)} of its gradient{overflow}, and no run in fp16 "
+            f"ended where fp32 did. Take bf16, which has the range of fp32."
         )
+
+    @property
+    def _overflow(self) -> str:
+        """What happens at the first scale above the top, where that is not the last one judged."""
+        if self.top < self.prediction.largest_scale:
+            return f"at {power_text(self._skipping)} runs skip steps"
+        high = max(self.prediction.histograms, key=lambda one: one.max)
+        return f"at {power_text(2 * self.top or SCALES[0])} `{high.module}` overflows"
 
     def _scaled(self) -> dict[str, Any]:
         """A dynamic scale that begins in the window; a fixed one where only that was seen to work.
 
         Where the window is empty, the largest scale that does not overflow.
         """
-        low, top = self.window or (self.top or SCALES[0],) * 2
+        low, top = self.window or (self.top, self.top)
         scale = max(low, min(top / 2**HEADROOM, MAX_SCALE))
         if self.window:
             why = (
-                f"From {power_text(low)} to {power_text(top)} at most {LOST:.0%} of the gradients' "
-                f"values that are not zero are lost and nothing overflows; {power_text(scale)} "
-                f"leaves {_bits(top, scale)} below the top."
+                f"In the window at most {LOST:.0%} of the gradients' values that are not zero are "
+                f"lost and nothing overflows; {power_text(scale)} leaves {_bits(top, scale)} below "
+                f"its top."
             )
         else:
             lost = self.prediction.total(scale).underflow
             why = (
-                f"{power_text(scale)} is the largest scale without overflow, and still loses "
-                f"{share_text(lost)} of the gradients' values that are not zero."
+                f"{power_text(scale)} is the largest scale "
+                f"{'without overflow' if scale < SCALES[-1] else 'that is judged'}, and still "
+                f"loses {share_text(lost)} of the gradients' values that are not zero."
             )
             if scale < RELIABLE:
                 why += " Below 1 that is unreliable: its run says whether it is enough."
@@ -352,8 +420,12 @@ def _final(trial: TrialResult) -> float | None:
 
 
 def _has_nan_loss(trial: TrialResult) -> bool:
-    """Whether its loss was NaN or infinite, first or last: a matter of forward."""
-    return any(x is not None and not math.isfinite(x) for x in (trial.first_loss, trial.loss))
+    """Whether its loss was NaN or infinite, first or last: its skips are not the scale's doing."""
+    return _is_nan(trial.first_loss) or _is_nan(trial.loss)
+
+
+def _is_nan(loss: float | None) -> bool:
+    return loss is not None and not math.isfinite(loss)
 
 
 def _tensor(one: GradientHistogram | LayerFractions) -> _Tensor:
@@ -371,18 +443,11 @@ def _scale(trial: TrialResult) -> float | Literal["dynamic"]:
 
 def _together(histograms: Sequence[GradientHistogram]) -> GradientHistogram:
     """One tensor's, of all seeds."""
-    first = histograms[0]
-    counts: dict[int, int] = defaultdict(int)
-    for one in histograms:
-        for exponent, count in enumerate(one.counts, one.lowest or 0):
-            counts[exponent] += count
-    bins = range(min(counts, default=0), max(counts, default=-1) + 1)
-    return first.model_copy(
+    return histograms[0].model_copy(
         update={
             "max": max(one.max for one in histograms),
             "zeros": statistics.fmean(one.zeros for one in histograms),
-            "lowest": min(counts, default=None),
-            "counts": tuple(counts[exponent] for exponent in bins),
+            **summed((one.lowest, one.counts) for one in histograms),
         }
     )
 

@@ -87,6 +87,8 @@ class SweepResult(Record):
     Attributes:
         kind: of the sweep.
         rows: as the kind's table has them.
+        predicted: of a loss-scale sweep, from its fp32 reference: for every scale from 2^-8 to
+            2^32 the shares of all values, and those of each tensor that fp16 holds.
     """
 
     version: int = SCHEMA_VERSION
@@ -99,4 +101,5 @@ class SweepResult(Record):
     seeds: tuple[int, ...]
     recommended: dict[str, Any] | None = None
     rows: tuple[dict[str, Any], ...]
+    predicted: tuple[dict[str, Any], ...] = ()
     trials: tuple[TrialResult, ...]

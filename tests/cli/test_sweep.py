@@ -166,7 +166,9 @@ def test_what_runs_at_a_scale_of_1_confirm_is_not_run_once_more(mptrain, recipe,
 def test_answers_that_never_end_are_tried_three_times(mptrain, recipe, sweeps, monkeypatch):
     def another(self):
         setting = f"precision.loss_scale={{kind: dynamic, init_scale: {2 ** len(self.trials)}}}"
-        return {"set": setting, "confirmed": False, "why": "so it is"}
+        return {
+            "set": setting, "confirmed": False, "why": "so it is", "knee": None, "init_scale": None,
+        }  # fmt: skip
 
     monkeypatch.setattr(LossScaleSweep, "recommended", another)
     assert mptrain("sweep", "loss-scale", recipe, "--values", "1").code == 0
@@ -219,6 +221,28 @@ def test_the_patch_applies_and_gives_what_is_recommended(
     assert after == wanted.json["recipe"]
 
 
+def test_loss_scale_names_the_large_layer_that_loses_most(mptrain, recipe, sweeps):
+    # At 2 all of the small one is lost and 0.5% of the large one, which is 1% of both.
+    large = HISTOGRAM.model_copy(
+        update={"elements": 20_000, "lowest": -31, "counts": (5, 0, 0, 0, 0, 995), "max": 2.0**-25}
+    )
+    update = {"name": "conv.bias", "elements": 100, "lowest": -70, "counts": (9,), "max": 0.0}
+    small = HISTOGRAM.model_copy(update=update)
+    held = [
+        LayerFractions(
+            module="conv", tensor="grad", name=one.name, elements=one.elements,
+            fractions=Fractions(underflow=0.25, subnormal=0.5, overflow=0.0),
+        )
+        for one in (large, small)
+    ]  # fmt: skip
+    sweeps.about["fp32"] = {"histograms": (large, small)}
+    sweeps.about["scale=256"] = {"layers": held}
+    outcome = mptrain("sweep", "loss-scale", recipe, "--values", "2^8")
+    line = "Predicted to lose most, of those with more than 1,000 elements: at the knee 2^1 "
+    assert f"\n{line}`conv.weight`, 0.5%.\n" in outcome.out  # at 2^24 nothing of it
+    assert "Window: 2^1 to 2^32, 31 bits." in outcome.out
+
+
 def test_loss_scale_as_json_is_one_strict_object(mptrain, recipe, sweeps):
     sweeps.about["scale=256"] = {"loss": float("nan"), "status": "diverged"}
     outcome = mptrain("sweep", "loss-scale", recipe, "--values", "1,256", "--json")
@@ -228,6 +252,8 @@ def test_loss_scale_as_json_is_one_strict_object(mptrain, recipe, sweeps):
     assert found["recommended"]["set"].startswith("precision.loss_scale={kind: ")
     assert [row["scale"] for row in found["rows"]][:2] == [1.0, 256.0]
     assert [trial["label"] for trial in found["trials"]][:3] == ["fp32", "scale=1", "scale=256"]
+    assert [one["scale"] for one in found["predicted"]] == [2.0**power for power in range(-8, 33)]
+    assert found["predicted"][8]["layers"][0]["name"] == "conv.weight"
     written = json.loads((sweeps.asked[0]["folder"] / "result.json").read_text())
     assert written == found
 

@@ -69,6 +69,13 @@ def test_a_histogram_is_of_all_moments_and_calls() -> None:
     assert found["outputs_max"] == {"a": 9.0}
 
 
+def test_a_moment_at_which_fp32_itself_overflows_is_left_out() -> None:
+    finite, infinite = torch.tensor([1.5, 0.3]), torch.tensor([torch.inf, 0.3])
+    rows = [row(finite, grad("a.weight")), row(infinite, grad("a.weight"), step=5)]
+    assert evidence(*rows)["histograms"] == evidence(rows[0])["histograms"]
+    assert evidence(rows[1])["histograms"] == ()
+
+
 def test_only_what_fp16_holds_counts() -> None:
     values = torch.tensor([1.0, 2.0])
     rows = [

@@ -13,7 +13,9 @@ from torch import Tensor
 from mpcli.precision.statistics import SAMPLED, Key, Samples
 from mpcli.sweep.evidence import histogram_of
 from mpcli.sweep.prediction import SCALES, Prediction
+from mpcli.sweep.recommendation import LossScaleSweep
 from mpcli.sweep.results import Fractions, GradientHistogram
+from tests.sweep.test_recommendation import reference
 
 
 def histogram(values: Tensor, name: str = "layer.weight") -> GradientHistogram:
@@ -170,6 +172,5 @@ def test_the_papers_case_has_its_knee_at_8() -> None:
     assert (values == 0).float().mean() == pytest.approx(0.668)
     lost = prediction.total(1.0).underflow * (1 - 0.668)  # of all values
     assert lost == pytest.approx(0.31, abs=0.001)
-    knee = next(scale for scale in SCALES if prediction.total(scale).underflow <= 0.01)
-    assert knee == 8.0
+    assert LossScaleSweep([reference(histogram(values))]).knee == 8.0
     assert rounded(values, 8.0).underflow <= 0.01 < rounded(values, 4.0).underflow

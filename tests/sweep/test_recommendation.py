@@ -159,6 +159,28 @@ def test_a_loss_that_is_nan_at_every_scale_is_an_overflow_in_forward() -> None:
     assert some["window"] == [32.0, 2.0**26]  # what is NaN in forward is not the scale's doing
 
 
+def test_runs_that_trained_nothing_say_nothing() -> None:
+    failed = {"status": "failed", "reason": "out of memory", "steps": 0, "first_loss": None}
+    none = [at(1, loss=None, **failed), at(1024, loss=None, **failed)]
+    found = recommended(reference(SMALL, outputs_max={"layer": 2e5}), *none)
+    assert (found["policy"], found["set"], found["window"]) == (None, None, None)
+    assert found["why"] == "No run in fp16 trained: out of memory."
+    gone = at(64, loss=math.nan, first_loss=math.nan, status="diverged", skipped=10)
+    assert "is NaN or infinite in forward" in recommended(reference(SMALL), gone, *none)["why"]
+    # Nor is a scale clean at which nothing was tried.
+    tried = [at(16), at(256, skipped=1), none[1]]
+    assert recommended(reference(SMALL), *tried)["window"] == [32.0, 128.0]
+
+
+def test_a_loss_that_becomes_nan_later_is_no_overflow_in_forward() -> None:
+    late = {"loss": math.nan, "status": "diverged", "skipped": 10}
+    found = recommended(reference(SMALL), at(1, **late), at(1024, **late))
+    assert (found["policy"], found["set"]) == (None, None)
+    assert "forward" not in found["why"]
+    assert "the loss became NaN" in found["why"]
+    assert "`mptrain diagnose`" in found["why"] and "`trials/scale=1-seed0`" in found["why"]
+
+
 def test_below_a_scale_of_1_only_runs_count() -> None:
     exact = reference(gradient(-12, 100, 100))
     assert recommended(exact)["window"][0] == 1.0
@@ -179,6 +201,28 @@ def test_one_layer_that_loses_while_another_overflows() -> None:
     assert "at 2^1 `low` loses 100.0%" in found["why"]
     assert "at 2^2 `high` overflows" in found["why"]
     assert "bf16" in found["why"]
+
+
+def test_gradients_beyond_the_scales_that_are_judged() -> None:
+    large = reference(gradient(-30, 1000, name="low"), gradient(40, 100, name="high"))
+    for runs in ([], [at(1, loss=3.0, skipped=100)]):
+        found = recommended(large, *runs)
+        assert (found["policy"], found["set"]) == (None, None)
+        assert found["why"] == "Even at 2^-8 `high` overflows."
+    below = recommended(large, at(2.0**-20))["why"]
+    assert below.endswith("overflows. But runs ended where fp32 did: `scale=9.53674e-07`.")
+    assert recommended(reference(), at(1))["why"].startswith("No gradient that was sampled is")
+    tiny = reference(gradient(-80, 100))
+    assert "2^32 is the largest scale that is judged, and still" in recommended(tiny)["why"]
+    assert "overflow" not in recommended(tiny, at(2.0**32, loss=3.0))["why"]
+
+
+def test_what_runs_say_of_the_top_is_not_said_of_a_layer() -> None:
+    exact = reference(gradient(-40, 100, name="low"), gradient(0, 100, name="high"))
+    found = recommended(exact, at(4, loss=3.0), at(64, loss=3.0, skipped=9))
+    assert "at 2^5 `low` loses 100.0% of its gradient, while at 2^6 runs skip" in found["why"]
+    all_skip = recommended(reference(SMALL), at(2.0**-8, loss=3.0, skipped=9))
+    assert all_skip["why"] == "Even at 2^-8 runs skip steps."
 
 
 def test_a_run_that_skips_lowers_the_top() -> None:
@@ -218,7 +262,21 @@ def test_a_final_loss_that_is_not_finite_matches_nothing(loss: float) -> None:
     assert LossScaleSweep([*exact, *half]).matching == ()
     broken = [exact[0], reference(SMALL, seed=1, loss=loss)]
     found = LossScaleSweep([*broken, at(64, seed=0), at(64, seed=1)])
-    assert (found.matching, found.learnt) == ((), 2.0)
+    assert (found.matching, found.learnt) == (("scale=64",), 2.0)
+
+
+def test_a_seed_with_which_fp32_did_not_end_is_left_out_and_said() -> None:
+    large = {"layer": 2e5}
+    exact = [reference(SMALL, seed=0, outputs_max=large)]
+    failed = reference(SMALL, seed=1, status="failed", loss=None, first_loss=None)
+    half = [at(64, seed=seed, loss=1.0 + seed) for seed in range(2)]
+    found = recommended(*exact, failed, *half)
+    assert (found["policy"], found["window"]) == ("dynamic", [32.0, 2.0**26])
+    assert found["why"].endswith("Without seed 1, with which fp32 did not end.")
+    assert "Without seed" not in recommended(*exact, half[0])["why"]
+    # A run in fp16 that did not end is no match, whatever fp32 did with its seed.
+    lost = at(64, seed=1, status="failed", loss=None)
+    assert LossScaleSweep([*exact, failed, half[0], lost]).matching == ()
 
 
 def test_runs_that_differ_wildly_do_not_match_for_their_noise() -> None:
@@ -263,10 +321,42 @@ def test_a_row_has_what_was_predicted_and_what_was_seen() -> None:
     assert [row["scale"] for row in rows] == [2.0, 0.5, "dynamic"]
     first = rows[0]
     assert first["predicted"] == pytest.approx(
-        {"underflow": 0.2, "subnormal": 0.55, "overflow": 0.0, "reliable": True}
+        {
+            "underflow": 0.2,
+            "subnormal": 0.55,
+            "overflow": 0.0,
+            "reliable": True,
+            "layers_reliable": False,
+        }
     )
     assert first["measured"] == {"underflow": 0.21, "subnormal": 0.5, "overflow": 0.0}
     assert (first["skips"], first["skip_rate"], first["cosine"]) == (4, 0.04, 0.99)
     assert first["layers"][0]["predicted"]["underflow"] == pytest.approx(0.2)
-    assert not rows[1]["predicted"]["reliable"]
+    assert not rows[1]["predicted"]["reliable"] and not rows[1]["predicted"]["layers_reliable"]
     assert rows[2]["predicted"] is None
+
+
+def test_every_scale_is_predicted_in_total_and_of_each_tensor() -> None:
+    other = gradient(-10, *[100] * 20, name="other")
+    found = LossScaleSweep([reference(SMALL, other)]).predicted()
+    assert [one["scale"] for one in found] == [2.0**power for power in range(-8, 33)]
+    at_1 = found[8]
+    assert at_1["total"]["underflow"] == pytest.approx(5 / 40)
+    assert [(one["name"], one["underflow"]) for one in at_1["layers"]] == [
+        ("layer", pytest.approx(5 / 20)),
+        ("other", 0.0),
+    ]
+    assert set(at_1["layers"][0]) == {"name", "tensor", "underflow", "subnormal", "overflow"}
+    lost = [one["scale"] for one in found if one["total"]["underflow"] > 0.05]
+    unreliable = [one["scale"] for one in found if not one["total"]["layers_reliable"]]
+    assert unreliable == lost == [2.0**power for power in range(-8, 3)]
+    assert [one["scale"] for one in found if not one["total"]["reliable"]] == lost[:8]
+    assert LossScaleSweep([reference()]).predicted() == ()
+
+
+def test_the_window_is_in_the_words_of_every_answer_that_has_one() -> None:
+    dynamic = recommended(reference(SMALL), at(1024))
+    assert dynamic["why"].endswith("Window: 2^5 to 2^26, 21 bits.")
+    none = recommended(reference(gradient(-20, *[100] * 20)), at(1))
+    assert none["policy"] == "none" and none["why"].endswith("Window: 2^0 to 2^16, 16 bits.")
+    assert "Window" not in recommended(reference(gradient(18, 100, 100)))["why"]
