@@ -132,6 +132,7 @@ def _short(recipe: Recipe, steps: int) -> tuple[str, ...]:
         "eval.every=null",
         "output.checkpoint_every=null",
         "output.keep_best=null",
+        "output.trackers=[]",
         f"probe={{every: 0, shadow_every: 0, steps: {written(moments)}}}",
     )
     if recipe.train.on_nonfinite == "rollback":  # to checkpoints, of which there are none

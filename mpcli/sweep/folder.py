@@ -131,7 +131,7 @@ class SweepFolder:
         Raises:
             UserError: exit 7, it cannot be written.
         """
-        with storage_errors(self.path, f"the folder {self.path}"):
+        with storage_errors(self.path, f"the folder {self.path}"), self.claiming():
             self._write("result.json", result.to_json(indent=2) + "\n")
             sync(self.path)
 

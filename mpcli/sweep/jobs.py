@@ -190,7 +190,7 @@ class _Job:
 
     def listen(self) -> None:
         """Read what it has told."""
-        with contextlib.suppress(EOFError):  # it ended, perhaps in the middle of a word
+        with contextlib.suppress(EOFError, OSError):  # it ended, perhaps in the middle of a word
             while self._told.poll():
                 match self._told.recv():
                     case int(trial_id):

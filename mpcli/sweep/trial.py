@@ -52,7 +52,7 @@ def run_trial(
     try:
         run, result = _trained(claim, folder, plugin)
     except UserError as error:
-        if error.exit_code is Exit.STORAGE:
+        if error.exit_code is Exit.STORAGE or RunDirectory(folder.run_path(cell)).is_held():
             claim.give_back()
             raise
         claim.end(unrun(cell, str(error)))
@@ -156,7 +156,8 @@ class _Watch:
 
     def start(self, plan: Plan, recipe: Recipe) -> None:
         """Of a run that is gone on with, the first step is in its rows."""
-        self._first = next((row.loss for row in self._run.steps()), None)
+        losses = (row.loss for row in self._run.steps())
+        self._first = next(filter(math.isfinite, losses), None)
 
     def steps(self, rows: Sequence[StepRecord]) -> None:
         """New rows.
@@ -165,20 +166,25 @@ class _Watch:
             Diverged: the loss is far above that of the first step.
         """
         for row in rows:
-            if self._first is None:
+            if self._first is None and math.isfinite(row.loss):
                 self._first = row.loss
             self._losses.append(row.loss)
-            if row.step % EVERY == 0 and not self._first <= 0:  # of a loss that may be negative
-                self._judge(row.step, _mean(self._losses), self._first)
+            if row.step % EVERY == 0:
+                self._judge(row.step, self._first)
 
-    def _judge(self, step: int, loss: float, first: float) -> None:
-        if self._claim.is_worse(step, loss / first):
-            if not math.isfinite(loss):
-                raise Diverged(f"step {step}: the mean loss of {len(self._losses)} steps is {loss}")
-            raise Diverged(
-                f"step {step}: the mean loss of {len(self._losses)} steps is {loss:.4g}, more than "
-                f"{WORSE:g} times the {first:.4g} of step 1"
-            )
+    def _judge(self, step: int, first: float | None) -> None:
+        """Look at the last losses; single ones that are not finite belong to steps it skips."""
+        losses = list(filter(math.isfinite, self._losses))
+        if first is None or not losses:
+            if self._claim.is_worse(step, math.nan):
+                raise Diverged(f"step {step}: no loss of {len(self._losses)} steps is finite")
+        elif first > 0:  # a loss may be negative
+            loss = _mean(losses)
+            if self._claim.is_worse(step, loss / first):
+                raise Diverged(
+                    f"step {step}: the mean loss of {len(self._losses)} steps is {loss:.4g}, more "
+                    f"than {WORSE:g} times the {first:.4g} of the first one"
+                )
 
     def evaluated(self, row: EvalRecord) -> None: ...
     def message(self, text: str) -> None: ...

@@ -109,7 +109,7 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
 def reason(error: Exception) -> str:
     """What was raised, in one line that holds no secret."""
     first, *_ = str(error).splitlines() or [""]
-    return without_secrets(f"{type(error).__name__}: {first:.300}")
+    return without_secrets(f"{type(error).__name__}: {first}")[:300]  # cut, a secret is none
 
 
 def _status(seconds: float) -> str | None:

@@ -36,16 +36,17 @@ class MLflow:
 
     def begin(self) -> str:
         """The run of an earlier attempt is a running one again; its parameters are as they were."""
-        if self._run:
-            self._client.update_run(self._run, status="RUNNING")
-            return self._run
+        if self._about.identity:
+            self._client.update_run(self._about.identity, status="RUNNING")
+            return self._about.identity
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self._about.name)
         if found := self._client.get_experiment_by_name(name):
             experiment = found.experiment_id
         else:
             artifacts = (self._about.folder / "artifacts").absolute().as_uri()
             experiment = self._client.create_experiment(name, artifacts if self._local else None)
-        self._run = self._client.create_run(experiment, run_name=self._about.run).info.run_id
+        if not self._run:  # else it was made before the parameters failed
+            self._run = self._client.create_run(experiment, run_name=self._about.run).info.run_id
         params = (
             self._param(path, str(value)[:_LONGEST_PARAM])
             for path, value in leaves(self._about.recipe)

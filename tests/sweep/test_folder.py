@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.rundir import RunDirectory
 from mpcli.sweep.folder import SweepFolder, identity
+from mpcli.sweep.results import SweepResult
 from tests.small import RECIPE, small_recipe
 
 ASKED = {"over": [["optim.lr=0.1", "optim.lr=0.2"]], "steps": None}
@@ -67,6 +69,16 @@ def test_a_sweep_whose_question_is_lost_is_gone_on_with(folder: Path) -> None:
     (folder / "study.json").unlink()
     refused(folder, Exit.USAGE, "optim.lr=0.3")  # of another recipe it is not
     SweepFolder(folder).prepare(small_recipe(folder.parent), "grid", ASKED)
+
+
+def test_processes_that_end_together_write_the_result_one_after_the_other(folder: Path) -> None:
+    result = SweepResult(
+        kind="grid", name="small", study="sweep", steps=1, seeds=(0,), rows=({},) * 500, trials=()
+    )
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(SweepFolder(folder).write_result, result) for _ in range(40)]:
+            done.result()
+    assert SweepResult.model_validate_json((folder / "result.json").read_bytes()) == result
 
 
 def test_a_torn_recipe_of_a_sweep_is_named(folder: Path) -> None:

@@ -179,14 +179,24 @@ def test_the_mean_of_ten_steps_is_judged() -> None:
     for step in range(1, 26):
         watch.steps([row(step, 2.0 * step)])
     assert claim.is_worse.mock_calls == [mock.call(10, 5.5), mock.call(20, 15.5)]
-    watch.steps([row(step, math.nan) for step in range(26, 31)])
+    watch.steps([row(step, math.nan) for step in range(26, 31)])  # skipped steps, say
+    assert claim.is_worse.call_args == mock.call(30, 23.0)
+    watch.steps([row(step, math.nan) for step in range(31, 41)])
     assert math.isnan(claim.is_worse.call_args.args[1])
+
+
+def test_a_loss_that_is_finite_later_is_the_first(tmp_path: Path) -> None:
+    claim = mock.Mock(is_worse=mock.Mock(return_value=False))
+    watch = trials._Watch(mock.Mock(steps=lambda: iter((row(1, math.nan),))), claim)
+    watch.start(mock.Mock(), mock.Mock())
+    watch.steps([row(2, math.inf), *(row(step, 4.0) for step in range(3, 11))])
+    assert claim.is_worse.mock_calls == [mock.call(10, 1.0)]
 
 
 def test_a_loss_that_is_not_a_number_is_called_that() -> None:
     claim = mock.Mock(is_worse=mock.Mock(return_value=True))
     watch = trials._Watch(mock.Mock(steps=lambda: iter(())), claim)
-    with pytest.raises(Diverged, match=r"^step 10: the mean loss of 10 steps is nan$"):
+    with pytest.raises(Diverged, match=r"^step 10: no loss of 10 steps is finite$"):
         watch.steps([row(step, math.nan) for step in range(1, 11)])
 
 
@@ -204,6 +214,20 @@ def test_a_recipe_that_cannot_be_run_fails_its_cell_alone(tmp_path: Path) -> Non
     assert result.status == "failed"
     assert "train.global_batch_size" in (result.reason or "")
     assert not sweep.run_path.exists()
+
+
+def test_a_run_that_another_process_has_stays_to_be_gone_on_with(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    run, _ = run_small(tmp_path, name="other")
+    sweep.run_path.parent.mkdir(parents=True, exist_ok=True)
+    run.path.rename(sweep.run_path)
+    (sweep.run_path / "result.json").unlink()
+    held = RunDirectory.open(sweep.run_path)
+    with pytest.raises(UserError, match="another process"):
+        sweep.run()
+    held.close()
+    sweep.run()
+    assert sweep.result().status == "done"
 
 
 def test_a_bug_fails_its_cell_alone(tmp_path: Path) -> None:
