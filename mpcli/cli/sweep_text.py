@@ -53,9 +53,11 @@ def show_loss_scale(result: SweepResult, prediction: Prediction) -> None:
             "keep fewer bits, inf overflow. cosine: of the gradient with that in fp32."
         )
     )
-    for row in result.rows:
-        if row["status"] != "done":
-            write(f"{_label(row)}: {row['status']}")
+    for trial in result.trials:
+        if trial.status != "done":
+            why = f": {trial.reason}" if trial.reason else ""
+            text = f"{trial.label} seed {trial.seed}: {trial.status}{why}"
+            write(_wrapped(visible(text)))
     if prediction.histograms:
         write(f"\n{_plot(result.rows, prediction)}")
     if result.recommended and (worst := _worst(result.recommended, prediction)):

@@ -176,7 +176,9 @@ def test_answers_that_never_end_are_tried_three_times(mptrain, recipe, sweeps, m
 
 
 def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, recipe, sweeps):
-    sweeps.about["scale=16777216"] = {"status": "diverged", "skipped": 10, "loss": None}
+    sweeps.about["scale=16777216"] = {
+        "status": "diverged", "skipped": 10, "loss": None, "reason": "10 steps skipped",
+    }  # fmt: skip
     outcome = mptrain("sweep", "loss-scale", recipe, "--values", "2^-4,1,2^8,2^24,dynamic")
     lines = [re.split(r"  +", line) for line in outcome.out.splitlines()]
     table = {line[0]: line[1:] for line in lines if len(line) > 5}
@@ -186,7 +188,7 @@ def test_loss_scale_shows_predicted_beside_measured_a_plot_and_a_patch(mptrain, 
     assert table["2^-4"][0] == "unreliable"
     assert table["2^24"][-2:] == ["100.0%", "0.9990"]
     assert table["dynamic"][0] == "-"
-    assert "\n2^24: diverged\n" in outcome.out
+    assert "\nscale=16777216 seed 0: diverged: 10 steps skipped\n" in outcome.out
     assert "`.` predicted lost" in outcome.out and "└┬" in outcome.out
     assert "\n  --set 'precision.loss_scale={kind: dynamic, init_scale: " in outcome.out
     assert f"\n--- {recipe}\n+++ {recipe}\n@@ " in outcome.out
