@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mpcli.recipe.errors import Exit, UserError
-from mpcli.sweep.jobs import run_sweep
+from mpcli.sweep.jobs import _gpus, run_sweep
 from tests.small import small_recipe
 from tests.sweeps import (
     CELLS,
@@ -45,6 +45,27 @@ def test_sweeps_need_optuna(tmp_path: Path) -> None:
     assert told.value.exit_code is Exit.ENVIRONMENT
     assert told.value.problems[0].hint == 'pip install "mptrain[sweep]"'
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "gpus"),
+    [("auto", None, ["0", "1"]), ("auto", "3,7,9", ["3", "7"]), ("cpu", None, [])],
+)
+def test_trials_are_given_the_gpus_that_the_command_may_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    visible: str | None,
+    gpus: list[str],
+) -> None:
+    two = mock.Mock(cuda_devices=("a", "b"))
+    monkeypatch.setattr("mpcli.machine.detect_machine", lambda: two)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpus(small_recipe(tmp_path, f"engine.device={device}").recipe) == gpus
+    ddp = small_recipe(tmp_path, "engine={kind: ddp, device: auto, processes: 2}").recipe
+    assert _gpus(ddp) == []  # takes several itself
 
 
 @pytest.mark.slow
