@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
-from tests.processes import BOTH, CASES, in_the_start, in_the_whole_start
+from tests.processes import (
+    BOTH,
+    CASES,
+    in_saving,
+    in_the_start,
+    in_the_whole_start,
+    in_training,
+    second_ctrl_c,
+    to_the_whole_group,
+)
 
+CTRL_C = dict.fromkeys((second_ctrl_c, to_the_whole_group), signal.SIGINT)
+ONE_EACH = {**dict(CASES), **dict.fromkeys((in_training, in_saving), signal.SIGTERM), **CTRL_C}
 WHOLE_START = [(in_the_whole_start, number) for number in BOTH]
 
 
@@ -15,7 +28,7 @@ def _folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "number"), CASES)
+@pytest.mark.parametrize(("case", "number"), ONE_EACH.items())
 def test_a_signal(case, number, recipe):
     case(recipe, number)
 
