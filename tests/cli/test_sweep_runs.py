@@ -21,6 +21,7 @@ def results(sweep: Path, mode: str) -> dict[int, dict]:
     return found
 
 
+@pytest.mark.verify  # a minute; its statistics are tested beside scipy's in a moment
 def test_precision_over_seeds_beside_a_direct_computation(mptrain_process, recipe, tmp_path):
     command = (
         "mptrain sweep precision tiny.yaml --modes bf16,fp32 --seeds 5 --jobs 2 --steps 4 "

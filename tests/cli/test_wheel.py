@@ -56,6 +56,8 @@ def test_its_metadata_has_lower_bounds_only_and_the_extras(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {
         "tensorboard",
+        "report",
+        "sweep",
         "mlflow",
         "wandb",
         "trackio",
