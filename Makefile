@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Tests start hundreds of processes, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install run test test-slow verify check docs bench-overhead bench-checkpoint bench-input bench-probe bench-scaling bench-memory bench-diagnose bench-report bench-sweep clean
 .DELETE_ON_ERROR:
@@ -60,6 +62,7 @@ bench-report: $(INSTALLED)
 
 bench-sweep: $(INSTALLED)
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.sweep_time
 
 clean:
 	rm -rf .venv build dist

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mpcli.plan.micro_batch import halved
 from mpcli.position import Position
 from mpcli.progress import Progress
 from mpcli.ranks import Ranks, join, lost_peer, timed_out
+from mpcli.recipe.changes import leaves
 from mpcli.recipe.engine import Local
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.recipe.plugin import PluginFile
@@ -71,22 +72,13 @@ def facts(recipe: Recipe, plan: Plan, plugin_sha256: str | None = None) -> dict[
     # Warnings tell of the machine too: how many CPUs it has.
     planned = plan.model_dump(mode="json", exclude={"warnings"})
     return {
-        **{name: json.dumps(value) for name, value in _leaves(recipe.model_dump(mode="json"))},
+        **{name: json.dumps(value) for name, value in leaves(recipe.model_dump(mode="json"))},
         **{f"plan.{name}": json.dumps(value) for name, value in planned.items()},
         "the plug-in's SHA-256": str(plugin_sha256),
         "the SHA-256 of mptrain's code": _code_sha256(),
         "python": platform.python_version(),
         **{package: str(version) for package, version in versions().items()},
     }
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths of a recipe's values."""
-    if not (isinstance(value, dict) and value):
-        yield path, value
-        return
-    for name, inner in value.items():
-        yield from _leaves(inner, f"{path}.{name}" if path else name)
 
 
 def _code_sha256() -> str:

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     cells = [Cell(label, tuple(settings), seed) for label, settings, seed in asked["cells"]]
     recipe = load_recipe(asked["recipe"], asked["overrides"])
-    jobs.start_server(recipe.recipe)
+    jobs.start_server()
     from mpcli.sweep import study
     study.HEARTBEAT, study.GRACE = 1, 3
     try:

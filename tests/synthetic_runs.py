@@ -12,17 +12,8 @@ from typing import Any
 from mpcli.recipe.load import load_recipe
 from mpcli.records import EvalRecord, ForeignRun, ModulePrecision, Plan, Result, StepRecord
 from mpcli.rundir import RunDirectory
+from tests.small import RECIPE
 
-RECIPE = """\
-name: small
-task: {kind: image-classification, model: {kind: smallnet, width: 4}}
-data: {kind: digits}
-precision: {mode: fp32}
-optim: {kind: sgd, lr: 0.1, momentum: 0.9}
-train: {steps: 4, global_batch_size: 16}
-eval: {every: null}
-engine: {kind: local, device: cpu}
-"""
 NOW = 1_800_000_000.0
 """When they are looked at, in seconds since 1970."""
 _CODES = {"done": 0, "diverged": 5, "preempted": 75, "interrupted": 130, "failed": 3}

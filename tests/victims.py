@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import sklearn.datasets  # noqa: F401  # this and the next: what a run would import
-import torch._dynamo  # noqa: F401
+import torch._dynamo  # noqa: F401  # which a run would import
 from torch import nn
 
 from mpcli import checkpoint, outcomes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,7 +12,7 @@ import typer
 from mpcli.cli.console import write
 from mpcli.cli.errors import as_records, show_problems, write_json
 from mpcli.cli.fix import new_file, write_fix
-from mpcli.cli.options import AsJson, PluginPath
+from mpcli.cli.options import AsJson, PluginPath, named_or_newest
 from mpcli.cli.plugin import named_plugin, plugin_of_run
 from mpcli.recipe.errors import Exit, UserError, user_error
 from mpcli.recipe.render import visible
@@ -93,11 +92,7 @@ def diagnose(
     ] = None,
 ) -> None:
     """Say what is wrong with a run's numbers: cause, layer and fix."""
-    from mpcli.rundir import newest_run
-
-    if path == "":
-        raise user_error("the path is empty", "leave it out for the newest run")
-    place = newest_run() if path is None else Path(path)
+    place = named_or_newest(path)
     out = new_file(fix)
 
     with uninterrupted():

@@ -100,7 +100,7 @@ def _usage_problem(error: Any, usage: str) -> Problem:
     """A mistake on the command line, in the words of every other problem."""
     context = error.ctx
     hint = f"`{usage}` shows the usage"
-    message = error.format_message().rstrip(".").replace("'", "`")
+    message = error.format_message().rstrip(".").replace("'", "`").replace("Value error, ", "")
     if option := getattr(error, "option_name", None):
         if type(error).__name__ == "NoSuchOption":
             return Problem(f"unknown option `{option}`", _option_hint(option, context))

@@ -15,7 +15,7 @@ import typer
 from mpcli.cli.console import write
 from mpcli.cli.errors import write_json
 from mpcli.cli.options import AsJson, Overrides, PluginPath, RecipePath, Strict
-from mpcli.cli.plan import make, planned_for
+from mpcli.cli.plan import planned_for
 from mpcli.cli.plugin import named_plugin
 from mpcli.cli.result import show_warnings
 from mpcli.recipe.errors import Exit, Problem, UserError, user_error
@@ -84,7 +84,7 @@ def loss_scale(
             metavar="N",
             min=1,
             max=MOST_STEPS,
-            help="Steps of each run; default: 100, or the recipe's where it has fewer.",
+            help="Steps of each run; default: half of the recipe's, at most 100.",
             show_default=False,
         ),
     ] = None,
@@ -97,12 +97,18 @@ def loss_scale(
     as_json: AsJson = False,
 ) -> None:
     """Predict and measure what the loss scale does; recommend one."""
+    from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
+    from mpcli.sweep.jobs import check_installed, start_server
+
+    check_installed()
 
     wanted = ask.SCALES if values is None else ask.scales(values)
-    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
+    loaded = load_recipe(recipe, overrides, named_plugin(plugin))
     ask.check_scaled(loaded)
-    length = steps or min(ask.STEPS, planned.steps)
+    start_server()
+    planned, warnings = planned_for(loaded, strict=strict)
+    length = steps or ask.short_steps(planned.steps)
     asked = ask.loss_scale_sweep(loaded.recipe, wanted, steps=length, seeds=seeds)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     _check(loaded, asked.cells, sweep.folder)
@@ -152,10 +158,16 @@ def precision(
     as_json: AsJson = False,
 ) -> None:
     """Compare modes: accuracy, time and memory, same seeds."""
+    from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
+    from mpcli.sweep.jobs import check_installed, start_server
+
+    check_installed()
 
     wanted = ask.MODES if modes is None else ask.modes(modes)
-    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
+    loaded = load_recipe(recipe, overrides, named_plugin(plugin))
+    start_server()
+    planned, warnings = planned_for(loaded, strict=strict)
     asked = ask.precision_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     if modes is None:
         _, refused = _planned(loaded, asked.cells, Path(), strict=strict)
@@ -207,10 +219,16 @@ def grid(
     as_json: AsJson = False,
 ) -> None:
     """Run every combination of values and rank them."""
+    from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
+    from mpcli.sweep.jobs import check_installed, start_server
+
+    check_installed()
 
     wanted = ask.grid(over, overrides)
-    loaded, planned, warnings = make(recipe, overrides, named_plugin(plugin), strict=strict)
+    loaded = load_recipe(recipe, overrides, named_plugin(plugin))
+    start_server()
+    planned, warnings = planned_for(loaded, strict=strict)
     asked = ask.grid_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     _check(loaded, asked.cells, sweep.folder, strict=strict)
@@ -239,7 +257,7 @@ class _Sweep:
     """A sweep that is asked for, and where it is.
 
     Raises:
-        UserError: exit 2, `--output` names nothing; 3, Optuna is not installed.
+        UserError: exit 2, `--output` names nothing.
     """
 
     def __init__(
@@ -252,9 +270,7 @@ class _Sweep:
         jobs: int,
     ) -> None:
         from mpcli.sweep.folder import SweepFolder, identity
-        from mpcli.sweep.jobs import check_installed, start_server
 
-        check_installed()
         if output == "":
             raise user_error("`--output` names no folder", "leave it out, or name a new folder")
         name = f"sweep-{asked.kind}-{identity(loaded, asked.record)}"
@@ -263,8 +279,6 @@ class _Sweep:
         self._loaded, self._asked, self._cells = loaded, asked, asked.cells
         self._steps = asked.steps or planned.steps
         self._how: dict[str, Any] = {"storage": storage, "jobs": jobs}
-        if not self._files.is_finished:
-            start_server(loaded.recipe)
 
     @property
     def recipe_path(self) -> Path:

@@ -11,6 +11,7 @@ import typer
 
 from mpcli.cli.console import evaluation_text, write
 from mpcli.cli.errors import show_problems
+from mpcli.cli.options import named_or_newest
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.render import visible
 from mpcli.signals import Stopped, held, released, uninterrupted
@@ -35,11 +36,7 @@ def watch(
     ] = None,
 ) -> None:
     """Show a run as it goes on, until it ends; Ctrl-C leaves it alone."""
-    from mpcli.rundir import newest_run
-
-    if path == "":
-        raise user_error("the path is empty", "leave it out for the newest run")
-    place = newest_run() if path is None else Path(path)
+    place = named_or_newest(path)
     with uninterrupted():
         from mpcli.cli.live import ReaderLeft, view
         from mpcli.watching import Watched

@@ -1,4 +1,7 @@
-"""Engines: the classes that execute a step."""
+"""Engines: the classes that execute a step.
+
+Only a recipe with fsdp2 imports it: torch's part of it takes over a second.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from mpcli.engines import ddp, deepspeed, fsdp2, local
+from mpcli.engines import ddp, deepspeed, local
 from mpcli.engines.base import Engine
 from mpcli.optim import held_state_bytes
 from mpcli.precision.numerics import Numerics
@@ -29,6 +32,8 @@ def mode_problems(engine: sections.Engine, meaning: Numerics) -> list[str]:
         case sections.Ddp():
             return ddp.mode_problems(meaning)
         case sections.Fsdp2():
+            from mpcli.engines import fsdp2
+
             return fsdp2.mode_problems(meaning)
         case sections.DeepSpeed():
             return deepspeed.mode_problems(meaning)
@@ -42,6 +47,8 @@ def clip_problems(engine: sections.Engine, clip: Clip | None) -> list[str]:
         case sections.Local() | sections.Ddp():
             return []
         case sections.Fsdp2():
+            from mpcli.engines import fsdp2
+
             return fsdp2.clip_problems(clip)
         case sections.DeepSpeed():
             return deepspeed.clip_problems(clip)
@@ -71,6 +78,8 @@ def build_engine(
         case sections.Ddp():
             kind = ddp.DdpEngine
         case sections.Fsdp2():
+            from mpcli.engines import fsdp2
+
             kind = fsdp2.Fsdp2Engine
         case sections.DeepSpeed():
             kind = deepspeed.DeepSpeedEngine

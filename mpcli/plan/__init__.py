@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from mpcli.optim import host_reads
 from mpcli.plan.dangers import dangers
 from mpcli.plan.memory import UnknownMemory, plan_memory
 from mpcli.plan.micro_batch import fitting
-from mpcli.plan.optim import matrix_problems, optim_problems
+from mpcli.plan.optim import extra_problems, matrix_problems, optim_problems
 from mpcli.plan.precision import PrecisionPlan, plan_precision
 from mpcli.plan.processes import ALONE, Group, micro_batch_size, processes
 from mpcli.precision.formats import dtype_name
@@ -215,14 +214,12 @@ def _mode_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _package_problems(recipe: Recipe) -> Iterator[Problem]:
     """What training needs, and evaluating does not."""
-    if isinstance(recipe.engine, DeepSpeed) and not importlib.util.find_spec("deepspeed"):
-        yield Problem(
-            "the package deepspeed is not installed",
-            "pip install 'mptrain[deepspeed]'; or without it `engine: {kind: fsdp2, cpu_offload: "
-            "true}`, where weights and gradients live in host memory too",
-            path="engine.kind",
-            exit_code=Exit.ENVIRONMENT,
+    if isinstance(recipe.engine, DeepSpeed):
+        otherwise = (
+            "; or without it `engine: {kind: fsdp2, cpu_offload: true}`, where weights and "
+            "gradients live in host memory too"
         )
+        yield from extra_problems("deepspeed", "engine.kind", otherwise)
 
 
 def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
@@ -259,10 +256,4 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
             exit_code=Exit.ENVIRONMENT,
         )
     for tracker in recipe.output.trackers:  # each is named as its package
-        if not importlib.util.find_spec(tracker):
-            yield Problem(
-                f"the package {tracker} is not installed",
-                f"pip install 'mptrain[{tracker}]'",
-                path="output.trackers",
-                exit_code=Exit.ENVIRONMENT,
-            )
+        yield from extra_problems(tracker, "output.trackers")

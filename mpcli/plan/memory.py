@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from mpcli.plan.divided import deepspeed, fsdp2
 from mpcli.plan.step import Moment, Step, run_step
 from mpcli.recipe.engine import Ddp, DeepSpeed, Fsdp2
 from mpcli.recipe.recipe import Recipe
@@ -71,10 +70,14 @@ def memory_of(
         case Ddp() as engine:
             return _fullest(_ddp(_accumulated(step, accumulation), engine), 0, device)
         case Fsdp2() as engine:
+            from mpcli.plan.divided import fsdp2
+
             several = accumulation > 1
             divided = fsdp2(step, engine, recipe, data, world_size, several, fp32_modules)
             return _fullest(*divided, device)
         case DeepSpeed() as engine:
+            from mpcli.plan.divided import deepspeed
+
             divided = deepspeed(step, engine, world_size)
             return _fullest(*divided, device)
         case _:

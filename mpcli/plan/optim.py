@@ -38,15 +38,25 @@ def optim_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
         yield from _package_problems(optim, device)
 
 
-def _package_problems(optim: AdamW8bit, device: torch.device) -> Iterator[Problem]:
-    package = optim.implementation
+def extra_problems(package: str, path: str, otherwise: str = "") -> Iterator[Problem]:
+    """That the package of an extra, which has its name, is not installed.
+
+    Args:
+        path: of the recipe, which asks for it.
+        otherwise: what to do without it.
+    """
     if not importlib.util.find_spec(package):
         yield Problem(
             f"the package {package} is not installed",
-            f"pip install 'mptrain[{package}]'",
-            path="optim.implementation",
+            f"pip install 'mptrain[{package}]'{otherwise}",
+            path=path,
             exit_code=Exit.ENVIRONMENT,
         )
+
+
+def _package_problems(optim: AdamW8bit, device: torch.device) -> Iterator[Problem]:
+    package = optim.implementation
+    yield from extra_problems(package, "optim.implementation")
     compiler = "g++" if device.type == "cpu" else "gcc"
     if package == "torchao" and not shutil.which(compiler):
         yield Problem(

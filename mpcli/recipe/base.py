@@ -20,7 +20,9 @@ from pydantic_core import PydanticCustomError
 class Section(BaseModel):
     """A frozen part of a recipe: no unknown fields, no conversions, no NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 def mistake(message: str, hint: str | None = None, field: str | None = None) -> PydanticCustomError:

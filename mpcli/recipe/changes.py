@@ -54,6 +54,15 @@ def _is_allowed(path: str) -> bool:
     return any(path == allowed or path.startswith(f"{allowed}.") for allowed in _ALLOWED)
 
 
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of a recipe's values, as JSON has them."""
+    if not (isinstance(value, dict) and value):
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from leaves(inner, f"{path}.{name}" if path else str(name))
+
+
 _NOTHING = object()
 
 

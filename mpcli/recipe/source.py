@@ -13,9 +13,9 @@ MAX_BYTES = 1 << 20
 OVERRIDE = "--set"
 """The file name of places in command-line overrides; their line is the override's number."""
 
-# What YAML 1.2 calls printable, less the line breaks that editors do not count as lines.
+# All but what YAML 1.2 calls printable, and the line breaks that editors do not count as lines.
 _UNPRINTABLE = re.compile(
-    "[^\\t\\n\\r\\x20-\\x7e\\xa0-\\u2027\\u202a-\\ud7ff\\ue000-\\ufefe\\uff00-\\ufffd\\U00010000-\\U0010ffff]"
+    "[\\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff\\ufeff\\ufffe\\uffff]"
 )
 _COMMENT = re.compile(r"(?:^|[ \t])#")
 

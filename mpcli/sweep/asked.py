@@ -28,8 +28,8 @@ SCALES: tuple[ScaleValue, ...] = (*(2.0**power for power in range(0, 25, 4)), "d
 MODES: tuple[Mode, ...] = ("fp32", "bf16", "fp16", "bf16-master", "fp16-master")
 ANSWERS = 3
 """Of a loss-scale sweep that are tried at most, each because the runs of the last changed it."""
-STEPS = 100
-"""Of each run of a loss-scale sweep; fewer where the recipe has fewer."""
+MOST_STEPS = 100
+"""Of each run of a loss-scale sweep, where nobody says how many."""
 
 _SCALED = tuple(mode for mode in get_args(Mode) if mode.startswith("fp16"))
 _VALUES = "such as `--values 2^8..2^15` or `--values 1,256,65536,dynamic`"
@@ -68,6 +68,11 @@ def loss_scale_sweep(
     every = _seeds(recipe, seeds)
     cells = _cells({label: (*short, *own) for label, own in settings.items()}, every)
     return Asked("loss-scale", cells, steps, every, {"values": list(values)})
+
+
+def short_steps(steps: int) -> int:
+    """Of each run of a loss-scale sweep: half as many as the recipe's, but for long ones."""
+    return min(MOST_STEPS, math.ceil(steps / 2))
 
 
 def confirming(

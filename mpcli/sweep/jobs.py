@@ -37,8 +37,6 @@ POLL = 1.0
 MAX_BARREN = 3
 """Processes in a row that may die before they have taken a cell."""
 
-_IMPORTED_LATE = {"digits": ("sklearn.datasets",)}
-"""By kind of data: what a run imports only when it needs it, which takes seconds."""
 _GOES_ON = "the same command goes on with the sweep"
 
 
@@ -57,13 +55,12 @@ def check_installed() -> None:
             )
 
 
-def start_server(recipe: Recipe) -> None:
+def start_server() -> None:
     """Begin to import what trials need, beside whatever the caller does next.
 
     The server leaves with the process that started it, and hears no signal before that.
     """
-    modules = ["mpcli.sweep.server", "mpcli.sweep.trial", *_IMPORTED_LATE.get(recipe.data.kind, ())]
-    multiprocessing.set_forkserver_preload(modules)
+    multiprocessing.set_forkserver_preload(["mpcli.sweep.server", "mpcli.sweep.trial"])
     with _safe_path():
         resource_tracker.ensure_running()  # which would let signals through
         with signals.blocked():
@@ -178,13 +175,13 @@ class _Job:
         error: why it could not go on, and the sweep cannot either.
     """
 
-    def __init__(self, work: _Work, recipe: Recipe) -> None:
+    def __init__(self, work: _Work) -> None:
         self.trial_id: int | None = None
         self.error: Exception | None = None
         self._told, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("forkserver")
         self.process: ForkServerProcess = context.Process(target=_process, args=(work, sender))
-        start_server(recipe)  # again, if it was killed
+        start_server()  # again, if it was killed
         self.process.start()
         sender.close()
 
@@ -218,7 +215,6 @@ class _Jobs:
     ) -> None:
         self._work = work
         self._study = study
-        self._recipe = recipe
         self._gpus = _gpus(recipe)
         self._tell = tell
         self._slots: list[_Job | None] = [None] * number
@@ -278,7 +274,7 @@ class _Jobs:
         for slot, job in enumerate(self._slots):
             if job is None and wanted > 0:
                 gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
-                self._slots[slot] = _Job(replace(self._work, gpu=gpu), self._recipe)
+                self._slots[slot] = _Job(replace(self._work, gpu=gpu))
                 wanted -= 1
 
     def _wait(self) -> None:

@@ -67,15 +67,6 @@ def points(row: StepRecord | EvalRecord) -> dict[str, float]:
     return {f"train/{name}": float(value) for name, value in values.items()}
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths of a recipe's values."""
-    if not (isinstance(value, dict) and value):
-        yield path, value
-        return
-    for name, inner in value.items():
-        yield from leaves(inner, f"{path}.{name}" if path else str(name))
-
-
 def batches(items: Iterable[T], most: int) -> Iterator[list[T]]:
     """All items, at most so many at a time."""
     rest = iter(items)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from mpcli.recipe.changes import leaves
 from mpcli.records import EvalRecord, StepRecord
-from mpcli.trackers.base import About, batches, leaves, points
+from mpcli.trackers.base import About, batches, points
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

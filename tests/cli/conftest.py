@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from mpcli import states
 from mpcli.cli.app import main
+from tests.synthetic_runs import NOW
 
 
 @dataclass
@@ -76,3 +78,11 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture
+def there(twenty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the folder of a module's `twenty` runs, at a certain time."""
+    monkeypatch.chdir(twenty)
+    monkeypatch.setattr(states.time, "time", lambda: NOW)
+    return twenty

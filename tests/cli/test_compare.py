@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
-from mpcli import states
 from tests import snapshots
-from tests.synthetic_runs import NOW, all_states, make_run
+from tests.synthetic_runs import all_states, make_run
 
 FP32 = [f"runs/small/20270115T01{seed}000Z-1a2b3c41" for seed in range(3)]
 FP16 = [f"runs/small/20270115T02{seed}000Z-1a2b3c42" for seed in range(3)]
@@ -32,14 +30,6 @@ def twenty(tmp_path_factory: pytest.TempPathFactory):
             diagnosis = {"findings": findings if name in FP16 else []}
             (folder / name / "diagnosis.json").write_text(json.dumps(diagnosis))
         yield folder
-
-
-@pytest.fixture
-def there(twenty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In that folder, at a certain time."""
-    monkeypatch.chdir(twenty)
-    monkeypatch.setattr(states.time, "time", lambda: NOW)
-    return twenty
 
 
 @pytest.mark.parametrize("columns", [80, 120])

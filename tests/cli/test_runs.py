@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mpcli import states
 from mpcli.cli.runs import _ORDERS
+from mpcli.states import STATES
 from tests import snapshots
-from tests.synthetic_runs import NOW, all_states, make_run
+from tests.synthetic_runs import all_states, make_run
 
 COUNTS = {
     "running": 2, "done": 7, "diverged": 2, "failed": 2, "killed": 2, "preempted": 1,
@@ -28,14 +28,6 @@ def twenty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with ExitStack() as stack:
         all_states(folder, stack)
         yield folder
-
-
-@pytest.fixture
-def there(twenty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In that folder, at a certain time."""
-    monkeypatch.chdir(twenty)
-    monkeypatch.setattr(states.time, "time", lambda: NOW)
-    return twenty
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -73,6 +65,13 @@ def test_every_order_has_every_run(there, mptrain, order):
         assert values == sorted(values, reverse=True)
     if order == "started":
         assert runs[0]["path"] == "runs/lost-recipe" or runs[0]["started"] >= runs[1]["started"]
+        times = [run["started"] for run in runs if run["started"] is not None]
+        assert len(times) > 10 and times == sorted(times, reverse=True)
+    if order == "name":
+        assert [run["path"] for run in runs] == sorted(run["path"] for run in runs)
+    if order == "state":
+        found = list(dict.fromkeys(run["state"] for run in runs))
+        assert found == [state for state in STATES if state in COUNTS]
 
 
 def _is_accuracy(run):
@@ -92,7 +91,7 @@ def test_states_filter(there, mptrain):
     [
         (("missing",), "missing: no such folder"),
         (("--state", "dnoe"), "--state dnoe: no run is ever that\n  help: did you mean `done`?"),
-        (("--sort", "loss"), "invalid value for `--sort`"),
+        (("--sort", "loss"), "invalid value for `--sort`: `loss` is not one of `state`, `name`"),
     ],
 )
 def test_mistakes_are_told(there, mptrain, arguments, message):

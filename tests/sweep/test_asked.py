@@ -231,3 +231,8 @@ def test_cells_with_other_labels_have_other_folders():
 
 def test_a_static_scale_of_a_cell_is_one_that_the_schema_has():
     assert StaticScale(kind="static", scale=asked.SCALES[-2]).scale == 2.0**24
+
+
+@pytest.mark.parametrize(("whole", "short"), [(1, 1), (2, 1), (7, 4), (176, 88), (100_000, 100)])
+def test_short_runs_are_half_of_the_recipe_or_a_hundred_steps(whole, short):
+    assert asked.short_steps(whole) == short

@@ -58,7 +58,8 @@ def test_fp16_fails_at_a_scale_of_1_and_matches_fp32_at_the_recommended_one(tmp_
     (tmp_path / "tiny_gradients.py").write_text(PLUGIN.read_text())
     result = sweep(
         tmp_path, "loss scale of tiny gradients", "loss-scale", "tiny-gradients.yaml",
-        "--plugin", "tiny_gradients.py", "--values", "1,2^4,2^8,2^12,2^16", "--seeds", "2",
+        "--plugin", "tiny_gradients.py", "--values", "1,2^4,2^8,2^12,2^16", "--steps", "60",
+        "--seeds", "2",
     )  # fmt: skip
     assert not row(result, "scale=1")["matches_fp32"]
     assert result["recommended"]["confirmed"]
