@@ -173,9 +173,14 @@ def _measure_name(measure: Measure) -> str:
     return _shortened(f"{measure.split} {measure.name}" if measure.split else measure.name)
 
 
+def _count_text(value: float) -> str:
+    """A mean of counts has two decimals, a count none."""
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"
+
+
 _FORMATS: dict[str, Callable[[float], str]] = {
-    "steps": lambda value: f"{value:,.6g}",
-    "skipped": lambda value: f"{value:,.6g}",
+    "steps": _count_text,
+    "skipped": _count_text,
     "scale at the end": lambda value: f"{value:g}",
     "least scale": lambda value: f"{value:g}",
     "time": lambda value: clock_text(value) if value >= 60 else f"{value:.1f} s",

@@ -7,10 +7,11 @@ becomes of the values that it counts, but for those that are powers of two thems
 a bin that is counted as kept. For other scales the values of a bin are taken to be spread evenly in
 log2|x|. The largest magnitude, which is exact, says whether anything overflows.
 
-A weight's gradient is made of the gradient of its module's output, so it shrinks with what that
-loses: by the root of the share of its energy (sum of squares) that is left. Else every tensor is
-judged by itself: that what is zero in one layer is missing in those before it is not modelled
-(docs/loss-scale.md has what that costs).
+A weight's gradient is made of the gradient of its module's output, so it changes with what rounding
+makes of that: by the root of the ratio of the energies (sums of squares) after and before. Values
+that become zero take energy away, and those that are rounded up to fp16's smallest number add some.
+Else every tensor is judged by itself: that what is zero in one layer is missing in those before it
+is not modelled (docs/loss-scale.md has what that costs).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ SCALES = tuple(2.0**power for power in range(-8, 33))
 """The scales that are judged, from 2^-8 to 2^32."""
 LIMIT = 65520.0
 """The least magnitude that fp16 rounds to infinity."""
-_ZERO, _NORMAL, _LIMIT = -25.0, -14.0, math.log2(LIMIT)
-"""log2 of fp16's limits."""
+_ZERO, _TINIEST, _NORMAL, _LIMIT = -25.0, -24.0, -14.0, math.log2(LIMIT)
+"""log2 of fp16's limits: of what becomes zero, its smallest number, its smallest normal one."""
 
 
 class Prediction:
@@ -110,9 +111,9 @@ class Prediction:
         scales = np.full(len(self.histograms), math.log2(scale))
         if self._sources:
             weights, outputs = map(list, zip(*self._sources, strict=True))
-            kept = 1 - _summed(self._energies, self._below(_ZERO, scales))[outputs]
+            kept = self._energies @ _rounded_energy(self._exponents + math.log2(scale))
             with np.errstate(divide="ignore"):  # nothing is left: everything is lost
-                scales[weights] += np.log2(np.fmax(kept, 0.0)) / 2
+                scales[weights] += np.log2(kept[outputs]) / 2
         zero = _summed(self._shares, self._below(_ZERO, scales))
         small = _summed(self._shares, self._below(_NORMAL, scales))
         finite = self._shares @ np.clip(_LIMIT - math.log2(scale) - self._exponents, 0.0, 1.0)
@@ -124,6 +125,20 @@ class Prediction:
         """[tensors, bins]: share of each bin below a limit; both in log2."""
         below: NDArray[np.float64] = np.clip(limit - scales[:, None] - self._exponents, 0.0, 1.0)
         return below
+
+
+def _rounded_energy(exponents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[bins]: the energy of a bin of scaled values in fp16, over what it is before.
+
+    With n = |x| / 2^-24 spread evenly in log2 over [low, 2 low), an n between j - 1/2 and j + 1/2
+    becomes j, and the mean of n^2 is 3 low^2 / (2 ln 2). From 16 on rounding changes nothing here.
+    """
+    low = 2.0 ** np.clip(exponents - _TINIEST, -2.0, 4.0)[:, None]  # below 1/4 all become zero
+    whole = np.arange(1.0, 33.0)
+    shares = np.log2(np.fmin(2 * low, whole + 0.5) / np.fmax(low, whole - 0.5))
+    rounded = np.fmax(shares, 0.0) @ whole**2
+    ratios: NDArray[np.float64] = rounded / (3 * low[:, 0] ** 2 / (2 * math.log(2)))
+    return ratios
 
 
 def _summed(spread: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,15 @@ def test_what_is_printed(there, monkeypatch, columns, name, paths):
     snapshots.check(f"compare-{name}-{columns}.txt", text)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_all_that_have_a_recipe(there, monkeypatch, columns):
+    paths = sorted(str(path.parent) for path in Path("runs").rglob("attempts"))
+    assert len(paths) == 20
+    paths.remove("runs/lost-recipe")
+    text = snapshots.on_a_terminal(monkeypatch, columns, "compare", *paths)
+    snapshots.check(f"compare-all-{columns}.txt", text)
+
+
 def test_json_says_all_of_it(there, mptrain):
     found = mptrain("compare", *FP32, *FP16, "--json").json
     assert (found["status"], found["exit_code"], found["same_recipe"]) == ("done", 0, False)
@@ -78,7 +88,11 @@ def test_two_names_of_a_run_are_one_run(there, mptrain):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("runs/small", "not a run: no recipe.yaml"), ("nowhere", "nowhere: no such folder")],
+    [
+        ("runs/small", "not a run: no recipe.yaml"),
+        ("runs/lost-recipe", "runs/lost-recipe: not a run: no recipe.yaml"),
+        ("nowhere", "nowhere: no such folder"),
+    ],
 )
 def test_what_is_no_run_is_told(there, mptrain, path, message):
     outcome = mptrain("compare", FP32[0], path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mpcli.recipe.errors import Exit, UserError
+from mpcli.sweep import jobs
 from mpcli.sweep.jobs import _gpus, run_sweep
 from tests.small import small_recipe
 from tests.sweeps import (
@@ -66,6 +68,35 @@ def test_trials_are_given_the_gpus_that_the_command_may_use(
     assert _gpus(small_recipe(tmp_path, f"engine.device={device}").recipe) == gpus
     ddp = small_recipe(tmp_path, "engine={kind: ddp, device: auto, processes: 2}").recipe
     assert _gpus(ddp) == []  # takes several itself
+
+
+class Stillborn:
+    """A process that dies before it has taken a cell."""
+
+    trial_id = error = None
+
+    def __init__(self, work: object) -> None:
+        self.process = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
+        self.process.start()
+        self.process.join()
+
+    def listen(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_a_sweep_whose_processes_die_at_once_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = []
+    monkeypatch.setattr(jobs, "_Job", lambda work: began.append(1) or Stillborn(work))
+    loaded, folder = small_recipe(tmp_path), tmp_path / "sweep"
+    with pytest.raises(UserError, match=r"die before they begin \(exit code 9\)") as told:
+        run_sweep(
+            folder, loaded, CELLS, kind="grid", asked={}, storage=None, jobs=1, tell=print,
+        )  # fmt: skip
+    assert told.value.exit_code is Exit.ENVIRONMENT
+    assert len(began) == jobs.MAX_BARREN
+    assert all(standing.waiting for standing in study_of(folder).look(CELLS).values())
 
 
 @pytest.mark.slow
@@ -152,20 +183,27 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_machines_join_one_study_in_postgresql(tmp_path: Path, postgres: str) -> None:
-    """Two that begin together, each with a folder of its own; a killed trial is tried again."""
+    """Two begin together, each with a folder of its own, and the first dies with its trial.
+
+    A killed trial is tried again by its machine, that of the dead one when its heart has stopped.
+    """
+    steps = "train.steps=400"
     folders = [tmp_path / name / "sweep" for name in "ab"]
     for folder in folders:
         folder.parent.mkdir()
-    here, there = (sweeping(folder, STEPS, jobs=1, storage=postgres) for folder in folders)
+    here, there = (sweeping(folder, steps, jobs=1, storage=postgres) for folder in folders)
     with here as one, there as other:
+        wait_for(folders[1], "trials/*/steps.jsonl", other)
+        kill_a_trial(folders[1], other)
         wait_for(folders[0], "trials/*/steps.jsonl", one)
-        kill_a_trial(folders[0], one)
-        first, second = finished(one), finished(other)
-    assert first == second
+        one.kill()
+        first = finished(other)
+    with sweeping(folders[0], steps, jobs=1, storage=postgres) as again:
+        assert finished(again) == first
     assert [trial["status"] for trial in first] == ["done"] * len(CELLS)
     study = study_of(folders[0], postgres)
     assert complete(study) == NAMES
-    assert [t.state for t in study.optuna.trials].count(TrialState.FAIL) == 1
+    assert [t.state for t in study.optuna.trials].count(TrialState.FAIL) == 2
     runs = [done_runs(folder) for folder in folders]
     assert sorted([*runs[0], *runs[1]]) == NAMES
     for folder in folders:

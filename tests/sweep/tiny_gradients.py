@@ -12,6 +12,7 @@ from mpcli.recipe.plugin import Plugin
 
 class Options(Plugin):
     factor: float = 1e-4  # on the loss
+    dense: bool = False  # linear layers instead of convolutions
     valley: float = 1.0  # on the gradient between two layers, and its inverse behind
 
 
@@ -38,6 +39,10 @@ def load_data(options: Options, data: Any) -> TensorDataset:
 def build_model(options: Options, info: Any) -> nn.Module:
     """No norms, so gradients shrink from layer to layer."""
     layers: list[nn.Module] = []
+    if options.dense:
+        for width in (64, 128, 128, 128, 128):
+            layers += [nn.Linear(width, 128), nn.ReLU()]
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(128, info))
     for channels in (1, 16, 16, 16, 16):
         layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()]
     if options.valley != 1:

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.verify
 PAGE = ROOT / "docs" / "loss-scale.md"
 PLUGIN = ROOT / "tests" / "sweep" / "tiny_gradients.py"
 FEW_LOST = 0.05
-"""Predicted share of all values up to which every layer is predicted by itself."""
+"""Predicted share of all values up to which layers are held to the limits where a convolution in
+fp16 adds partial sums in fp16, as torch's on CPUs do; others are held to them always."""
 MANY = 1000
 """Elements of a layer above which its share is more than a handful of values."""
 
@@ -40,15 +41,16 @@ data: {kind: text, path: null, sequence_length: 32, tokenizer: {kind: wordpiece,
 optim: {kind: adamw, lr: 2e-3}
 """
 TINY = """\
-task: {kind: plugin, factor: 1e-4, valley: %s}
+task: {kind: plugin, %s}
 data: {kind: plugin}
 optim: {kind: adam, lr: 1e-3, eps: 1e-12}
 """
 MODELS = {
     "convnet": DIGITS,
     "BERT-tiny": TEXT,
-    "tiny gradients": TINY % 1.0,
-    "tiny gradients, valley": TINY % 0.0078125,
+    "tiny gradients": TINY % "factor: 5e-4, dense: true",
+    "tiny gradients, convolutions": TINY % "factor: 1e-4",
+    "tiny gradients, valley": TINY % "factor: 1e-4, valley: 0.0078125",
 }
 SCALES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 BELOW_1 = (2.0**-4, 2.0**-8, 2.0**-12)
@@ -120,12 +122,12 @@ def test_one_step_loses_what_was_predicted(tmp_path: Path, model: str, table: Ta
         one = compared[scale]
         if 0.01 <= one.measured <= 0.9:
             assert one.predicted == pytest.approx(one.measured, rel=0.1), scale
-        if one.predicted <= FEW_LOST:
+        if "convolutions" not in model or one.predicted <= FEW_LOST:
             assert abs(one.mean) <= 0.005, scale
             assert abs(one.worst) <= 0.04, scale
 
 
-@pytest.mark.parametrize("model", ["convnet", "BERT-tiny", "tiny gradients"])
+@pytest.mark.parametrize("model", [model for model in MODELS if "valley" not in model])
 def test_a_whole_run_beside_one_that_ends_elsewhere(
     tmp_path: Path, model: str, table: Table
 ) -> None:

@@ -17,7 +17,7 @@ from tests.verify.page import ROOT, run
 
 pytestmark = pytest.mark.verify
 __all__ = ["chromium", "opened"]  # fixtures
-STORM = "precision.loss_scale={kind: dynamic, init_scale: 16777216, growth_interval: 1}"
+STORM = "precision.loss_scale={kind: dynamic, init_scale: 1048576, growth_interval: 1}"
 
 
 def test_cifar10_with_a_skip_a_resume_and_a_finding(
@@ -30,7 +30,7 @@ def test_cifar10_with_a_skip_a_resume_and_a_finding(
     folder = tmp_path / "cifar10"
     settings = [
         "train={steps: 16, global_batch_size: 32}", "eval.every=8 steps", "probe.every=4",
-        "output.checkpoint_every=8 steps", STORM,
+        "output.checkpoint_every=8 steps", STORM, f"data.path={tmp_path}",
     ]  # fmt: skip
     run(folder, "cifar10-fp16.yaml", *settings)
     subprocess.run([MPTRAIN, "run", "--resume", folder, "--set", "train.steps=24"], check=True)
