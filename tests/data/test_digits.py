@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from mpcli.data import digits
 from mpcli.data.image_sources import describe, load
 from mpcli.recipe.data import Digits
+from mpcli.recipe.errors import Exit, UserError
 
 DIGITS = Digits(kind="digits")
 
@@ -35,3 +41,14 @@ def test_the_split_is_the_same_every_time_and_has_no_image_twice():
     both = torch.cat([splits.train.images, splits.eval.images]).flatten(1)
     original = torch.from_numpy(load_digits().data).to(torch.uint8)
     assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, original.tolist()))
+
+
+def test_a_scikit_learn_without_them_is_told_with_one_that_has_them(monkeypatch, tmp_path):
+    other = SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(digits, "distribution", lambda name: other)
+    with pytest.raises(UserError, match="scikit-learn has no digits") as caught:
+        digits.load()
+    (problem,) = caught.value.problems
+    assert problem.exit_code == Exit.ENVIRONMENT
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    assert problem.hint in [f'pip install "{pin}"' for pin in pins]

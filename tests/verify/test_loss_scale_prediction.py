@@ -48,7 +48,7 @@ optim: {kind: adam, lr: 1e-3, eps: 1e-12}
 MODELS = {
     "convnet": DIGITS,
     "BERT-tiny": TEXT,
-    "tiny gradients": TINY % "factor: 5e-4, dense: true",
+    "tiny gradients": TINY % "factor: 1e-3, dense: true",
     "tiny gradients, convolutions": TINY % "factor: 1e-4",
     "tiny gradients, valley": TINY % "factor: 1e-4, valley: 0.0078125",
 }
