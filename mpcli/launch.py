@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -157,7 +158,12 @@ def trained(
             ending = Ending("done", Exit.DONE)
         except (Exception, KeyboardInterrupt) as error:
             ending = ended_by(error, recipe, training=run.step > 0)
+        if recipe.output.trackers and ranks.is_main and ending.together:
+            with contextlib.suppress(UserError):  # whoever writes it again says so
+                _write_result(run, recipe, progress, ending)  # killed from here on, the run is over
+        over = time.monotonic()
         shown.finish(ending.status)
+        progress.started += time.monotonic() - over  # which is no time of the run
     return ending
 
 
@@ -214,7 +220,13 @@ def stopped(
 
 
 def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
-    """Write `result.json`."""
+    """Write `result.json`, and the end of the log."""
+    result = _write_result(run, recipe, progress, ending)
+    logger.info("%s%s", ending.status, f": {result.reason}" if result.reason else "")
+    return result
+
+
+def _write_result(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending) -> Result:
     reason = "; ".join(problem.what for problem in ending.problems) or None
     problems = (told for problem in ending.problems for told in _helped(problem, recipe, run))
     told = (*problems, *progress.warnings, *filter(None, [run.lost]))
@@ -235,7 +247,6 @@ def finish(run: RunDirectory, recipe: Recipe, progress: Progress, ending: Ending
         best_checkpoint=run.checkpoint_name(progress.best[0] if progress.best else None),
         problems=tuple(map(recorded, told)),
     )
-    logger.info("%s%s", ending.status, f": {reason}" if reason else "")
     run.write_result(result)
     return result
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpcli.recipe.errors import UserError
+from mpcli.recipe.errors import UserError, user_error
 from mpcli.recipe.load import recorded_values
 from mpcli.records import EvalRecord, Plan, Result, StepRecord
 from mpcli.rundir import RunDirectory
@@ -38,6 +38,9 @@ def begun(path: Path) -> RunDirectory | None:
         return RunDirectory.read(Path(os.path.relpath(path.resolve())) if is_link else path)
     except UserError:
         with contextlib.suppress(OSError):
+            if not (path.parent.is_dir() or path.is_symlink()):
+                hint = "a run that is not there yet is waited for where the folder for it is"
+                raise user_error(f"{path}: there is no folder {path.parent}", hint) from None
             is_empty = path.is_dir() and not any(path.iterdir())
             if is_empty or not path.exists() or RunDirectory(path).is_held():  # it is being made
                 return None

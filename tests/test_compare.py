@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpcli.cli.compared import _sentences, as_object
 from mpcli.comparison.compare import Comparison, compare
 from mpcli.comparison.curves import apart, read_curve, tenths
 from mpcli.comparison.differences import Differing, differing, flat
@@ -129,6 +130,50 @@ def test_several_comparisons_are_adjusted(tmp_path):
     for verdict in compared(*paths).verdicts:
         assert verdict.p_holm == pytest.approx(2 * verdict.difference.p, rel=0.5)
         assert verdict.p_holm >= verdict.difference.p
+
+
+def test_a_small_p_among_several_is_chance(tmp_path):
+    paths = seeded(tmp_path, "a", [0.90, 0.91, 0.92])
+    for number in range(3):
+        values = [0.9139, 0.93, 0.9461]
+        paths += seeded(tmp_path, f"b{number}", values, f"optim.lr=0.{number + 2}")
+    found = compared(*paths).verdicts
+    assert [verdict.difference.p for verdict in found] == pytest.approx([0.03] * 3, abs=0.002)
+    assert [verdict.p_holm for verdict in found] == pytest.approx([0.09] * 3, abs=0.006)
+    assert [verdict.is_significant for verdict in found] == [False] * 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e100])
+def test_seeds_without_a_finite_metric_are_left_out_and_told(tmp_path, bad):
+    paths = seeded(tmp_path, "a", [0.90, 0.91, 0.92])
+    paths += seeded(tmp_path, "b", [0.95, 0.961, bad], "optim.lr=0.2")
+    found = compared(*paths)
+    a, b = found.sides
+    assert (a.left_out("eval", "accuracy"), b.left_out("eval", "accuracy")) == ((), (2,))
+    left_out, unpaired, verdict = _sentences(found)
+    assert left_out == "B: seed 2 has no finite eval accuracy and is left out"
+    assert unpaired == "seed 2 of A has no partner in B: left out of the test"
+    assert "paired over 2 seeds" in verdict
+    assert [side["left_out"] for side in as_object(found)["sides"]] == [(), (2,)]
+    lacks = make_run(tmp_path / "lacks", "train.seed=3", done=10, steps=10)
+    (a, _) = compared(*paths, lacks).sides
+    assert a.left_out("eval", "accuracy") == (3,)
+
+
+def test_seeds_that_have_no_partner_are_told(tmp_path):
+    a = seeded(tmp_path, "a", [0.90, 0.91, 0.92, 0.93])
+    b = seeded(tmp_path, "b", [0.95, 0.961], "optim.lr=0.2")
+    assert _sentences(compared(*a, *b))[0] == (
+        "seeds 2 and 3 of A have no partner in B: left out of the test"
+    )
+    assert _sentences(compared(*b, *a))[0] == (
+        "seeds 2 and 3 of B have no partner in A: left out of the test"
+    )
+    assert _sentences(compared(*a, b[0]))[0] == (
+        "seeds 1, 2 and 3 of A have no partner in B: left out of the difference"
+    )
+    (verdict,) = _sentences(compared(*a[2:], *b))  # none has one: Welch's test is of all
+    assert "over all seeds" in verdict
 
 
 def test_environments_and_plans_differ_by_path_and_not_by_what_was_measured(tmp_path):

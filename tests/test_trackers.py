@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -159,6 +162,7 @@ def files(folder: Path) -> Iterator[Path]:
 def test_a_server_out_of_reach_is_one_warning_without_its_password(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
+    monkeypatch.setattr(display, "_PATIENCE", 20.0)  # it is tried to the end
     run, result = run_small(tmp_path, "output.trackers=[mlflow]")
     assert (result.status, result.exit_code, result.steps_applied) == ("done", 0, 4)
     (problem,) = result.problems
@@ -174,6 +178,10 @@ def test_a_server_out_of_reach_is_one_warning_without_its_password(tmp_path, mon
         ("import time; time.sleep(10000)", "was not ready 0 s after the training"),
         ("raise SystemExit(3)", "its process ended with 3"),
         (r"""print('["warning", "first"]\n["warning", "second"]')""", "first"),
+        (
+            r"""print('hello\n["it"]\n["warning", 1]\n' + 9999 * '[' + '\n["warning", "it"]')""",
+            "it",
+        ),
     ],
 )
 def test_the_training_waits_for_no_tracker(tmp_path, monkeypatch, program, told):
@@ -201,25 +209,106 @@ def test_the_training_waits_for_no_tracker(tmp_path, monkeypatch, program, told)
 
 def test_only_rank_0_has_trackers(tmp_path, monkeypatch):
     monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
-    recipe = small_recipe(tmp_path, "output.trackers=[tensorboard]").recipe
-    plan, started = make_plan(recipe, CPU), []
-    for rank in (0, 1):
-        progress = Progress()
-        with display.Tracked(Silent(), RunDirectory.join(tmp_path, 1, rank), progress) as tracked:
-            tracked.start(plan, recipe)
-            tracked.finish("done")
-        started.append(len(progress.warnings))
-    assert started == [1, 0]
+    assert [len(tracked_to_the_end(tmp_path, rank).warnings) for rank in (0, 1)] == [1, 0]
+
+
+def test_a_run_that_is_killed_while_it_waits_for_trackers_has_its_result(tmp_path, monkeypatch):
+    found, waited = [], display.Tracked.finish
+
+    def finish(self, status):
+        found.append(self._run.result())
+        time.sleep(1)
+        self._warn("tensorboard", "late")
+        waited(self, status)
+
+    monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", ""))
+    monkeypatch.setattr(display.Tracked, "finish", finish)
+    run, result = run_small(tmp_path, "output.trackers=[tensorboard]")
+    (before,) = found
+    assert (before.status, before.problems, before.metrics) == ("done", (), result.metrics)
+    assert run.result() == result
+    assert [problem["message"] for problem in result.problems] == ["tracker tensorboard: late"]
+    assert result.wall_seconds < before.wall_seconds + 1  # the waiting is not counted
+
+
+def test_a_signal_that_comes_while_trackers_are_waited_for_shortens_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", "input(); input()"))
+    monkeypatch.setattr(display, "_PATIENCE", 20.0)
+    monkeypatch.setattr(display, "_SHORT_PATIENCE", 0.5)
+    asked = iter([None, None])
+    monkeypatch.setattr(display, "asked", lambda: next(asked, signal.SIGTERM))
+    progress = tracked_to_the_end(tmp_path)
+    (problem,) = progress.warnings
+    assert problem.what == "tracker tensorboard: was not ready 0.5 s after the training"
+
+
+def test_signals_to_the_process_group_do_not_reach_trackers(tmp_path, monkeypatch):
+    program = (
+        "import os, signal\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+        """print('["warning", "alive"]')"""
+    )
+    monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", program))
+    (problem,) = tracked_to_the_end(tmp_path).warnings
+    assert problem.what == "tracker tensorboard: alive"
+
+
+def tracked_to_the_end(folder: Path, rank: int = 0) -> Progress:
+    """Of a run that ends at once, beside a tracker."""
+    recipe = small_recipe(folder, "output.trackers=[tensorboard]").recipe
+    progress, run = Progress(), RunDirectory.join(folder, 1, rank)
+    with display.Tracked(Silent(), run, progress) as tracked:
+        tracked.start(make_plan(recipe, CPU), recipe)
+        tracked.finish("done")
+    return progress
+
+
+def test_a_tracker_of_an_attempt_before_the_newest_passes_nothing_on(tmp_path):
+    run, _ = run_small(tmp_path)
+    program = (
+        "from mpcli.trackers import __main__ as process\n"
+        "process.follow = lambda *arguments: process.os._exit(7)\n"
+        "process.main()"
+    )
+    command = [sys.executable, "-c", program, "tensorboard", str(run.path), "1", "0"]
+    assert subprocess.run(command, check=False).returncode == 7
+    (run.path / "attempts" / "2").mkdir()
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_database_that_is_half_made_is_made_anew(tmp_path):
+    pytest.importorskip("mlflow")
+    run, _ = run_small(tmp_path)
+    folder = run.tracker_path("mlflow")
+    command = [sys.executable, "-P", "-m", "mpcli.trackers", "mlflow", str(run.path), "1", "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as tracker:
+        while not any(map(has_table, folder.glob("mlflow.db*"))):
+            time.sleep(0.001)
+        tracker.kill()
+    done = subprocess.run(command, input=b"done", capture_output=True, check=True)
+    assert done.stdout == b""
+    runs, losses, _ = mlflow(folder)
+    assert (runs, len(losses)) == (1, 4)
+
+
+def has_table(path: Path) -> bool:
+    """Whether a database has a table that a migration makes which cannot be made again."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+        query = "SELECT name FROM sqlite_master WHERE name = 'evaluation_datasets'"
+        return database.execute(query).fetchone() is not None
+    return False
 
 
 class Flaky:
-    """A tracker that fails at the first two calls of each kind."""
+    """A tracker that fails at the first two calls of each kind, also when it is made."""
 
     calls: dict[str, int]
     rows: list[tuple[str, int]]
 
     def __init__(self, about: About, say: Callable[[str], None]) -> None:
-        Flaky.calls, Flaky.rows = {}, []
+        Flaky.rows = []
+        self.call("make")
 
     def call(self, kind: str) -> None:
         self.calls[kind] = self.calls.get(kind, 0) + 1
@@ -239,16 +328,21 @@ class Flaky:
         self.rows.append(("evaluation", row.step))
 
     def finish(self, status: str) -> None:
+        self.call("finish")
         self.rows.append((status, 0))
 
 
 def followed(
-    monkeypatch: pytest.MonkeyPatch, run: RunDirectory, step: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    run: RunDirectory,
+    step: int = 0,
+    heard: Sequence[str | None] = (*[None] * 9, "done"),
 ) -> list[tuple[str, str]]:
     """What a flaky tracker's process says, that is told the end when it has had time."""
     monkeypatch.setitem(process.TRACKERS, "tensorboard", Flaky)
-    statuses = iter([None] * 9 + ["done"])
-    monkeypatch.setattr(process, "_status", lambda seconds: next(statuses))
+    Flaky.calls = {}
+    statuses = iter(heard)
+    monkeypatch.setattr(process, "_status", lambda seconds: next(statuses, None))
     said: list[tuple[str, str]] = []
     process.follow(run, "tensorboard", step, lambda *what: said.append(what))
     return said
@@ -257,7 +351,7 @@ def followed(
 def test_what_fails_is_told_once_and_made_again_until_nothing_is_missing(tmp_path, monkeypatch):
     run, _ = run_small(tmp_path)
     with run.tracking("tensorboard"):
-        assert followed(monkeypatch, run) == [("warning", "ConnectionError: no way to begin")]
+        assert followed(monkeypatch, run) == [("warning", "ConnectionError: no way to make")]
         every = [*(("step", n) for n in (1, 2, 3, 4)), ("evaluation", 4), ("done", 0)]
         assert Flaky.rows == every
         assert run.tracker_state("tensorboard") == TrackerState(run="it", step=4, evaluated=4)
@@ -266,6 +360,18 @@ def test_what_fails_is_told_once_and_made_again_until_nothing_is_missing(tmp_pat
         (run.tracker_path("tensorboard") / "run.json").write_bytes(b'{"step": "\xff')
         followed(monkeypatch, run, step=2)  # which says nothing: all of them
         assert Flaky.rows == every
+
+
+def test_the_end_is_tried_as_long_as_the_training_waits_for_it(tmp_path, monkeypatch):
+    run, _ = run_small(tmp_path)
+    with run.tracking("tensorboard"):
+        followed(monkeypatch, run, heard=["done"])
+        assert Flaky.rows[-1] == ("done", 0)
+        assert set(Flaky.calls.values()) == {3}
+        followed(monkeypatch, run, heard=["killed"])
+        assert Flaky.calls == {"make": 1}
+        followed(monkeypatch, run, heard=["done", None, "killed"])  # while the training waited
+        assert Flaky.calls == {"make": 3, "begin": 1}
 
 
 def test_a_tail_gives_whole_rows_and_passes_over_what_is_none(tmp_path):

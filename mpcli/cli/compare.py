@@ -46,12 +46,20 @@ def compare(
 def _read(paths: list[str]) -> list[ComparedRun]:
     """Each run once, whatever names it has."""
     from mpcli.comparison.sides import read_run
+    from mpcli.rundir import RunDirectory
 
     places: dict[Path, Path] = {}
     for path in map(Path, paths):
         known = places.setdefault(path.resolve(), path)
         if known is not path:
-            write(visible(f"{path} is {known}: it counts once"), sys.stderr)
+            how = "named twice" if path == known else str(known)
+            write(visible(f"{path} is {how}: it counts once"), sys.stderr)
     if len(places) < 2:
         raise user_error("a comparison needs two runs", "name another one: `mptrain runs`")
-    return [read_run(path) for path in places.values()]
+    runs = [read_run(path) for path in places.values()]
+    for run in runs:
+        if run.about.state == "unreadable":
+            write(visible(f"{run.path}: {run.about.why}"), sys.stderr)
+        elif run.findings is None and (kept := RunDirectory(run.path).diagnosis_path).exists():
+            write(visible(f"{kept}: no findings can be read from it"), sys.stderr)
+    return runs

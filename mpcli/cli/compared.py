@@ -49,7 +49,7 @@ def as_object(compared: Comparison) -> dict[str, Any]:
         return [{"path": row.path, "values": by_side(row.values)} for row in differing]
 
     return {
-        "sides": [_side_object(side) for side in compared.sides],
+        "sides": [_side_object(side, compared.metric) for side in compared.sides],
         "same_recipe": compared.alike,
         "recipe": rows(compared.recipe),
         "environment": rows(compared.environment),
@@ -73,10 +73,11 @@ def as_object(compared: Comparison) -> dict[str, Any]:
     }
 
 
-def _side_object(side: Side) -> dict[str, Any]:
+def _side_object(side: Side, metric: tuple[str, str] | None) -> dict[str, Any]:
     return {
         "label": side.label,
         "seeds": side.seeds,
+        "left_out": side.left_out(*metric) if metric else (),
         "runs": [
             {
                 "path": str(run.path),
@@ -316,9 +317,25 @@ def _judged(compared: Comparison) -> Iterable[str]:
         yield "no run has a metric to be judged by"
         return
     split, name = compared.metric
+    for side in compared.sides:
+        if seeds := side.left_out(split, name):
+            have, are = ("has", "is") if len(seeds) == 1 else ("have", "are")
+            left_out = f"{have} no finite {split} {name} and {are} left out"
+            yield f"{side.label}: {_seeds_text(seeds)} {left_out}"
     for verdict in compared.verdicts:
+        for label, seeds in verdict.unpaired.items():
+            other = verdict.side if label == verdict.reference else verdict.reference
+            have = "has" if len(seeds) == 1 else "have"
+            of_what = "test" if verdict.difference.test else "difference"
+            no_partner = f"{have} no partner in {other}: left out of the {of_what}"
+            yield f"{_seeds_text(seeds)} of {label} {no_partner}"
         pair = f"{verdict.side} - {verdict.reference}"
         yield f"{split} {name}, {pair}: {_verdict(verdict, name, len(compared.verdicts))}"
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    *others, last = map(str, seeds)
+    return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
 
 
 def _verdict(verdict: Verdict, name: str, number: int) -> str:

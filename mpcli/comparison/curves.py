@@ -37,6 +37,11 @@ class Curve:
         return int((~self.applied).sum())
 
 
+_NONE = np.array([], np.float64)
+NO_CURVE = Curve(np.array([], np.int64), _NONE, _NONE, np.array([], np.bool_), _NONE, 0)
+"""Of a run without steps."""
+
+
 def read_curve(run: RunDirectory, planned: int | None) -> Curve:
     """All steps of a run that can be read."""
     steps, applied = array("q"), array("b")

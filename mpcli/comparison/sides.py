@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpcli.comparison.curves import Curve, read_curve
+from mpcli.comparison.curves import NO_CURVE, Curve, read_curve
 from mpcli.comparison.differences import Flat, flat, without_times
 from mpcli.recipe.errors import UserError
 from mpcli.recipe.load import recorded_values
@@ -91,19 +91,37 @@ class Side:
         return tuple(dict.fromkeys(run.seed for run in self.runs if run.seed is not None))
 
     def by_seed(self, of: Callable[[ComparedRun], float | None]) -> dict[int, float]:
-        """A number of the runs that count; of those with the same seed the mean."""
+        """A number of the runs that count, where it is finite; of the same seed the mean."""
         found: dict[int, list[float]] = {}
         for run in self.counted:
-            value = of(run)
-            if value is not None and abs(value) < _LARGEST:  # which NaN is not
+            if (value := of(run)) is not None:
                 found.setdefault(-1 if run.seed is None else run.seed, []).append(value)
-        return {seed: statistics.fmean(values) for seed, values in found.items()}
+        return {
+            seed: statistics.fmean(values)
+            for seed, values in found.items()
+            if all(abs(value) < _LARGEST for value in values)  # which NaN is not
+        }
 
     def scores(self, split: str, name: str) -> dict[int, float]:
         """A metric by seed, of finished runs only."""
         if not any(run.is_finished for run in self.runs):
             return {}
         return self.by_seed(lambda run: run.measure(split, name))
+
+    def left_out(self, split: str, name: str) -> tuple[int, ...]:
+        """Seeds of finished runs whose metric is not finite, or not there while others have it."""
+        known = self.scores(split, name)
+        return tuple(
+            seed
+            for seed in self.seeds
+            if seed not in known
+            and any(
+                run.seed == seed
+                and run.is_finished
+                and (known or run.measure(split, name) is not None)
+                for run in self.runs
+            )
+        )
 
     def spread(self, of: Callable[[ComparedRun], float | None]) -> Spread | None:
         """A number over its seeds, if any run has it."""
@@ -116,8 +134,14 @@ def read_run(path: Path) -> ComparedRun:
     Raises:
         UserError: exit 2, it is none.
     """
-    run = RunDirectory.read(path)
     about = overview(path)
+    try:
+        run = RunDirectory.read(path)
+    except UserError:
+        run = RunDirectory(path)
+        if not (run.recipe_path.is_file() and run.attempt_path.is_dir()):
+            raise
+        return _unreadable(about)
     result = state_of(run)[1]
     plan = _plan(run)
     foreign = run.foreign()
@@ -136,6 +160,23 @@ def read_run(path: Path) -> ComparedRun:
         curve=read_curve(run, about.planned_steps),
         peak_memory_bytes=_peak(result, peaks),
         findings=_findings(run.diagnosis()),
+    )
+
+
+def _unreadable(about: Overview) -> ComparedRun:
+    """A run in which something lies that must not."""
+    return ComparedRun(
+        path=about.path,
+        about=about,
+        is_foreign=False,
+        recipe=None,
+        seed=None,
+        environment=None,
+        plan=None,
+        metrics={},
+        curve=NO_CURVE,
+        peak_memory_bytes=None,
+        findings=None,
     )
 
 

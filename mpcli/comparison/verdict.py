@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mpcli.comparison.sides import Side
@@ -21,6 +21,7 @@ class Verdict:
         p_holm: `difference.p`, adjusted for the number of sides that are beside the first.
         is_significant: whether that is more than seed noise; None where nobody can tell.
         why_not: why nobody can tell.
+        unpaired: the seeds by side that the other one has not, where seeds are paired.
     """
 
     side: str
@@ -29,6 +30,7 @@ class Verdict:
     p_holm: float | None
     is_significant: bool | None
     why_not: str | None = None
+    unpaired: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def common_metric(sides: Iterable[Side]) -> tuple[Split, str] | None:
@@ -62,9 +64,19 @@ def verdicts(sides: Sequence[Side], split: str, name: str) -> tuple[Verdict, ...
             p_holm=p,
             is_significant=None if p is None else p < LEVEL,
             why_not=_why_not(one, side, reference, split, name) if p is None else None,
+            unpaired=_unpaired(side, reference, split, name) if one.pairs else {},
         )
         for side, one, p in zip(others, found, adjusted, strict=True)
     )
+
+
+def _unpaired(side: Side, reference: Side, split: str, name: str) -> dict[str, tuple[int, ...]]:
+    ours, theirs = side.scores(split, name), reference.scores(split, name)
+    alone = {
+        reference.label: tuple(seed for seed in theirs if seed not in ours),
+        side.label: tuple(seed for seed in ours if seed not in theirs),
+    }
+    return {label: seeds for label, seeds in alone.items() if seeds}
 
 
 def _why_not(one: Difference, side: Side, reference: Side, split: str, name: str) -> str:

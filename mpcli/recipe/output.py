@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from mpcli.recipe.base import Count, Duration, Section
+from mpcli.recipe.base import Count, Duration, Section, mistake
+
+
+def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise mistake(f"`{name}` is listed twice", "once is enough", str(index))
+    return names
 
 
 class Output(Section):
@@ -30,7 +37,9 @@ class Output(Section):
         default="fp32", description="type of the weights in `final/`"
     )
     trackers: Annotated[
-        tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...], Field(strict=False)
+        tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...],
+        Field(strict=False),
+        AfterValidator(_check_once),
     ] = Field(
         default=(),
         description="what else shows the run (each an extra; docs/trackers.md)",

@@ -33,7 +33,8 @@ TRACKERS: dict[str, type[Tracker]] = {
     "wandb": WandB,
     "trackio": Trackio,
 }
-_PERIOD, _RETRY = 1.0, 10.0  # seconds from one look at the rows to the next, and after a failure
+_PERIOD = 1.0  # seconds from one look at the rows to the next
+_RETRY, _LAST_RETRY = 10.0, 2.0  # after a failure; once the training is over
 _MOST_LINES = 200  # passed on at once
 
 
@@ -88,22 +89,26 @@ class Follower:
 def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], None]) -> None:
     """Pass on the rows of a run until it is over.
 
-    What fails is told once and tried again: the rows are on the disk, and none is lost while a
-    tracker is out of reach.
+    What fails is told once and tried again, as long as the training is there: the rows are on the
+    disk, and none is lost while a tracker is out of reach.
     """
-    follower = Follower(run, name, step, lambda text: say("info", text))
-    status, pause, told = None, 0.0, False
-    while status is None:
-        status = _status(pause)
+    follower, status, pause, told = None, None, 0.0, False
+    while True:
+        heard = _status(pause)
+        status = status or heard
         try:
+            follower = follower or Follower(run, name, step, lambda text: say("info", text))
             follower.go_on()
             if status:
                 follower.finish(status)
+                return
             pause = _PERIOD
         except Exception as error:
             if not told:
                 say("warning", reason(error))
-            told, pause = True, _RETRY
+            if heard == "killed":  # nobody is there to end this
+                return
+            told, pause = True, _LAST_RETRY if status else _RETRY
 
 
 def reason(error: Exception) -> str:

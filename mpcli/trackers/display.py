@@ -162,7 +162,7 @@ class _Process:
         """What it has said since this was asked: severity and text."""
         self._text += self._output.read() or b""
         *lines, self._text = self._text.split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [found for line in lines if (found := _message(line))]
 
     def leave(self, *, kill: bool = False) -> None:
         """Close the pipes: where it was told nothing before, the training is gone."""
@@ -171,3 +171,15 @@ class _Process:
             self._process.wait()
         for pipe in (self._input, self._output):
             pipe.close()
+
+
+def _message(line: bytes) -> tuple[str, str] | None:
+    """None for what is none: Python prints before `__main__.py` begins, where it is told to."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    match found:
+        case [str(severity), str(text)]:
+            return severity, text
+    return None

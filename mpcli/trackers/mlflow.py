@@ -31,9 +31,21 @@ class MLflow:
         self._metric, self._param = Metric, Param
         self._about = about
         self._local = "MLFLOW_TRACKING_URI" not in os.environ
-        uri = f"sqlite:///{about.folder.absolute()}/mlflow.db" if self._local else None
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = MlflowClient(self._database() if self._local else None)
         self._run = about.identity or ""
+
+    def _database(self) -> str:
+        """Its tables take seconds to make; what a signal left of that is no database for ever."""
+        from mlflow import MlflowClient
+
+        path = self._about.folder.absolute() / "mlflow.db"
+        if not path.exists():
+            for left in path.parent.glob("mlflow.db.tmp*"):
+                left.unlink()
+            new = path.with_name("mlflow.db.tmp")
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.rename(path)
+        return f"sqlite:///{path}"
 
     def begin(self) -> str:
         """The run of an earlier attempt is a running one again; its parameters are as they were."""

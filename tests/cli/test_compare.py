@@ -81,6 +81,8 @@ def test_two_names_of_a_run_are_one_run(there, mptrain):
     outcome = mptrain("compare", "runs/small/latest", FP16[2], FP32[0], "--json")
     assert [len(side["runs"]) for side in outcome.json["sides"]] == [1, 1]
     assert outcome.err == f"{FP16[2]} is runs/small/latest: it counts once\n"
+    outcome = mptrain("compare", FP16[2], FP16[2])
+    assert outcome.err.startswith(f"{FP16[2]} is named twice: it counts once\n")
     outcome = mptrain("compare", "runs/small/latest", FP16[2])
     assert outcome.code == 2
     assert "a comparison needs two runs" in outcome.err
@@ -98,6 +100,26 @@ def test_what_is_no_run_is_told(there, mptrain, path, message):
     outcome = mptrain("compare", FP32[0], path)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_a_damaged_run_stands_beside_the_others(tmp_path, mptrain):
+    runs = [make_run(tmp_path / name, done=5, metrics={"accuracy": 0.9}) for name in "abc"]
+    (runs[1] / "result.json").unlink()
+    (runs[1] / "result.json").mkdir()
+    outcome = mptrain("compare", *runs, "--json")
+    assert outcome.err == f"{runs[1]}: `result.json` is not a file\n"
+    states = [run["state"] for side in outcome.json["sides"] for run in side["runs"]]
+    assert states == ["done", "done", "unreadable"]
+    assert "unreadable" in mptrain("compare", *runs).out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_diagnosis_that_cannot_be_read_is_told(tmp_path, mptrain, text):
+    runs = [make_run(tmp_path / name, done=1) for name in "ab"]
+    (runs[0] / "diagnosis.json").write_text(text)
+    outcome = mptrain("compare", *runs)
+    assert outcome.code == 0
+    assert outcome.err == f"{runs[0] / 'diagnosis.json'}: no findings can be read from it\n"
 
 
 def test_the_same_run_on_another_machine_differs_in_its_environment_alone(tmp_path, mptrain):

@@ -70,7 +70,7 @@ def test_lines_follow_a_run_to_its_end(tmp_path, mptrain, meanwhile):
 
 
 def test_a_run_that_has_not_begun_is_waited_for(tmp_path, mptrain, meanwhile):
-    place = tmp_path / "later" / "run"
+    place = tmp_path / "run"
 
     def begin() -> None:
         run = begin_run(place)
@@ -188,6 +188,13 @@ def test_what_will_be_no_run_is_told(tmp_path, mptrain, make, message):
     outcome = mptrain("watch", tmp_path / "place")
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_a_run_whose_folder_is_not_there_is_not_waited_for(tmp_path, mptrain):
+    place = tmp_path / "rnus" / "small" / "latest"
+    outcome = mptrain("watch", place)
+    assert outcome.code == 2
+    assert f"{place}: there is no folder {place.parent}" in outcome.err
 
 
 @pytest.mark.slow
