@@ -125,7 +125,6 @@ def test_a_killed_and_resumed_run_is_one_run_that_has_every_row(
     reader: Callable[[Path], tuple[int, list[Point], list[Point]]],
 ) -> None:
     name = reader.__name__
-    pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
@@ -365,13 +364,22 @@ def test_what_fails_is_told_once_and_made_again_until_nothing_is_missing(tmp_pat
 def test_the_end_is_tried_as_long_as_the_training_waits_for_it(tmp_path, monkeypatch):
     run, _ = run_small(tmp_path)
     with run.tracking("tensorboard"):
-        followed(monkeypatch, run, heard=["done"])
+        followed(monkeypatch, run)
         assert Flaky.rows[-1] == ("done", 0)
         assert set(Flaky.calls.values()) == {3}
-        followed(monkeypatch, run, heard=["killed"])
-        assert Flaky.calls == {"make": 1}
-        followed(monkeypatch, run, heard=["done", None, "killed"])  # while the training waited
-        assert Flaky.calls == {"make": 3, "begin": 1}
+        followed(monkeypatch, run, heard=[*[None] * 9, "done", "killed"])  # while it waited
+        assert Flaky.calls["finish"] == 2
+
+
+@pytest.mark.parametrize("end", ["done", "killed"])
+def test_the_end_of_a_training_does_not_wait_for_what_never_was_in_reach(
+    tmp_path, monkeypatch, end
+):
+    run, _ = run_small(tmp_path)
+    with run.tracking("tensorboard"):
+        said = followed(monkeypatch, run, heard=[None, end])
+        assert said == [("warning", "ConnectionError: no way to make")]
+        assert Flaky.calls == {"make": 2}
 
 
 def test_a_tail_gives_whole_rows_and_passes_over_what_is_none(tmp_path):

@@ -99,6 +99,14 @@ class LocalOrHub(Section):
         return self
 
 
+def check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """For an `AfterValidator` of a list: nothing stands in it twice."""
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise mistake(f"`{name}` is listed twice", "once is enough", str(index))
+    return names
+
+
 def parse_duration(text: str) -> tuple[int, Literal["step", "epoch", "minute"]]:
     """Split a validated `Duration` into its number and unit."""
     match = re.fullmatch(_DURATION, text)

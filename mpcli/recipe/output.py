@@ -6,14 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from mpcli.recipe.base import Count, Duration, Section, mistake
-
-
-def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise mistake(f"`{name}` is listed twice", "once is enough", str(index))
-    return names
+from mpcli.recipe.base import Count, Duration, Section, check_once
 
 
 class Output(Section):
@@ -39,7 +32,7 @@ class Output(Section):
     trackers: Annotated[
         tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...],
         Field(strict=False),
-        AfterValidator(_check_once),
+        AfterValidator(check_once),
     ] = Field(
         default=(),
         description="what else shows the run (each an extra; docs/trackers.md)",

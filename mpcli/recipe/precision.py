@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mpcli.recipe.base import Count, Section, mistake
+from mpcli.recipe.base import Count, Section, check_once, mistake
 from mpcli.recipe.errors import closest
 
 Mode = Literal[
@@ -171,17 +171,10 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-def _check_once(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    for index, pattern in enumerate(patterns):
-        if pattern in patterns[:index]:
-            raise mistake(f"`{pattern}` is listed twice", "once is enough", str(index))
-    return patterns
-
-
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_check_pattern)], ...],
     Field(strict=False),
-    AfterValidator(_check_once),
+    AfterValidator(check_once),
 ]
 
 

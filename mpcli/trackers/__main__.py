@@ -90,15 +90,17 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
     """Pass on the rows of a run until it is over.
 
     What fails is told once and tried again, as long as the training is there: the rows are on the
-    disk, and none is lost while a tracker is out of reach.
+    disk, and none is lost while a tracker is out of reach. A training that is over does not wait
+    for one that never was in reach.
     """
-    follower, status, pause, told = None, None, 0.0, False
+    follower, status, pause, told, reached = None, None, 0.0, False, False
     while True:
         heard = _status(pause)
         status = status or heard
         try:
             follower = follower or Follower(run, name, step, lambda text: say("info", text))
             follower.go_on()
+            reached = True
             if status:
                 follower.finish(status)
                 return
@@ -106,7 +108,7 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
         except Exception as error:
             if not told:
                 say("warning", reason(error))
-            if heard == "killed":  # nobody is there to end this
+            if heard == "killed" or (status and not reached):
                 return
             told, pause = True, _LAST_RETRY if status else _RETRY
 
