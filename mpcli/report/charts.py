@@ -24,7 +24,6 @@ from bokeh.models import (
     LogScale,
     LogTicker,
     LogTickFormatter,
-    PanTool,
     Range1d,
     Scatter,
     VSpan,
@@ -378,7 +377,7 @@ def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> fi
         y_range=Range1d(start=1, end=2),  # the script fits it to what is seen
         border_fill_color=None,  # the page's
         height=_HEIGHT, sizing_mode="stretch_width", toolbar_location=None, name=key,
-        tools=[BoxZoomTool(dimensions="width"), PanTool(dimensions="width")], **options,
+        tools=[BoxZoomTool(dimensions="width")], **options,
     )  # fmt: skip
     plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
     plot.min_border_right = 20

@@ -21,7 +21,9 @@ async function main() {
   useTheme(charts);
   connectSeries(figures);
   connectAxes(figures);
-  charts.get_model_by_name("steps")?.change.connect(() => figures.forEach(fit));
+  // Later, for Bokeh's own zoom puts back the other axis after this one.
+  const fitAll = () => queueMicrotask(() => { for (const figure of figures.values()) fit(figure); });
+  charts.get_model_by_name("steps")?.change.connect(fitAll);
   if (one("#toolbar")) {
     connectZoom(charts.get_model_by_name("steps"));
     connectCursor(charts, figures);

@@ -229,6 +229,17 @@ def test_buttons_zoom_and_move_and_the_curves_fill_their_charts(
     assert least[1] - least[0] == 1
     assert pressed("all") == (whole, high)
 
+    plot = page.locator('[data-chart="loss"] .plot')
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 80)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 90, steps=5)
+    page.mouse.up()
+    page.wait_for_function(
+        f"() => {{ {model}; return m.x_range.start > 60 && m.y_range.end < 4; }}"
+    )
+
 
 def test_charts_follow_the_theme(report: Path, opened: Any) -> None:
     page = opened(report, scheme="dark").page
