@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,13 +42,39 @@ def report(
         raise user_error(f"--output {output}: is a folder", "name a file, such as report.html")
     if not file.parent.is_dir():
         raise user_error(f"--output {output}: no such folder", f"make {file.parent} first")
-    page = report_page(read_sources([Path(path) for path in paths] if paths else [newest_run()]))
+    given = [Path(path) for path in paths] if paths else [newest_run()]
+    _keep_inputs(file, given)
+    page = report_page(read_sources(given)).encode("utf-8", "backslashreplace")
     try:
-        file.write_text(page, "utf-8", errors="backslashreplace", newline="")
+        _write(file, page)
     except OSError as error:
         raise user_error(f"--output {output}: {error.strerror}", exit_code=Exit.STORAGE) from error
-    size = file.stat().st_size
+    size = len(page)
     if as_json:
         write_json({"status": "done", "exit_code": Exit.DONE, "file": output, "bytes": size})
     else:
         write(f"wrote {output} ({size_text(size)})")
+
+
+def _keep_inputs(file: Path, given: list[Path]) -> None:
+    """Refuse to write over what a report is made of."""
+    real = Path(os.path.realpath(file))
+    for path in given:
+        source = Path(os.path.realpath(path))
+        if real == source or (real.exists() and source in real.parents):
+            what = f"--output {file}: is what {path} is read from"
+            raise user_error(what, "name another file")
+
+
+def _write(file: Path, page: bytes) -> None:
+    """All of the page or nothing: a full disk leaves an older report as it is."""
+    if file.exists() and not file.is_file():  # a pipe, say
+        file.write_bytes(page)
+        return
+    file = Path(os.path.realpath(file))
+    temporary = file.with_name(f".mptrain-{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(page)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

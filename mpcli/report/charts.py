@@ -1,7 +1,7 @@
 """The charts, as Bokeh's models. Colours that depend on the theme are set by the page's script.
 
 No text from outside becomes part of a figure's own text (titles, labels, axes), where Bokeh would
-look for TeX. Names of runs are there as names of renderers, which only a tooltip shows.
+look for TeX. Names of runs are there as names of renderers, which the script shows as text.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ from bokeh.models import (
     BoxZoomTool,
     ColumnDataSource,
     CrosshairTool,
-    DataRange1d,
     FixedTicker,
     HoverTool,
-    Line,
     LogAxis,
     LogColorMapper,
     LogScale,
     LogTicker,
     LogTickFormatter,
-    PanTool,
     Range1d,
     Scatter,
-    Step,
     VSpan,
 )
 from bokeh.models.annotations import ColorBar, Label, Span
-from bokeh.models.renderers import GlyphRenderer
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 
@@ -47,8 +42,6 @@ COLORS = (
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 _MOST_POINTS = 4000  # buckets of all runs together
 _HEIGHT = 260
-MAX_HOVERED = 3
-"""Runs up to which a tooltip tells of all of them at once."""
 
 
 @dataclass
@@ -67,6 +60,14 @@ class Chart:
     log: bool | None = None
     note: str | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """What stands above it, in sentences."""
+        notes = [self.note] if self.note else []
+        if self.log is not None and any(map(_has_zero, self.figure.renderers)):
+            notes.append("A log axis leaves out what is not above 0.")
+        return notes
+
 
 class StepCharts:
     """Charts over the steps of all runs: they share the range of steps, and a cursor."""
@@ -76,8 +77,9 @@ class StepCharts:
         self.last = last = max([_last_step(run) for run in runs], default=1.0)
         edge = max(0.5, last / 100)
         self.steps = Range1d(
-            start=1 - edge, end=last + edge, bounds=(1 - edge, last + edge), name="steps"
-        )
+            start=1 - edge, end=last + edge, bounds=(1 - edge, last + edge), min_interval=1,
+            name="steps",
+        )  # fmt: skip
         self.cursor = Span(dimension="height", level="overlay", line_dash="dashed", name="cursor")
         buckets = min(400, max(20, _MOST_POINTS // max(1, len(runs))))
         self.thinned = [run.steps.thinned(buckets) for run in runs]
@@ -120,14 +122,10 @@ class StepCharts:
                     for name in ("largest", "median", "smallest"):
                         words = f"{name} of all layers"
                         self._line(chart, run, source, name, name, words, marked=True)
-            _hover(chart, len(self.runs))
             yield chart
         if self._any("lr"):
             chart = self._chart("lr", "Learning rate", log=False)
             self._curve(chart, "lr", "learning rate")
-            # A constant one is in the middle of an axis that begins at 0.
-            largest = max(float(np.nanmax(run.steps["lr"], initial=0)) for run in self.runs)
-            chart.figure.y_range.update(default_span=2 * min(largest, 1e30) or 1.0)
             yield chart
 
     def speed(self) -> Iterator[Chart]:
@@ -141,11 +139,11 @@ class StepCharts:
             for source in self.sources:
                 for name in ("memory_allocated_bytes", "memory_peak_bytes"):
                     source.data[name] = np.asarray(source.data[name], np.float32) / 2**20
-            self._curve(chart, "memory_peak_bytes", "peak so far")
+            self._curve(chart, "memory_peak_bytes", "peak so far", width=5)
             self._curve(chart, "memory_allocated_bytes", "allocated")
             for run, about in enumerate(self.runs):
-                if about.plan and about.plan.memory and len(about.steps):
-                    peak = about.plan.memory.peak / 2**20
+                if about.planned_peak and len(about.steps):
+                    peak = about.planned_peak / 2**20
                     ends = np.array([1.0, _last_step(about)])
                     source = _source({"step": ends, "planned": np.array([peak, peak])})
                     self._line(chart, run, source, "planned", "planned", "planned peak")
@@ -153,16 +151,21 @@ class StepCharts:
 
     def exponents(self) -> Chart:
         """How many values of a tensor have an exponent, over time; the script fills it."""
-        chart = self._chart("exponents", "Exponents of one tensor over time")
+        note = "Hatched: all values are NaN or infinite. Zeros have no exponent."
+        chart = self._chart("exponents", "Exponents of one tensor over time", note=note)
         plot = chart.figure
-        plot.y_range = Range1d(start=-30, end=20)
+        plot.y_range.update(start=-30, end=20)
+        plot.yaxis.axis_label = "log2 |value|"
         plot.grid.visible = False
         plot.height = 380
-        mapper = LogColorMapper(palette=Viridis256, low=SMALLEST_SHARE, high=1.0)
-        cells = ColumnDataSource({n: [] for n in _CELL}, name="exponents-cells")
+        mapper = LogColorMapper(
+            palette=Viridis256, low=SMALLEST_SHARE, high=1.0, nan_color="#00000000"
+        )
+        cells = ColumnDataSource({n: [] for n in (*_CELL, "hatch")}, name="exponents-cells")
         drawn = plot.quad(
             left="left", right="right", bottom="bottom", top="top", source=cells,
             color={"field": "value", "transform": mapper}, line_width=0.5, name="exponents",
+            hatch_pattern="hatch", hatch_color=COLORS[3], hatch_alpha=0.8,
         )  # fmt: skip
         for name, exponent, words in LIMITS:
             limit = Span(location=exponent, dimension="width", line_width=1.5, tags=["limit"])
@@ -176,33 +179,26 @@ class StepCharts:
             )  # fmt: skip
         plot.add_layout(_color_bar(mapper, "share of the values"), "right")
         plot.add_tools(
-            HoverTool(
-                renderers=[drawn],
-                tooltips=[
-                    ("step", "@step{0,0}"), ("values in", "2^@bottom{0} to 2^@top{0}"),
-                    ("share", "about @value{0.[000]%}"),
-                ],
-            )
-        )  # fmt: skip
+            HoverTool(renderers=[drawn], tooltips=[("step", "@step{0,0}"), ("", "@words")])
+        )
         return chart
 
     def layer_map(self) -> Chart:
         """A quantity of every tensor over time; the script fills it."""
-        chart = self._chart("layers", "All tensors over time")
+        note = "Grey is 0. Where nothing is drawn, nothing is known, or no value is finite."
+        chart = self._chart("layers", "All tensors over time", note=note)
         plot = chart.figure
-        plot.y_range = Range1d(start=0, end=1)
         plot.grid.visible = False
         plot.yaxis.ticker = FixedTicker(ticks=[])
         mapper = LogColorMapper(palette=Viridis256, low=SMALLEST_SHARE, high=1.0, name="layers-log")
-        cells = ColumnDataSource({n: [] for n in (*_CELL, "name")}, name="layers-cells")
+        cells = ColumnDataSource({n: [] for n in (*_CELL, "shade")}, name="layers-cells")
         drawn = plot.quad(
             left="left", right="right", bottom="bottom", top="top", source=cells,
-            color={"field": "value", "transform": mapper}, line_width=0.5, name="layers",
+            color={"field": "shade", "transform": mapper}, line_width=0.5, name="layers",
         )  # fmt: skip
         plot.add_layout(_color_bar(mapper, None), "right")
-        tooltips = [("tensor", "@name"), ("step", "@step{0,0}"), ("value", "@value{%.3g}")]
         plot.add_tools(
-            HoverTool(renderers=[drawn], tooltips=tooltips, formatters={"@value": "printf"})
+            HoverTool(renderers=[drawn], tooltips=[("step", "@step{0,0}"), ("", "@words")])
         )
         return chart
 
@@ -210,18 +206,17 @@ class StepCharts:
         self, key: str, title: str, *, log: bool | None = None, base: int = 10,
         note: str | None = None,
     ) -> Chart:  # fmt: skip
-        plot = _figure(key, log=log, base=base, x_range=self.steps)
+        plot = _figure(key, log=log, base=base, x_range=self.steps, x_axis_label="step")
         plot.add_tools(CrosshairTool(overlay=self.cursor))
         return Chart(key, title, plot, log=log, note=note)
 
-    def _curve(self, chart: Chart, column: str, words: str, *, step: bool = False) -> None:
+    def _curve(self, chart: Chart, column: str, words: str, **style: Any) -> None:
         for run, source in enumerate(self.sources):
-            self._line(chart, run, source, column, column, words, step=step)
-        _hover(chart, len(self.runs))
+            self._line(chart, run, source, column, column, words, **style)
 
     def _line(
         self, chart: Chart, run: int, source: ColumnDataSource, column: str, key: str, words: str,
-        *, step: bool = False, marked: bool = False,
+        *, step: bool = False, marked: bool = False, width: float = 1.5,
     ) -> None:  # fmt: skip
         number = _series(chart, key, words)
         color = COLORS[(run if len(self.runs) > 1 else number) % len(COLORS)]
@@ -231,7 +226,7 @@ class StepCharts:
         style: dict[str, Any] = {
             "line_color": color,
             "line_dash": dash,
-            "line_width": 1.5,
+            "line_width": width,
             **common,
         }
         if step:
@@ -256,7 +251,6 @@ class StepCharts:
                 values = np.array([row.metrics[metric] for row in rows], np.float64)
                 source = _source({"step": np.array([float(row.step) for row in rows]), "v": values})
                 self._line(chart, run, source, "v", "evaluation", words, marked=True)
-        _hover(chart, len(self.runs))
 
     def _skips(self, chart: Chart) -> None:
         """A cross at the scale of every step that was skipped."""
@@ -284,14 +278,11 @@ class StepCharts:
     ) -> None:
         _series(chart, key, words)
         color = COLORS[3] if len(self.runs) == 1 else COLORS[run % len(COLORS)]
-        drawn = chart.figure.add_glyph(
+        chart.figure.add_glyph(
             source,
             Scatter(x="step", y=column, marker="x", size=9, line_color=color, line_width=2),
             name=self._name(run, words),
             tags=[{"run": run, "series": key, "column": column}],
-        )
-        chart.figure.add_tools(
-            HoverTool(renderers=[drawn], tooltips=[("", "$name"), ("step", "@step{0,0}")])
         )
 
     def _boundaries(self, chart: Chart) -> None:
@@ -332,7 +323,7 @@ LIMITS = (
     ("bf16", -126, "bf16, fp32: subnormal below"),
 )
 """Exponents at which a format ends."""
-_CELL = ("left", "right", "bottom", "top", "value", "step")
+_CELL = ("left", "right", "bottom", "top", "value", "step", "words")
 
 
 def sweep_charts(sweep: Sweep, number: int) -> Iterator[Chart]:
@@ -347,11 +338,11 @@ def sweep_charts(sweep: Sweep, number: int) -> Iterator[Chart]:
             f"{kind}": [_value(row.get(kind), name) for row in rows]
             for kind in ("predicted", "measured")
         }
-        title = f"{sweep.label}: gradients that {what}, by log2 of the loss scale"
+        title = f"{sweep.label}: gradients that {what}"
         yield from _sweep_chart(f"sweep{number}-{name}", title, scales, curves, log=False)
     for name, title in (("loss", "loss"), ("skip_rate", "share of the steps that were skipped")):
         curves = {name: [_value(row, name) for row in rows]}
-        title = f"{sweep.label}: {title}, by log2 of the loss scale"
+        title = f"{sweep.label}: {title}"
         yield from _sweep_chart(f"sweep{number}-{name}", title, scales, curves, log=False)
 
 
@@ -361,7 +352,8 @@ def _sweep_chart(
     shown = {name: values for name, values in curves.items() if any(map(math.isfinite, values))}
     if not shown:
         return
-    chart = Chart(key, title, _figure(key, log=log), log=log)
+    plot = _figure(key, log=log, x_axis_label="log2 of the loss scale")
+    chart = Chart(key, title, plot, log=log)
     source = _source({"step": x, **{name: np.array(values) for name, values in shown.items()}})
     for name in shown:
         number = _series(chart, name, name)
@@ -371,22 +363,25 @@ def _sweep_chart(
             "color": COLORS[number % len(COLORS)],
         }
         about = {"series": name, "column": name}
-        chart.figure.line("step", name, line_width=1.5, **style).tags = [about]
-        chart.figure.scatter("step", name, size=7, **style).tags = [about]
-    _hover(chart, 1)
+        drawn = plot.line("step", name, line_width=1.5, **style)
+        drawn.tags = [about]
+        plot.scatter("step", name, size=7, **style).tags = [about]
+    tooltips = [("log2", "@step"), *[(name, f"@{name}{{0.[00000]}}") for name in shown]]
+    plot.add_tools(HoverTool(renderers=[drawn], mode="vline", tooltips=tooltips))
     yield chart
 
 
 def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> figure:
     """A figure without a toolbar: the page has its own controls, for a keyboard too."""
     plot = figure(
-        y_range=DataRange1d(only_visible=True),
+        y_range=Range1d(start=1, end=2),  # the script fits it to what is seen
         border_fill_color=None,  # the page's
         height=_HEIGHT, sizing_mode="stretch_width", toolbar_location=None, name=key,
-        tools=[BoxZoomTool(dimensions="width"), PanTool(dimensions="width")], **options,
+        tools=[BoxZoomTool(dimensions="width")], **options,
     )  # fmt: skip
     plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
     plot.min_border_right = 20
+    plot.axis.axis_label_text_font_style = "normal"
     if log is not None:
         linear_axis = plot.yaxis[0]
         log_axis = LogAxis(visible=log, ticker=LogTicker(base=base))
@@ -400,26 +395,6 @@ def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> fi
     return plot
 
 
-def _hover(chart: Chart, num_runs: int) -> None:
-    """Tell what is under the mouse, for each column of numbers that has no such tool yet."""
-    tools = [tool for tool in chart.figure.tools if isinstance(tool, HoverTool)]
-    known = {renderer for tool in tools for renderer in tool.renderers}
-    by_column: dict[str, list[Any]] = {}
-    for renderer in chart.figure.renderers:
-        is_line = isinstance(renderer, GlyphRenderer) and isinstance(renderer.glyph, Line | Step)
-        if is_line and renderer not in known:
-            by_column.setdefault(renderer.tags[0]["column"], []).append(renderer)
-    for column, renderers in by_column.items():
-        chart.figure.add_tools(
-            HoverTool(
-                renderers=renderers,
-                mode="vline" if num_runs <= MAX_HOVERED else "mouse",
-                tooltips=[("", "$name"), ("at", "@step{0,0.[00]}"), ("is", f"@{column}{{%.5g}}")],
-                formatters={f"@{column}": "printf"},
-            )
-        )
-
-
 def _series(chart: Chart, key: str, words: str) -> int:
     """Its number within the chart."""
     chart.series.setdefault(key, words)
@@ -430,6 +405,11 @@ def _alone(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Indices of the finite values without a finite neighbour."""
     finite = np.isfinite(np.concatenate([[np.nan], values, [np.nan]]))
     return np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
+
+
+def _has_zero(drawn: Any) -> bool:
+    column = drawn.tags[0].get("column")
+    return column is not None and bool(np.any(np.asarray(drawn.data_source.data[column]) <= 0))
 
 
 def _source(columns: dict[str, np.ndarray[Any, Any]]) -> ColumnDataSource:

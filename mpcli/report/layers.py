@@ -17,17 +17,17 @@ from mpcli.records import LayerRecord, strict_json
 from mpcli.rundir import RunDirectory
 
 QUANTITIES = {
+    "nonfinite": "NaN or infinite (share)",
     "would_flush": "become 0 in fp16 (share of the non-zero)",
     "flushed": "0 here, and not in fp32 (share)",
     "zeros": "zeros (share)",
     "subnormal": "subnormal (share of the non-zero)",
     "overflow": "at least 65520: infinite in fp16 (share)",
-    "nonfinite": "NaN or infinite (share)",
     "range": "largest value, over 65520 where fp16 overflows",
     "update_ratio": "update over weight (RMS)",
     "lost": "updates lost to rounding (share)",
 }
-"""What a cell of the map of layers can show."""
+"""What a cell of the map of layers can show, what matters most first."""
 _LEVELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 SMALLEST_SHARE = 1e-5
 _WIDEST = 2000  # exponents; no type has more than fp64's 2,100
@@ -142,22 +142,24 @@ def _add_shares(row: LayerRecord, shares: array[float]) -> int | None:
 
 
 def _quantities(row: LayerRecord) -> tuple[float, ...]:
-    """In the order of `QUANTITIES`."""
+    """In the order of `QUANTITIES`; NaN where no value is left that it could be of."""
+    is_finite = row.nan + row.inf < row.elements
+    is_number = row.nan < row.elements
     return (
-        _number(row.would_flush),
-        _number(row.shadow.flushed) if row.shadow else math.nan,
-        row.zeros,
-        row.subnormal,
-        row.at_least_65520,
         (row.nan + row.inf) / max(1, row.elements),
-        row.max / 65520,
-        _number(row.update_ratio),
-        _number(row.lost),
+        _number(row.would_flush, is_finite),
+        _number(row.shadow.flushed if row.shadow else None, is_finite),
+        _number(row.zeros, is_finite),
+        _number(row.subnormal, is_finite),
+        _number(row.at_least_65520, is_number),
+        _number(row.max / 65520, is_number),
+        _number(row.update_ratio, is_finite),
+        _number(row.lost, is_finite),
     )
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _number(value: float | None, known: bool) -> float:
+    return math.nan if value is None or not known else value
 
 
 def _levels(shares: np.ndarray[Any, Any]) -> str:

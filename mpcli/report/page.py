@@ -199,8 +199,8 @@ def _chart(chart: Any, several: bool) -> Html:
     ]  # fmt: skip
     return element(
         "figure",
-        element("figcaption", element("h3", chart.title), element("p", chart.note)
-                if chart.note else None),
+        element("figcaption", element("h3", chart.title),
+                element("p", " ".join(chart.notes)) if chart.notes else None),
         element(
             "div",
             _checkbox("log axis", data_log=True, checked=chart.log)
@@ -219,7 +219,7 @@ def _chart(chart: Any, several: bool) -> Html:
 def _sample(key: str, number: int, several: bool) -> Html:
     """What a curve looks like, beside its name."""
     if key in ("skipped", "nonfinite"):
-        return element("i", "×", class_="cross", aria_hidden="true")
+        return element("i", "×", class_="cross" if several else "cross red", aria_hidden="true")
     if key in ("resumed", "rolled back"):
         return element("i", class_=f"swatch dash2 c{number % 8}" if not several else "swatch dash2")
     if several:  # colours are those of runs

@@ -21,6 +21,9 @@ async function main() {
   useTheme(charts);
   connectSeries(figures);
   connectAxes(figures);
+  // Later, for Bokeh's own zoom puts back the other axis after this one.
+  const fitAll = () => queueMicrotask(() => { for (const figure of figures.values()) fit(figure); });
+  charts.get_model_by_name("steps")?.change.connect(fitAll);
   if (one("#toolbar")) {
     connectZoom(charts.get_model_by_name("steps"));
     connectCursor(charts, figures);
@@ -44,6 +47,7 @@ function useTheme(charts) {
         if (property in model.properties) model[property] = color(name);
       }
       if (model.type in backgrounds) model.background_fill_color = color(backgrounds[model.type]);
+      if (model.type === "LogColorMapper") model.low_color = color("--zero");
       if (model.name === "cursor") model.line_color = color("--text");
       if (model.tags?.[0] === "limit") {
         if ("line_color" in model.properties) model.line_color = color("--limit");
@@ -72,6 +76,7 @@ function connectSeries(figures) {
         if (series === undefined) continue;
         renderer.visible = !hidden.includes(series) && (runs[run]?.checked ?? true);
       }
+      fit(figure);
     }
   };
   for (const box of all("[data-run], [data-series]")) box.addEventListener("change", apply);
@@ -87,18 +92,46 @@ function connectAxes(figures) {
           ([key, value]) => [key, value instanceof Map ? Object.fromEntries(value) : value]),
       );
       const kind = box.checked ? "log" : "linear";
-      figure.y_range.scale_hint = box.checked ? "log" : "auto";
       figure.y_scale = scales[kind];
       for (const [name, axis] of Object.entries(axes)) axis.visible = name === kind;
-      Bokeh.index.get_by_id(figure.id).invalidate_dataranges = true;
+      fit(figure);
     });
+  }
+}
+
+/** Give a chart the range of what is seen of its curves, or leads to it from beside. */
+function fit(figure) {
+  if (MAPS.includes(figure.name)) return;
+  const isLog = figure.y_scale.type === "LogScale";
+  const [start, end] = figure.x_range.name === "steps"
+    ? [figure.x_range.start, figure.x_range.end] : [-Infinity, Infinity];
+  let [low, high] = [Infinity, -Infinity];
+  for (const renderer of figure.renderers) {
+    const { column } = about(renderer);
+    if (column === undefined || !renderer.visible) continue;
+    const [steps, values] = ["step", column].map((key) => renderer.data_source.get(key));
+    for (let index = Math.max(0, lastUpTo(steps, start)); index < steps.length; index += 1) {
+      const value = values[index];
+      if (Number.isFinite(value) && !(isLog && value <= 0)) {
+        [low, high] = [Math.min(low, value), Math.max(high, value)];
+      }
+      if (steps[index] > end) break;
+    }
+  }
+  if (low > high) [low, high] = [1, 1];
+  if (isLog) {
+    const margin = low === high ? 2 : (high / low) ** 0.05;
+    figure.y_range.setv({ start: low / margin, end: high * margin });
+  } else { // a constant is in the middle of an axis that begins at 0
+    const margin = low === high ? Math.abs(low) || 1 : (high - low) * 0.05;
+    figure.y_range.setv({ start: low - margin, end: high + margin });
   }
 }
 
 function connectZoom(steps) {
   const [first, last] = [steps.start, steps.end];
   const show = (start, end) => {
-    const width = Math.min(end - start, last - first);
+    const width = Math.min(Math.max(end - start, 1), last - first);
     const begin = Math.min(Math.max(start, first), last - width);
     steps.setv({ start: begin, end: begin + width });
   };
@@ -128,7 +161,8 @@ function connectCursor(charts, figures) {
     slider.dataset.chosen = "true";
     one("#cursor-step").value = `step ${step.toLocaleString("en")}`;
     for (const [chart, figure] of figures) {
-      const told = figure.name in MAPS ? mapReadout(figure, step) : readout(figure, step);
+      const told = MAPS.includes(figure.name) // a cell begins at its step
+        ? mapReadout(figure, cursor.location) : readout(figure, step);
       one(".readout", chart).textContent = told;
     }
   };
@@ -173,11 +207,7 @@ function readout(figure, step) {
   return [...told].map(([name, text]) => `${name} ${text}`).join(" · ");
 }
 
-const MAPS = {
-  exponents: (source, cell) =>
-    `2^${source.get("bottom")[cell]} ${Number((100 * source.get("value")[cell]).toPrecision(2))}%`,
-  layers: (source, cell) => `${source.get("name")[cell]} ${number(source.get("value")[cell])}`,
-};
+const MAPS = ["exponents", "layers"];
 const MOST_CELLS = 5; // of a map, in words
 
 /** The largest cells of a map in the column at a step. */
@@ -187,7 +217,7 @@ function mapReadout(figure, step) {
   const here = [...left.keys()].filter((cell) => left[cell] <= step && step < right[cell]);
   if (!here.length) return "";
   here.sort((a, b) => (value[a] < value[b]) - (value[a] > value[b]));
-  const told = here.slice(0, MOST_CELLS).map((cell) => MAPS[figure.name](source, cell));
+  const told = here.slice(0, MOST_CELLS).map((cell) => source.get("words")[cell]);
   if (here.length > MOST_CELLS) told.push(`${here.length - MOST_CELLS} smaller ones`);
   return `at step ${left[here[0]].toLocaleString("en")}: ${told.join(" · ")}`;
 }
@@ -228,6 +258,9 @@ async function connectLayers(charts, exponents) {
     const shown = tensors();
     drawExponents(charts, shown[Number(name.value)], wide.checked);
     drawMap(charts, shown, quantity.value);
+    const [tensorKind, what] = [kind, quantity].map((select) => select.selectedOptions[0].textContent);
+    one("h3", exponents).textContent = `Exponents over time: ${tensorKind}, ${name.selectedOptions[0].textContent}`;
+    one('[data-chart="layers"] h3').textContent = `All tensors over time: ${tensorKind}, ${what}`;
     const cursor = one("#cursor");
     if (cursor.dataset.chosen) cursor.dispatchEvent(new Event("input")); // what stands below
   };
@@ -273,22 +306,33 @@ function cellsOf(keys) {
 }
 
 function drawExponents(charts, tensor, wide) {
-  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step"]);
+  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step", "words", "hatch"]);
   let [low, high] = [-26, 18];
-  columnsOf(tensor?.steps ?? []).forEach(([left, right], index) => {
+  const columns = columnsOf(tensor?.steps ?? []);
+  columns.forEach(([left, right], index) => {
     [...tensor.cells[index]].forEach((character, offset) => {
       const level = LEVELS.indexOf(character);
       if (!level) return;
       const share = data.smallest_share ** (1 - (level - 1) / 62);
       const exponent = tensor.lowest[index] + offset;
       [low, high] = [Math.min(low, exponent), Math.max(high, exponent + 1)];
-      const cell = { left, right, bottom: exponent, top: exponent + 1, value: share, step: left };
-      for (const key of Object.keys(cells)) cells[key].push(cell[key]);
+      const words = `2^${exponent} ${Number((100 * share).toPrecision(2))}%`;
+      add(cells, { left, right, bottom: exponent, top: exponent + 1, value: share, step: left,
+        words, hatch: " " });
     });
   });
-  if (wide) [low, high] = [Math.min(low, -135), Math.max(high, 135)];
+  if (wide) [low, high] = [Math.min(low, -150), Math.max(high, 150)];
+  columns.forEach(([left, right], index) => {
+    if (tensor.cells[index] || tensor.quantities.nonfinite?.[index] !== 1) return;
+    add(cells, { left, right, bottom: low, top: high, value: NaN, step: left,
+      words: "all values are NaN or infinite", hatch: "x" });
+  });
   charts.get_model_by_name("exponents-cells").data = cells;
   figureOf(charts, "exponents").y_range.setv({ start: low - 1, end: high + 1 });
+}
+
+function add(cells, cell) {
+  for (const key of Object.keys(cells)) cells[key].push(cell[key]);
 }
 
 function figureOf(charts, name) {
@@ -299,7 +343,7 @@ const ROW = 16; // pixels
 const LONGEST = 44; // characters of a name on the axis
 
 function drawMap(charts, tensors, quantity) {
-  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step", "name"]);
+  const cells = cellsOf(["left", "right", "bottom", "top", "value", "step", "words", "shade"]);
   const shown = tensors.filter((tensor) => quantity in tensor.quantities);
   const figure = figureOf(charts, "layers");
   shown.forEach((tensor, row) => {
@@ -307,15 +351,16 @@ function drawMap(charts, tensors, quantity) {
     columnsOf(tensor.steps).forEach(([left, right], index) => {
       const value = tensor.quantities[quantity][index];
       if (Number.isNaN(value)) return;
-      const cell = { left, right, bottom, top: bottom + 1, value, step: left, name: tensor.name };
-      for (const key of Object.keys(cells)) cells[key].push(cell[key]);
+      add(cells, { left, right, bottom, top: bottom + 1, value, step: left,
+        words: `${tensor.name} ${number(value)}` });
     });
   });
   const positive = cells.value.filter((value) => value > 0 && Number.isFinite(value));
   const largest = positive.reduce((a, b) => Math.max(a, b), 0) || 1;
   const smallest = positive.reduce((a, b) => Math.min(a, b), largest);
-  charts.get_model_by_name("layers-log")
-    .setv({ low: Math.max(smallest, largest * 1e-6), high: Math.max(largest, smallest * 10) });
+  const low = Math.min(Math.max(smallest, largest * 1e-6), largest / 10);
+  charts.get_model_by_name("layers-log").setv({ low, high: largest });
+  cells.shade = cells.value.map((value) => (value > 0 ? Math.max(value, low) : 0));
   charts.get_model_by_name("layers-cells").data = cells;
   figure.y_range.setv({ start: 0, end: Math.max(1, shown.length) });
   figure.height = Math.min(1200, Math.max(160, 60 + ROW * shown.length));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,8 @@ class Run:
 
     Attributes:
         wall_seconds: that it took so far; None where nobody knows.
-        peak_memory_bytes: of its steps so far; None where nobody knows.
+        peak_memory_bytes: of its steps so far; None where nobody knows, or no machine has it.
+        planned_peak: the same of its plan.
         values: of the recipe, or of a recorded loop's settings, by dotted path.
         missing: what a whole run has and this one has not, in words.
     """
@@ -75,6 +77,7 @@ class Run:
     source: str | None
     attempts: tuple[Attempt, ...]
     plan: Plan | None
+    planned_peak: int | None
     observed: dict[str, ModuleTypes]
     steps: Steps
     layers: Layers | None
@@ -119,16 +122,20 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     for path in paths:
         each.setdefault(os.path.realpath(path), path)
     paths = list(each.values())
-    beside = {os.path.realpath(RunDirectory(path).diagnosis_path) for path in paths}
+    beside = [RunDirectory(path).diagnosis_path for path in paths]
     for path, label in zip(paths, _labels(paths), strict=True):
         if _is_sweep(path):
             _read_sweep(path, label, found)
         elif path.is_file():
-            if os.path.realpath(path) not in beside:
+            if not any(_same(path, other) for other in beside):
                 found.diagnoses.append(_diagnosis(path, label))
         else:
             _read_run(path, label, found)
     return found
+
+
+def _same(path: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -188,6 +195,7 @@ def _run(directory: RunDirectory, label: str, *, with_layers: bool) -> Run:
         source=source,
         attempts=tuple(_attempts(directory)),
         plan=plan,
+        planned_peak=_bytes(plan.memory.peak if plan and plan.memory else None),
         observed=directory.observed(),
         steps=steps,
         layers=layers,
@@ -211,8 +219,12 @@ def _state(directory: RunDirectory, missing: list[str]) -> tuple[State, Result |
 
 def _peak(result: Result | None, steps: Steps) -> int | None:
     if result:
-        return result.peak_memory_bytes or None
-    return int(steps["memory_peak_bytes"].max(initial=0)) or None
+        return _bytes(result.peak_memory_bytes)
+    return _bytes(int(steps["memory_peak_bytes"].max(initial=0)))
+
+
+def _bytes(value: int | None) -> int | None:
+    return value if value and 0 < value < 2**63 else None
 
 
 def _try(read: Any, missing: list[str], name: str) -> Any:
@@ -243,6 +255,8 @@ def _foreign(about: ForeignRun) -> Flat:
 def _attempts(directory: RunDirectory) -> Iterator[Attempt]:
     for number in range(1, min(directory.attempt, 1000) + 1):
         attempt = RunDirectory.join(directory.path, number, 0)
+        if not attempt.attempt_path.is_dir():
+            continue
         yield Attempt(number, attempt.changes(), flat(attempt.environment()))
 
 

@@ -47,10 +47,9 @@ def _summary_row(run: Run, color: Html | None) -> tuple[Content, ...]:
     steps = f"{len(run.steps):,}, {skipped:,} skipped"
     if attempts > 1:
         steps += f", in {attempts} attempts"
-    planned = run.plan.memory.peak if run.plan and run.plan.memory else None
     memory = size_text(run.peak_memory_bytes) if run.peak_memory_bytes else "unknown"
-    if planned:
-        memory += f" ({size_text(planned)} planned)"
+    if run.planned_peak:
+        memory += f" ({size_text(run.planned_peak)} planned)"
     return (
         name, state, _metrics(run), steps,
         "unknown" if run.wall_seconds is None else f"{run.wall_seconds:,.1f}\u00a0s",
@@ -75,9 +74,18 @@ def _ended(run: Run) -> Content:
         return None
     told = [problem["message"] + (f" ({problem['hint']})" if problem["hint"] else "")
             for problem in result.problems]  # fmt: skip
-    if result.reason and result.reason not in told:
+    messages = [problem["message"] for problem in result.problems]
+    if result.reason and result.reason not in (*messages, "; ".join(messages)):
         told.insert(0, result.reason)
-    return element("p", element("b", run.label), ": ", "; ".join(told)) if told else None
+    return element("p", element("b", run.label), ": ", _marked("; ".join(told))) if told else None
+
+
+def _marked(text: str) -> Content:
+    """Text in which backticks stand around code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return text
+    return [element("code", part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def swatch(number: int, dash: int = 0) -> Html:
@@ -89,10 +97,10 @@ def attempts(runs: Sequence[Run]) -> Html | None:
     """Resumes, restarts and returns to checkpoints."""
     rows = [
         (run.label, _first_step(run, attempt.number), f"attempt {attempt.number} began",
-         "; ".join(attempt.changes) or "nothing was changed")
+         _marked("; ".join(attempt.changes) or "nothing was changed"))
         for run in runs for attempt in run.attempts if attempt.number > 1
     ] + [
-        (run.label, f"{row.step:,}", f"back to step {row.checkpoint:,}", row.reason)
+        (run.label, f"{row.step:,}", f"back to step {row.checkpoint:,}", _marked(row.reason))
         for run in runs for row in run.rollbacks
     ]  # fmt: skip
     if not rows:
@@ -109,10 +117,11 @@ def _first_step(run: Run, attempt: int) -> str:
 def findings(diagnoses: Sequence[Diagnosis]) -> Html:
     """Causes with evidence and fixes, the worst first."""
     if not diagnoses:
-        command = "mptrain diagnose RUN --verify --json > RUN/diagnosis.json"
         return element(
-            "p", "No diagnosis was given. ", element("code", command),
-            " looks for causes and tries their fixes; a report then shows them here.",
+            "p", "No diagnosis was given. ",
+            element("code", "mptrain diagnose RUN --verify --json > diagnosis.json"),
+            " looks for causes and tries their fixes; after ",
+            element("code", "mv diagnosis.json RUN/"), " a report shows them here.",
         )  # fmt: skip
     return together(*[_diagnosis(diagnosis) for diagnosis in diagnoses])
 
@@ -124,7 +133,7 @@ def _diagnosis(diagnosis: Diagnosis) -> Html:
     return element(
         "div",
         element("h3", diagnosis.label + of),
-        element("p", diagnosis.verdict or "No verdict."),
+        element("p", _marked(diagnosis.verdict or "No verdict.")),
         element("p", unread, class_="missing") if unread else None,
         [_finding(finding) for finding in ranked],
         class_="diagnosis",
@@ -148,11 +157,12 @@ def _finding(finding: Finding) -> Html:
             "h4", element("span", finding.severity, class_=f"badge {finding.severity}"), " ",
             element("code", finding.id), element("small", " " + ", ".join(where)),
         ),
-        element("p", finding.cause),
+        element("p", _marked(finding.cause)),
         element("ul", numbers, class_="numbers") if numbers else None,
         _suggestion(finding.suggestion, finding.verified),
+        _alternatives(finding.alternatives),
         [_tried(tried) for tried in finding.tried],
-        element("p", f"Not tried: {finding.not_tried}") if finding.not_tried else None,
+        element("p", "Not tried: ", _marked(finding.not_tried)) if finding.not_tried else None,
         element("p", f"Leads to: {follows}") if follows else None,
         class_=f"finding {finding.severity}",
     )  # fmt: skip
@@ -162,17 +172,29 @@ def _suggestion(suggestion: Suggestion | None, verified: bool | None) -> Html | 
     if suggestion is None:
         return None
     known = {True: "tried: it helps", False: "tried: it does not help", None: "not tried"}[verified]
+    tone = "good" if verified else "warning"
+    return together(
+        element("p", element("b", "Fix: "), _marked(suggestion.what), " ",
+                element("span", known, class_=f"badge {tone}")),
+        _change(suggestion),
+    )  # fmt: skip
+
+
+def _alternatives(others: Sequence[Suggestion]) -> Html | None:
+    if not others:
+        return None
+    listed = [element("li", _marked(other.what), _change(other)) for other in others]
+    return together(element("p", element("b", "Or, where that does not help:")),
+                    element("ul", listed))  # fmt: skip
+
+
+def _change(suggestion: Suggestion) -> Html | None:
     lines = [f"--set {shlex.quote(setting)}" for setting in suggestion.set]
     lines += (suggestion.code or "").splitlines()
     if suggestion.arguments:
         given = ", ".join(f"{name}={value!r}" for name, value in suggestion.arguments.items())
         lines.append(f"TrainingArguments({given})")
-    tone = "good" if verified else "warning"
-    return together(
-        element("p", element("b", "Fix: "), suggestion.what, " ",
-                element("span", known, class_=f"badge {tone}")),
-        element("pre", "\n".join(lines), tabindex=0) if lines else None,
-    )  # fmt: skip
+    return element("pre", "\n".join(lines), tabindex=0) if lines else None
 
 
 def _tried(tried: Verification) -> Html:
@@ -186,40 +208,43 @@ def _tried(tried: Verification) -> Html:
             f" {_value(tried.without.seconds_per_step)} s and "
             f"{_value(tried.with_it.seconds_per_step)} s per step."
         )
-    return element("p", element("b", "Tried: "), *parts)
+    return element("p", element("b", "Tried: "), _marked("".join(parts)))
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 2**53 else f"{value:.4g}"
 
 
 def types(run: Run) -> Html | None:
     """Planned and observed types of every module."""
     planned = {module.name: module for module in run.plan.modules} if run.plan else {}
+    foreign = {module.name: module for module in run.foreign.modules} if run.foreign else {}
     rows: list[tuple[Content, ...]] = []
-    for name in dict.fromkeys((*planned, *run.observed)):
-        plan, seen = planned.get(name), run.observed.get(name)
+    for name in dict.fromkeys((*planned, *foreign, *run.observed)):
+        plan, own = planned.get(name), foreign.get(name)
+        seen = run.observed.get(name) or own
         rows.append((
             name or "(the model itself)",
-            plan.type if plan else "",
+            plan.type if plan else own.type if own else "",
             *[
-                _both(getattr(plan, part) if plan else None, getattr(seen, part) if seen else None)
+                _both(getattr(plan, part, None), getattr(seen, part, None))
                 for part in ("stored", "computed", "gradient")
             ],
             plan.master if plan else "",
-            plan.why if plan else "not planned",
+            plan.why if plan else "not planned" if run.plan else "",
         ))  # fmt: skip
-    if not rows and run.foreign:
-        modules = run.foreign.modules
-        rows = [(m.name or "(the model itself)", m.type, m.stored, "", "", "", "") for m in modules]
     if not rows:
         return None
     header = ("module", "type", "stored", "computed", "gradient", "master", "why")
-    differ = sum("differs" in str(cell) for row in rows for cell in row)
+    differ = sum(isinstance(cell, Html) for row in rows for cell in row)
     told = "as planned" if not differ else f"{differ} differ from the plan"
-    if not run.observed:
+    if run.plan is None:
+        told = f"{'observed' if run.observed else 'not observed'}; nothing was planned"
+    elif not run.observed:
         told = "planned; no step was observed"
     return details(f"{run.label}: {len(rows)} modules, {told}", table(header, rows))
 
@@ -303,6 +328,6 @@ def _text(value: Any, deepest: int = 20) -> str:
 
 def _short(text: str) -> str:
     try:
-        return f"{float(text):.4g}" if "." in text or "e" in text else text
+        return _value(float(text)) if "." in text or "e" in text else text
     except ValueError:
         return text

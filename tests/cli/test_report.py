@@ -63,3 +63,28 @@ def test_it_imports_neither_torch_nor_bokeh_before_it_needs_to() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_a_report_is_made_of_is_never_written_over(mptrain: Run, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "run", steps=2)
+    diagnosis, link = tmp_path / "d.json", tmp_path / "link.html"
+    diagnosis.write_text('{"findings": []}')
+    link.symlink_to(run / "steps.jsonl")
+    for given, output in (
+        (run, run / "recipe.yaml"), (run, run / "attempts/1/environment.json"), (run, link),
+        (diagnosis, diagnosis),
+    ):  # fmt: skip
+        before = output.read_bytes()
+        outcome = mptrain("report", given, "-o", output)
+        assert (outcome.code, output.read_bytes()) == (2, before), outcome
+        assert "name another file" in outcome.err
+    assert mptrain("report", run, "-o", run / "report.html").code == 0
+
+
+def test_an_old_report_outlives_a_full_disk(mptrain_process: Run, tmp_path: Path) -> None:
+    made_up_run(tmp_path / "run", steps=2)
+    (tmp_path / "report.html").write_text("old")
+    outcome = mptrain_process("ulimit -f 200; trap '' XFSZ; mptrain report run")
+    assert (outcome.code, (tmp_path / "report.html").read_text()) == (7, "old"), outcome
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "run"]
+    assert mptrain_process("mptrain report run -o /dev/stdout | grep -c '<!doctype'").out == "1\n"

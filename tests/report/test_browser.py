@@ -162,3 +162,96 @@ def test_values_below_the_charts_are_those_at_the_cursor(tmp_path: Path, opened:
         r"at step 3: (2\^-\d+ [\d.]+% · ){5}\d+ smaller ones",
         page.inner_text('[data-chart="exponents"] .readout'),
     )
+
+
+def test_a_tensor_without_a_number_is_what_the_layers_begin_with(
+    tmp_path: Path, opened: Any
+) -> None:
+    path = made_up_run(tmp_path / "run", steps=4, sampled=2, layers=1)
+    rows = [json.loads(row) for row in (path / "layers.jsonl").read_text().splitlines()]
+    rows = [row | {"sampled": 1000, "lowest_exponent": -3, "exponents": [250]} for row in rows]
+    for row in rows:
+        if row["step"] == 3:
+            row |= {"nan": row["elements"], "zeros": 0, "lowest_exponent": None, "exponents": []}
+    (path / "layers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "report.html"
+    file.write_text(report_page(read_sources([path])))
+    page = opened(file).page
+    assert page.input_value("#layers-quantity") == "nonfinite"
+    cells = """([chart, key]) => {
+      const { data_source } = Bokeh.documents[0].roots().find((r) => r.name === chart).renderers[0];
+      return [...data_source.get(key)];
+    }"""
+    shares = page.evaluate(cells, ["exponents", "value"])
+    assert shares[0] == pytest.approx(0.25, rel=0.1) and math.isnan(shares[1])
+    assert page.evaluate(cells, ["exponents", "hatch"]) == [" ", "x"]
+    assert page.evaluate(cells, ["layers", "value"]) == [0, 1, 0, 1]
+    page.select_option("#layers-quantity", "zeros")
+    assert set(page.evaluate(cells, ["layers", "step"])) == {1}
+    page.fill("#cursor", "3")
+    told = page.inner_text('[data-chart="exponents"] .readout')
+    assert told == "at step 3: all values are NaN or infinite"
+
+
+def test_buttons_zoom_and_move_and_the_curves_fill_their_charts(
+    tmp_path: Path, opened: Any
+) -> None:
+    path = made_up_run(tmp_path / "run", steps=100, sampled=1, layers=1)
+    losses = [1000.0 if step < 50 else 2 + step / 100 for step in range(1, 101)]
+    rows = [step_row(n + 1, loss=loss) + "\n" for n, loss in enumerate(losses)]
+    (path / "steps.jsonl").write_text("".join(rows))
+    (path / "evals.jsonl").unlink()
+    file = tmp_path / "report.html"
+    file.write_text(report_page(read_sources([path])))
+    page = opened(file).page
+    model = "const m = Bokeh.documents[0].get_model_by_name('loss')"
+
+    def pressed(key: str) -> tuple[list[float], list[float]]:
+        page.click(f'[data-zoom="{key}"]')
+        return tuple(page.evaluate(f"() => {{ {model}; return [m.x_range, m.y_range]"
+                                   ".map((r) => [r.start, r.end]); }"))  # fmt: skip
+
+    whole, high = pressed("all")
+    assert high[0] < 0.5 and high[1] > 1000
+    page.fill("#cursor", "80")
+    near, low = pressed("in")
+    assert near[1] - near[0] == pytest.approx((whole[1] - whole[0]) / 2)
+    near, low = pressed("in")
+    assert near[0] > 50 and 2.5 < low[0] < low[1] < 3.1
+    later, _ = pressed("right")
+    assert later[0] > near[0]
+    earlier, _ = pressed("left")
+    assert earlier == pytest.approx(near)
+    page.eval_on_selector(
+        '[data-zoom="in"]', "(b) => { for (let n = 0; n < 60; n += 1) b.click(); }"
+    )
+    least, _ = pressed("in")
+    assert least[1] - least[0] == 1
+    assert pressed("all") == (whole, high)
+
+    plot = page.locator('[data-chart="loss"] .plot')
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 80)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 90, steps=5)
+    page.mouse.up()
+    page.wait_for_function(
+        f"() => {{ {model}; return m.x_range.start > 60 && m.y_range.end < 4; }}"
+    )
+
+
+def test_charts_follow_the_theme(report: Path, opened: Any) -> None:
+    page = opened(report, scheme="dark").page
+    axis = "() => Bokeh.documents[0].get_model_by_name('loss').left[0].major_label_text_color"
+    text = "() => getComputedStyle(document.documentElement).getPropertyValue('--text')"
+    assert page.evaluate(axis) == page.evaluate(text) == "#e4e9ef"
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"() => ({axis})() === '#1b1f24'")
+    page.emulate_media(color_scheme="dark")
+    plot = page.locator('[data-chart="layers"] .plot')
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 40)
+    tooltip = page.wait_for_selector(".bk-Tooltip")
+    assert tooltip.evaluate("(t) => getComputedStyle(t).backgroundColor") == "rgb(26, 32, 40)"

@@ -7,10 +7,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpcli.records import ForeignModule, ForeignRun, ModulePrecision, Plan, PlanWarning, strict_json
@@ -117,7 +119,7 @@ def hostile_sources(folder: Path) -> list[Path]:
         file.write(step_row(41, attempt=2) + "\n" + STRINGS[0] + "\n")
     evaluation = {"step": 20, "attempt": 1, "loss": 1.0, "ema": False, "seconds": 1.0}
     with (ours / "evals.jsonl").open("a") as file:
-        file.write(json.dumps(evaluation | dict.fromkeys(STRINGS[:5], 0.5)) + "\n")
+        file.write(json.dumps(evaluation | dict.fromkeys(STRINGS[::5], 0.5)) + "\n")
     rollback = {"step": 9, "attempt": 1, "checkpoint": 4}
     (ours / "rollbacks.jsonl").write_text(
         "".join(
@@ -229,8 +231,17 @@ def _hostile_finding(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The report of hostile sources."""
-    return report_page(read_sources(hostile_sources(tmp_path_factory.mktemp("hostile"))))
+    """The report of hostile sources, each of the strings a run's, a sweep's, a diagnosis's name."""
+    folder = tmp_path_factory.mktemp("hostile")
+    found = read_sources(hostile_sources(folder))
+    (bare,) = read_sources([made_up_run(folder / "bare", steps=1)]).runs
+    bare = replace(bare, steps=bare.steps.at(np.zeros(0, np.intp)), evaluations=())
+    (sweep,), (diagnosis,) = found.sweeps, found.diagnoses
+    for text in STRINGS:
+        found.runs.append(replace(bare, label=text))
+        found.sweeps.append(replace(sweep, label=text, kind=text, recommended={}, rows=()))
+        found.diagnoses.append(replace(diagnosis, label=text, of=text[::-1], findings=()))
+    return report_page(found)
 
 
 def test_no_string_becomes_markup(page: str) -> None:

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from mpcli.comparison.sides import read_run
 from mpcli.recipe.errors import UserError
+from mpcli.records import ForeignModule, ForeignRun
 from mpcli.report import tables
 from mpcli.report.markup import together
 from mpcli.report.page import report_page
 from mpcli.report.sources import Sources, read_sources
-from tests.report.synthetic import finding, made_up_run, step_row
+from tests.report.synthetic import finding, made_up_run, result, step_row
+from tests.report.test_charts import MEMORY
+from tests.synthetic_runs import plan
 
 FILES = (
     "steps.jsonl", "layers.jsonl", "evals.jsonl", "rollbacks.jsonl", "result.json", "recipe.yaml",
@@ -246,3 +249,90 @@ def test_other_files_are_refused(tmp_path: Path, content: str, told: str) -> Non
     file.write_text(content)
     with pytest.raises(UserError, match=told):
         read_sources([file])
+
+
+def test_what_was_seen_is_held_against_what_was_planned(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    (path / "attempts/1/plan.json").write_text(plan(mode="fp16").to_json())
+    seen = {
+        "conv": {"stored": "fp32", "computed": "fp32", "gradient": "fp32"},
+        "norm": {"stored": "fp32", "computed": "fp32", "gradient": "fp32"},
+    }
+    (path / "attempts/1/observed.json").write_text(json.dumps(seen))
+    page = said(read_sources([path]))
+    assert '<span class="differs">fp32, planned fp16</span>' in page
+    assert "2 modules, 1 differ from the plan" in page
+
+
+def test_types_of_a_loop_of_somebody_else_are_not_planned(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    module = ForeignModule(name="head", type="Linear", parameters=1, stored="fp32")
+    about = ForeignRun(
+        loop="pytorch", model="Net", parameters=1, optimizer="SGD", every=1, modules=(module,),
+        scaler=None, settings={},
+    )  # fmt: skip
+    (path / "foreign.json").write_text(about.to_json())
+    assert "1 modules, not observed; nothing was planned" in said(read_sources([path]))
+    seen = {"head": {"stored": "fp32", "computed": "fp16", "gradient": "fp32"}}
+    (path / "attempts/1/observed.json").write_text(json.dumps(seen))
+    page = said(read_sources([path]))
+    assert "1 modules, observed; nothing was planned" in page
+    assert "<td>Linear</td><td>fp32</td><td>fp16</td><td>fp32</td>" in page
+
+
+def test_fixes_that_were_tried_and_others_are_told(tmp_path: Path) -> None:
+    arm = {
+        "steps": 1, "skipped": 0, "loss": 1.0, "symptom": 0.5, "seconds_per_step": 1.0,
+        "peak_memory_bytes": 1,
+    }  # fmt: skip
+    one, other = ({"what": f"set `{name}`", "set": [f"{name}=1"]} for name in ("first", "second"))
+    tried = {
+        "suggestion": one, "fixed": True, "why": "less is lost", "symptom": "share",
+        "checkpoint": None, "without": arm, "with_it": arm | {"symptom": 0.25},
+    }  # fmt: skip
+    told = finding(
+        suggestion=one, alternatives=[other], tried=[tried], evidence={"loss_scale": 2.0**24}
+    )
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"verdict": "bad", "findings": [told]}))
+    page = said(read_sources([file]))
+    assert "Tried: </b>set <code>first</code>: helps. less is lost" in page
+    assert "share: 0.5 without it, 0.25 with it" in page
+    assert '<li>set <code>second</code><pre tabindex="0">--set second=1</pre></li>' in page
+    assert "loss scale: 16,777,216" in page
+
+
+def test_why_a_run_ended_is_told_once(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    problems = [
+        {"file": None, "line": None, "column": None, "path": None, "message": why, "hint": "help",
+         "severity": "error", "finding": None}
+        for why in ("it diverged", "it broke")
+    ]  # fmt: skip
+    ended = result(2, status="diverged", exit_code=5, reason="it diverged; it broke",
+                   problems=problems)  # fmt: skip
+    (path / "result.json").write_text(json.dumps(ended))
+    assert "</b>: it diverged (help); it broke (help)</p>" in said(read_sources([path]))
+
+
+def test_memory_that_no_machine_has_is_unknown(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    (path / "result.json").write_text(json.dumps(result(2, peak_memory_bytes=10**400)))
+    told = plan(memory=MEMORY.model_copy(update={"peak": 10**400}))
+    (path / "attempts/1/plan.json").write_text(told.to_json())
+    page = report_page(read_sources([path]))
+    assert "<td>unknown</td><td>fp16</td>" in page
+
+
+def test_attempts_that_are_not_there_do_not_count(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    (path / "attempts" / "999999999").mkdir()
+    (found,) = read_sources([path]).runs
+    assert [attempt.number for attempt in found.attempts] == [1]
+
+
+def test_a_copy_of_the_diagnosis_beside_a_run_is_shown_once(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=2)
+    for file in (tmp_path / "copy.json", path / "diagnosis.json"):
+        file.write_text(json.dumps({"verdict": "bad", "findings": [finding()]}))
+    assert len(read_sources([tmp_path / "copy.json", path]).diagnoses) == 1

@@ -92,3 +92,18 @@ def test_a_step_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     steps = read_steps(RunDirectory.read(path), Counter())
     assert list(steps["step"]) == [1, 2, 3]
     assert steps["loss"][1] == 9
+
+
+def test_of_a_tensor_without_a_number_only_that_is_shown(tmp_path: Path) -> None:
+    path = made_up_run(tmp_path / "run", steps=1, sampled=1, layers=1)
+    row = json.loads((path / "layers.jsonl").read_text().splitlines()[0])
+    about = {"elements": 4, "zeros": 0, "max": 0, "lowest_exponent": None, "exponents": []}
+    counts = [(4, 0), (3, 1), (3, 0)]
+    rows = [row | about | {"name": str(n), "nan": nan, "inf": inf, "max": math.inf if inf else 0}
+            for n, (nan, inf) in enumerate(counts)]  # fmt: skip
+    (path / "layers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = read_layers(RunDirectory.read(path), Counter()).packed(10)
+    whole, infinite, partly = (tensor["quantities"] for tensor in packed)
+    assert whole == {"nonfinite": "1"}
+    assert infinite == {"nonfinite": "1", "overflow": "0", "range": "inf"}
+    assert (partly["nonfinite"], partly["zeros"], partly["range"]) == ("0.75", "0", "0")
