@@ -57,11 +57,12 @@ def report(
 
 
 def _keep_inputs(file: Path, given: list[Path]) -> None:
-    """Refuse to write over what a report is made of."""
+    """Refuse to write over what a report is made of, which no page is."""
     real = Path(os.path.realpath(file))
+    is_page = real.suffix == ".html"
     for path in given:
         source = Path(os.path.realpath(path))
-        if real == source or (real.exists() and source in real.parents):
+        if real == source or (real.exists() and source in real.parents and not is_page):
             what = f"--output {file}: is what {path} is read from"
             raise user_error(what, "name another file")
 
