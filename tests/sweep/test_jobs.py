@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -71,17 +70,19 @@ def test_trials_are_given_the_gpus_that_the_command_may_use(
 
 
 class Stillborn:
-    """A process that dies before it has taken a cell."""
+    """What is known of a process that died before it had taken a cell."""
 
     trial_id = error = None
 
     def __init__(self, work: object) -> None:
-        self.process = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
-        self.process.start()
-        self.process.join()
+        ended, alive = os.pipe()
+        os.close(alive)
+        self.process = mock.Mock(sentinel=ended, exitcode=9)
 
     def listen(self) -> None: ...
-    def close(self) -> None: ...
+
+    def close(self) -> None:
+        os.close(self.process.sentinel)
 
 
 def test_a_sweep_whose_processes_die_at_once_ends(
