@@ -18,6 +18,7 @@ import pytest
 from mpcli.report.page import report_page
 from mpcli.report.sources import read_sources
 from mpcli.rundir import RunDirectory
+from tests.report.conftest import Page
 from tests.report.synthetic import made_up_run, step_row
 from tests.small import RECIPE, resume_small, run_small
 
@@ -65,6 +66,12 @@ def test_every_chart_has_data_and_nothing_complains(
     report: Path, opened: Any, width: int, scheme: str
 ) -> None:
     shown = opened(report, width, scheme)
+    check_page(shown, report)
+    shown.page.screenshot(path=report.parent / f"{width}-{scheme}.png", full_page=True)
+
+
+def check_page(shown: Page, file: Path) -> None:
+    """All charts of a run with a skip, a resume and a storm of skips are there, with their data."""
     points = shown.page.evaluate(POINTS)
     assert set(points) == CHARTS
     assert all(counts and all(counts) for counts in points.values()), points
@@ -75,14 +82,14 @@ def test_every_chart_has_data_and_nothing_complains(
     )
     assert {"loss scale", "skipped steps", "resumed or restarted"} <= set(names)
     assert "skip-storm" in shown.page.inner_text(".finding")
-    shown.page.screenshot(path=report.parent / f"{width}-{scheme}.png", full_page=True)
+    width = shown.page.viewport_size["width"]
     assert shown.page.evaluate("() => document.documentElement.scrollWidth") <= width
     assert not shown.complaints
-    assert shown.requests == [report.as_uri()]
+    assert shown.requests == [file.as_uri()]
 
 
-def test_a_keyboard_reaches_and_works_every_control(report: Path, opened: Any) -> None:
-    page = opened(report).page
+def check_keyboard(page: Any) -> None:
+    """The tabulator key gets to every control."""
     controls = "input, select, button, summary"
     page.evaluate(
         "(controls) => document.querySelectorAll(controls).forEach((c, n) => c.id ||= `c${n}`)",
@@ -94,6 +101,11 @@ def test_a_keyboard_reaches_and_works_every_control(report: Path, opened: Any) -
         page.keyboard.press("Tab")
         reached.add(page.evaluate("() => document.activeElement.id"))
     assert wanted <= reached
+
+
+def test_a_keyboard_reaches_and_works_every_control(report: Path, opened: Any) -> None:
+    page = opened(report).page
+    check_keyboard(page)
 
     page.focus("#cursor")
     for _ in range(11):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import MPTRAIN
 from tests.report.conftest import chromium, opened
-from tests.report.test_browser import CHARTS, DRAWN, POINTS
+from tests.report.test_browser import check_keyboard, check_page
 from tests.verify.page import ROOT, run
 
 pytestmark = pytest.mark.verify
@@ -42,12 +42,7 @@ def test_cifar10_with_a_skip_a_resume_and_a_finding(
     subprocess.run([MPTRAIN, "report", folder, "-o", page], check=True)
     for width, scheme in ((1600, "light"), (1600, "dark"), (800, "light"), (800, "dark")):
         shown = opened(page, width, scheme)
-        points = shown.page.evaluate(POINTS)
-        assert set(points) == CHARTS
-        assert all(counts and all(counts) for counts in points.values()), points
-        assert all(shown.page.evaluate(DRAWN))
-        assert shown.page.locator(".finding").count() >= 1
-        assert not shown.complaints
-        assert shown.requests == [page.as_uri()]
+        check_page(shown, page)
+        check_keyboard(shown.page)
         shown.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
     assert ROOT not in page.parents
