@@ -24,6 +24,7 @@ from mpcli.signals import held
 
 if TYPE_CHECKING:
     from mpcli.recipe.load import LoadedRecipe
+    from mpcli.recipe.precision import Mode
     from mpcli.records import Plan, Status
     from mpcli.sweep.asked import Asked
     from mpcli.sweep.cells import Cell
@@ -99,9 +100,9 @@ def loss_scale(
     """Predict and measure what the loss scale does; recommend one."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import check_installed, start_server
+    from mpcli.sweep.jobs import start_server
 
-    check_installed()
+    _check_first(output)
 
     wanted = ask.SCALES if values is None else ask.scales(values)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
@@ -109,6 +110,8 @@ def loss_scale(
     start_server()
     planned, warnings = planned_for(loaded, strict=strict)
     length = steps or ask.short_steps(planned.steps)
+    if length != (steps or planned.steps):
+        _tell(f"each run has {length} of the recipe's {planned.steps:,} steps; `--steps` says else")
     asked = ask.loss_scale_sweep(loaded.recipe, wanted, steps=length, seeds=seeds)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     _check(loaded, asked.cells, sweep.folder)
@@ -160,11 +163,12 @@ def precision(
     """Compare modes: accuracy, time and memory, same seeds."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import check_installed, start_server
+    from mpcli.sweep.jobs import start_server
 
-    check_installed()
+    _check_first(output)
 
     wanted = ask.MODES if modes is None else ask.modes(modes)
+    _check_several(wanted)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
     start_server()
     planned, warnings = planned_for(loaded, strict=strict)
@@ -175,10 +179,7 @@ def precision(
             _tell(f"{mode} is left out: {problems[0].what}")
         left = [mode for mode in wanted if mode not in refused]
         asked = ask.precision_sweep(loaded.recipe, left, steps=steps, seeds=seeds)
-    if len({cell.label for cell in asked.cells}) < 2:
-        raise user_error(
-            "one mode has nothing to be beside", "name two or more: `--modes fp32,fp16`"
-        )
+        _check_several(left)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     plans = _check(loaded, asked.cells, sweep.folder, strict=strict, memory=True)
     # What a process has on a CPU is libraries more than anything.
@@ -221,9 +222,9 @@ def grid(
     """Run every combination of values and rank them."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import check_installed, start_server
+    from mpcli.sweep.jobs import start_server
 
-    check_installed()
+    _check_first(output)
 
     wanted = ask.grid(over, overrides)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
@@ -246,6 +247,25 @@ def grid(
     _end(result, as_json=as_json)
 
 
+def _check_several(modes: Sequence[Mode]) -> None:
+    if len(set(modes)) < 2:
+        hint = "name two or more: `--modes fp32,fp16`"
+        raise user_error("one mode has nothing to be beside", hint)
+
+
+def _check_first(output: str | None) -> None:
+    """What can be said before anything is read or imported.
+
+    Raises:
+        UserError: exit 2, `--output` names nothing; 3, Optuna is not installed.
+    """
+    from mpcli.sweep.jobs import check_installed
+
+    check_installed()
+    if output == "":
+        raise user_error("`--output` names no folder", "leave it out, or name a new folder")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "loss-scale": loss_scale,
     "precision": precision,
@@ -254,11 +274,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class _Sweep:
-    """A sweep that is asked for, and where it is.
-
-    Raises:
-        UserError: exit 2, `--output` names nothing.
-    """
+    """A sweep that is asked for, and where it is."""
 
     def __init__(
         self,
@@ -271,8 +287,6 @@ class _Sweep:
     ) -> None:
         from mpcli.sweep.folder import SweepFolder, identity
 
-        if output == "":
-            raise user_error("`--output` names no folder", "leave it out, or name a new folder")
         name = f"sweep-{asked.kind}-{identity(loaded, asked.record)}"
         self.folder = Path("runs") / loaded.recipe.name / name if output is None else Path(output)
         self._files = SweepFolder(self.folder)

@@ -120,11 +120,6 @@ class SweepFolder:
                 sync(self.path)
         return about
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether it has its result."""
-        return (self.path / "result.json").exists()
-
     def write_result(self, result: SweepResult) -> None:
         """Whole, or not at all.
 

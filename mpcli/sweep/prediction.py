@@ -44,6 +44,7 @@ class Prediction:
         self.histograms = [one for one in histograms if one.counts]
         self._elements = np.array([one.elements * (1 - one.zeros) for one in self.histograms])
         self._max = np.array([one.max for one in self.histograms])
+        self._known: dict[float, NDArray[np.float64]] = {}
 
     @cached_property
     def _exponents(self) -> NDArray[np.float64]:
@@ -107,7 +108,12 @@ class Prediction:
         ]
 
     def _by_layer(self, scale: float) -> NDArray[np.float64]:
-        """[tensors, 3]: underflow, subnormal, overflow."""
+        """[tensors, 3]: underflow, subnormal, overflow; computed once, but asked for often."""
+        if scale not in self._known:
+            self._known[scale] = self._judged(scale)
+        return self._known[scale]
+
+    def _judged(self, scale: float) -> NDArray[np.float64]:
         scales = np.full(len(self.histograms), math.log2(scale))
         if self._sources:
             weights, outputs = map(list, zip(*self._sources, strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mpcli.cli import sweep
 from mpcli.sweep import jobs
 from mpcli.sweep.folder import SweepFolder
 from mpcli.sweep.recommendation import LossScaleSweep
@@ -55,6 +56,7 @@ class Sweeps:
     """What was asked of `run_sweep`; and, by label, what its results have that others have not."""
 
     asked: list[dict[str, Any]] = field(default_factory=list)
+    servers: list[str] = field(default_factory=list)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ def sweeps(monkeypatch, tmp_path):
         return [made_up(cell, **seen.about.get(cell.label, {})) for cell in cells]
 
     monkeypatch.setattr(jobs, "run_sweep", run_sweep)
-    monkeypatch.setattr(jobs, "start_server", lambda: None)
+    monkeypatch.setattr(jobs, "start_server", lambda: seen.servers.append("begins to import"))
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -126,6 +128,7 @@ def test_loss_scale_asks_for_every_scale_and_confirms_what_it_recommends(mptrain
     outcome = mptrain("sweep", "loss-scale", recipe, "--values", "1,2^8", "--jobs", "2")
     assert outcome.code == 0, outcome.err
     first, second = sweeps.asked
+    assert "each run has 3 of the recipe's 6 steps; `--steps` says else\n" in outcome.err
     assert [cell.label for cell in first["cells"]] == ["fp32", "scale=1", "scale=256"]
     assert [cell.label for cell in second["cells"]][3:] == ["recommended"]
     assert first["jobs"] == 2 and first["storage"] is None
@@ -334,6 +337,42 @@ def test_a_mode_that_was_asked_for_and_cannot_be_is_an_error(mptrain, recipe, sw
     assert outcome.code == 2
     assert "with `fp16-pure`" in outcome.err
     assert not sweeps.asked
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("loss-scale",), ("precision", "--modes", "fp32,fp16"), ("grid", "--over", "optim.lr=1,2")],
+)
+def test_processes_begin_to_import_beside_the_planning(
+    mptrain, recipe, sweeps, monkeypatch, command
+):
+    plan = sweep.planned_for
+    planned = []
+
+    def planned_for(*arguments, **options):
+        planned.append(len(sweeps.servers))
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(sweep, "planned_for", planned_for)
+    kind, *options = command
+    assert mptrain("sweep", kind, recipe, *options).code == 0
+    assert planned and set(planned) == {1}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("loss-scale", "--output", ""),
+        ("loss-scale", "--set", "precision.mode=fp32"),
+        ("precision", "--modes", "fp16"),
+        ("grid", "--over", "optim.lr"),
+        ("grid", "--over", "optim.lr=1,2", "--set", "optim.l=1"),
+    ],
+)
+def test_a_mistake_starts_no_process(mptrain, recipe, sweeps, command):
+    kind, *options = command
+    assert mptrain("sweep", kind, recipe, *options).code == 2
+    assert not sweeps.servers
 
 
 def test_one_mode_is_no_comparison(mptrain, recipe, sweeps):

@@ -15,7 +15,9 @@ from optuna.trial import TrialState
 
 from mpcli.recipe.errors import Exit, UserError
 from mpcli.sweep import jobs
+from mpcli.sweep.folder import SweepFolder
 from mpcli.sweep.jobs import _gpus, run_sweep
+from mpcli.sweep.study import Claim
 from tests.small import small_recipe
 from tests.sweeps import (
     CELLS,
@@ -69,6 +71,26 @@ def test_trials_are_given_the_gpus_that_the_command_may_use(
     assert _gpus(ddp) == []  # takes several itself
 
 
+@pytest.mark.parametrize("gpu", ["7", None])
+def test_a_trial_sees_its_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str | None
+) -> None:
+    files, seen = SweepFolder(tmp_path / "sweep"), []
+    about = files.prepare(small_recipe(tmp_path), "grid", {})
+    work = jobs._Work(files, about.name, None, (1, 3), "grid", CELLS, None, threads=1, gpu=gpu)
+    work.study().revive(CELLS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(jobs, "_print_to", lambda path: None)
+
+    def run_trial(claim: Claim, *_: object) -> None:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        claim.give_back()
+
+    monkeypatch.setattr("mpcli.sweep.trial.run_trial", run_trial)
+    assert jobs._run(work, mock.Mock()) == Exit.DONE
+    assert seen == [gpu or "5,7"]
+
+
 class Stillborn:
     """What is known of a process that died before it had taken a cell."""
 
@@ -106,6 +128,7 @@ def test_two_processes_join_one_study_in_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     with sweeping(folder, STEPS, jobs=1) as one, sweeping(folder, STEPS, jobs=1) as other:
         wait_for(folder, "trials/*/steps.jsonl", one)
+        assert "libtorch_cpu" in server_of(one)
         kill_a_trial(folder, one, other)
         first, second = finished(one), finished(other)
     assert first == second
@@ -116,6 +139,14 @@ def test_two_processes_join_one_study_in_a_folder(tmp_path: Path) -> None:
     assert [t.state for t in study.optuna.trials].count(TrialState.FAIL) == 1
     assert sorted(attempts for attempts, _ in done_runs(folder).values()) == [1, 1, 1, 2]
     assert gone(folder)
+
+
+def server_of(sweep: subprocess.Popen[str]) -> str:
+    """What the process has in its memory that the trials are forked from."""
+    children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    found = [pid for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (server,) = found
+    return Path(f"/proc/{server}/maps").read_text()
 
 
 def kill_a_trial(folder: Path, *sweeps: subprocess.Popen[str]) -> None:

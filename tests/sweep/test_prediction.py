@@ -142,24 +142,28 @@ def test_rounding_takes_energy_away_and_adds_some(lowest: float) -> None:
 
 def test_a_weights_gradient_follows_what_rounding_makes_of_its_modules_output() -> None:
     weights = histogram(torch.full((50,), 2.0**-25 * 1.1), "layer.weight")
+    normal = histogram(torch.full((50,), 2.0**-14 * 1.1), "layer.weight")
 
-    def weights_lose(*outputs: tuple[int, float], scale: float = 1.0) -> float:
+    def behind(
+        weights: GradientHistogram, *outputs: tuple[int, float], scale: float = 1.0
+    ) -> Fractions:
         values = torch.cat([torch.full((number,), value * 1.5) for number, value in outputs])
         output = histogram(values, "layer").model_copy(update={"tensor": "grad_output"})
         first, second = Prediction([output, weights]).layers(scale)
         assert first.tensor == "grad_output"
-        return second.fractions.underflow
+        return second.fractions
 
     assert Prediction([weights]).layers(1.0)[0].fractions.underflow == 0.0
     # Of the bin from 2^-24 on, three in two become 2^-24 and the rest 2^-23.
     rounded = (math.log2(1.5) + 4 * math.log2(4 / 3)) / (3 / (2 * math.log(2)))
     kept = rounded * 16 * 100 / (16 * 100 + 300)  # 300 are lost
     # Spread over their bin, those below 1 / sqrt(kept) are lost.
-    fewer = weights_lose((300, 2.0**-26), (100, 2.0**-24))
-    assert fewer == pytest.approx(-math.log2(kept) / 2)
-    assert weights_lose((300, 2.0**-26), (100, 2.0**-24), scale=0.1) == 1.0
+    outputs = (300, 2.0**-26), (100, 2.0**-24)
+    assert behind(weights, *outputs).underflow == pytest.approx(-math.log2(kept) / 2)
+    assert behind(normal, *outputs).subnormal == pytest.approx(-math.log2(kept) / 2)
+    assert behind(weights, *outputs, scale=0.1).underflow == 1.0
     # All of an output are rounded up: its weights' gradients grow, and half a scale is enough.
-    assert 0 < weights_lose((9, 2.0**-24), scale=0.5) < 0.6
+    assert 0 < behind(weights, (9, 2.0**-24), scale=0.5).underflow < 0.6
     assert Prediction([weights]).layers(0.5)[0].fractions.underflow == 1.0
 
 
@@ -204,7 +208,7 @@ def gradients(seed: int, scale: float, half: bool) -> dict[Key, Tensor]:
 
 
 def test_where_fp16_rounds_once_a_plain_stack_loses_what_is_predicted() -> None:
-    """In total at scales that lose from 4% to two thirds of all values, in layers up to 40%."""
+    """At scales that lose from 4% to two thirds of all values, in total and of each layer."""
     for seed in range(3):
         exact = gradients(seed, 1.0, half=False)
         prediction = Prediction([histogram_of_tensor(values, key) for key, values in exact.items()])
@@ -215,10 +219,11 @@ def test_where_fp16_rounds_once_a_plain_stack_loses_what_is_predicted() -> None:
             total = sum(lost.values()) / sum(int(one.sum()) for one in there.values())
             assert prediction.total(scale).underflow == pytest.approx(total, rel=0.1)
             for layer in prediction.layers(scale):
-                if layer.elements > 1000 and scale > 1:
+                if layer.elements > 1000:
                     key = Key(layer.module, layer.tensor, layer.name)
                     measured = lost[key] / int(there[key].sum())
-                    assert layer.fractions.underflow == pytest.approx(measured, abs=0.04), key
+                    within = 0.04 if scale > 1 else 0.15  # without the outputs' energy: 0.36
+                    assert layer.fractions.underflow == pytest.approx(measured, abs=within), key
 
 
 def test_where_an_output_loses_all_the_weights_gradient_is_zero() -> None:
