@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-APT = ["apt-get", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
+from tests.debian import program
 
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium; the test is skipped where there is none and apt cannot install it."""
-    import fcntl
-
     from playwright.sync_api import sync_playwright
 
-    # Only one process of pytest-xdist installs it.
-    with (tmp_path_factory.getbasetemp().parent / "chromium.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if shutil.which("chromium") is None:
-            if shutil.which("apt-get") is None:
-                pytest.skip("needs chromium, and there is no apt-get to install it")
-            subprocess.run(["apt-get", "update"], check=False, capture_output=True, timeout=300)
-            done = subprocess.run(APT, check=False, capture_output=True, timeout=300)
-            if done.returncode:
-                pytest.skip(f"needs chromium; apt-get: {done.stderr.decode()[-200:]}")
+    lock = tmp_path_factory.getbasetemp().parent / "chromium.lock"
+    path = program(lambda: shutil.which("chromium"), lock, "chromium", "fonts-dejavu-core")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 

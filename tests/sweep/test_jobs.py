@@ -18,6 +18,7 @@ from mpcli.sweep import jobs
 from mpcli.sweep.folder import SweepFolder
 from mpcli.sweep.jobs import _gpus, run_sweep
 from mpcli.sweep.study import Claim
+from tests.debian import program
 from tests.small import small_recipe
 from tests.sweeps import (
     CELLS,
@@ -183,12 +184,13 @@ def test_a_stopped_sweep_leaves_checkpoints(
 @pytest.fixture
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a database of its own, which only this machine can reach."""
-    initdb = shutil.which("initdb") or next(
-        map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None
-    )
-    if initdb is None:
-        pytest.skip("PostgreSQL is not on this machine")
-    programs = Path(initdb).resolve().parent
+
+    def initdb() -> str | None:
+        there = map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))  # Debian's place
+        return shutil.which("initdb") or next(there, None)
+
+    lock = tmp_path_factory.getbasetemp().parent / "postgresql.lock"
+    programs = Path(program(initdb, lock, "postgresql")).resolve().parent
     home = Path("/tmp") / f"mptrain-postgres-{os.getpid()}"  # a socket's path is short
     home.mkdir(mode=0o700)
     user: list[str] = []
