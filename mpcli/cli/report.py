@@ -38,12 +38,11 @@ def report(
     if "" in (*(paths or ()), output):
         raise user_error("a path is empty", "`mptrain report --help` shows the usage")
     file = Path(output)
-    if file.is_dir():
-        raise user_error(f"--output {output}: is a folder", "name a file, such as report.html")
-    if not file.parent.is_dir():
-        raise user_error(f"--output {output}: no such folder", f"make {file.parent} first")
     given = [Path(path) for path in paths] if paths else [newest_run()]
-    _keep_inputs(file, given)
+    try:
+        _check_output(file, given)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise user_error(f"--output {output}: {error.strerror}", "name another file") from error
     page = report_page(read_sources(given)).encode("utf-8", "backslashreplace")
     try:
         _write(file, page)
@@ -56,15 +55,25 @@ def report(
         write(f"wrote {output} ({size_text(size)})")
 
 
+def _check_output(file: Path, given: list[Path]) -> None:
+    if file.is_dir():
+        raise user_error(f"--output {file}: is a folder", "name a file, such as report.html")
+    if not file.parent.is_dir():
+        raise user_error(f"--output {file}: no such folder", f"make {file.parent} first")
+    _keep_inputs(file, given)
+
+
 def _keep_inputs(file: Path, given: list[Path]) -> None:
     """Refuse to write over what a report is made of, which no page is."""
     real = Path(os.path.realpath(file))
     is_page = real.suffix == ".html"
     for path in given:
         source = Path(os.path.realpath(path))
-        if real == source or (real.exists() and source in real.parents and not is_page):
-            what = f"--output {file}: is what {path} is read from"
-            raise user_error(what, "name another file")
+        if real == source:
+            raise user_error(f"--output {file}: is what a report reads", "name another file")
+        if real.exists() and source in real.parents and not is_page:
+            what = f"--output {file}: lies in {path}, which a report reads"
+            raise user_error(what, "name an `.html`, or a file in another folder")
 
 
 def _write(file: Path, page: bytes) -> None:

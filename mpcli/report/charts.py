@@ -207,7 +207,7 @@ class StepCharts:
         note: str | None = None,
     ) -> Chart:  # fmt: skip
         plot = _figure(key, log=log, base=base, x_range=self.steps, x_axis_label="step")
-        plot.add_tools(CrosshairTool(overlay=self.cursor))
+        plot.add_tools(BoxZoomTool(dimensions="width"), CrosshairTool(overlay=self.cursor))
         return Chart(key, title, plot, log=log, note=note)
 
     def _curve(self, chart: Chart, column: str, words: str, **style: Any) -> None:
@@ -377,7 +377,7 @@ def _figure(key: str, *, log: bool | None, base: int = 10, **options: Any) -> fi
         y_range=Range1d(start=1, end=2),  # the script fits it to what is seen
         border_fill_color=None,  # the page's
         height=_HEIGHT, sizing_mode="stretch_width", toolbar_location=None, name=key,
-        tools=[BoxZoomTool(dimensions="width")], **options,
+        tools=[], **options,
     )  # fmt: skip
     plot.xaxis.formatter = BasicTickFormatter(use_scientific=False)
     plot.min_border_right = 20

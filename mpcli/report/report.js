@@ -21,6 +21,8 @@ async function main() {
   useTheme(charts);
   connectSeries(figures);
   connectAxes(figures);
+  // A double tap would undo a zoom, to ranges from before those of this script.
+  for (const figure of figures.values()) figure.toolbar.gestures.doubletap.active = null;
   // Later, for Bokeh's own zoom puts back the other axis after this one.
   const fitAll = () => queueMicrotask(() => { for (const figure of figures.values()) fit(figure); });
   charts.get_model_by_name("steps")?.change.connect(fitAll);
@@ -99,7 +101,7 @@ function connectAxes(figures) {
   }
 }
 
-/** Give a chart the range of what is seen of its curves, or leads to it from beside. */
+/** Give a chart the range of its points that are seen, and of those that a line goes to from there. */
 function fit(figure) {
   if (MAPS.includes(figure.name)) return;
   const isLog = figure.y_scale.type === "LogScale";
@@ -112,7 +114,10 @@ function fit(figure) {
     const [steps, values] = ["step", column].map((key) => renderer.data_source.get(key));
     for (let index = Math.max(0, lastUpTo(steps, start)); index < steps.length; index += 1) {
       const value = values[index];
-      if (Number.isFinite(value) && !(isLog && value <= 0)) {
+      const inside = steps[index] < start ? index + 1 : steps[index] > end ? index - 1 : index;
+      const isDrawn = inside === index
+        || (renderer.glyph.type !== "Scatter" && Number.isFinite(values[inside]));
+      if (isDrawn && Number.isFinite(value) && !(isLog && value <= 0)) {
         [low, high] = [Math.min(low, value), Math.max(high, value)];
       }
       if (steps[index] > end) break;

@@ -115,7 +115,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     """Read what the paths name, each once; the labels tell them apart.
 
     Raises:
-        UserError: exit 2, a path holds nothing that a report can show.
+        UserError: exit 2, a path holds nothing that a report can show, or cannot be read.
     """
     found = Sources()
     each: dict[str, Path] = {}
@@ -124,14 +124,21 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     paths = list(each.values())
     beside = [RunDirectory(path).diagnosis_path for path in paths]
     for path, label in zip(paths, _labels(paths), strict=True):
-        if _is_sweep(path):
-            _read_sweep(path, label, found)
-        elif path.is_file():
-            if not any(_same(path, other) for other in beside):
-                found.diagnoses.append(_diagnosis(path, label))
-        else:
-            _read_run(path, label, found)
+        try:
+            _read(path, label, beside, found)
+        except OSError as error:  # a name that is too long, what may not be read
+            raise user_error(f"{error.filename or path}: {error.strerror}") from error
     return found
+
+
+def _read(path: Path, label: str, beside: Sequence[Path], found: Sources) -> None:
+    if _is_sweep(path):
+        _read_sweep(path, label, found)
+    elif path.is_file():
+        if not any(_same(path, other) for other in beside):
+            found.diagnoses.append(_diagnosis(path, label))
+    else:
+        _read_run(path, label, found)
 
 
 def _same(path: Path, other: Path) -> bool:

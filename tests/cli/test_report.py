@@ -39,6 +39,9 @@ def test_mistakes_are_told(mptrain: Run, tmp_path: Path) -> None:
         ([run, ""], 2, "a path is empty"),
         ([run, "-o", tmp_path], 2, "is a folder"),
         ([run, "-o", tmp_path / "no" / "file.html"], 2, "no such folder"),
+        ([run, "-o", "x" * 300], 2, "File name too long"),
+        (["x" * 300], 2, "File name too long"),
+        ([run, tmp_path / ("x" * 300)], 2, "File name too long"),
     ):
         outcome = mptrain("report", *arguments)
         assert outcome.code == code, outcome
@@ -70,14 +73,15 @@ def test_what_a_report_is_made_of_is_never_written_over(mptrain: Run, tmp_path: 
     diagnosis, link = tmp_path / "d.json", tmp_path / "link.html"
     diagnosis.write_text('{"findings": []}')
     link.symlink_to(run / "steps.jsonl")
-    for given, output in (
-        (run, run / "recipe.yaml"), (run, run / "attempts/1/environment.json"), (run, link),
-        (diagnosis, diagnosis),
+    inside = f"lies in {run}, which a report reads"
+    for given, output, why in (
+        (run, run / "recipe.yaml", inside), (run, run / "attempts/1/environment.json", inside),
+        (run, link, inside), (diagnosis, diagnosis, "is what a report reads"),
     ):  # fmt: skip
         before = output.read_bytes()
         outcome = mptrain("report", given, "-o", output)
         assert (outcome.code, output.read_bytes()) == (2, before), outcome
-        assert "name another file" in outcome.err
+        assert why in outcome.err
     for _ in range(2):  # a page is no input
         assert mptrain("report", run, "-o", run / "report.html").code == 0
 

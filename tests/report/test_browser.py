@@ -253,6 +253,74 @@ def test_buttons_zoom_and_move_and_the_curves_fill_their_charts(
     )
 
 
+RANGES = """(name) => {
+  const { x_range, y_range } = Bokeh.documents[0].roots().find((root) => root.name === name);
+  return [x_range.start, x_range.end, y_range.start, y_range.end];
+}"""
+
+
+def test_what_is_not_seen_has_no_part_in_the_range(tmp_path: Path, opened: Any) -> None:
+    good, short = (made_up_run(tmp_path / name, steps=9, sampled=1) for name in ("good", "short"))
+    early = {"loss": 1e4, "scale": 2.0**24}
+    rows = [
+        step_row(n, skipped=n < 6, **(early if n < 31 else {"loss": 2 + n / 1e4, "scale": 1024.0}))
+        for n in range(1, 1001)
+    ]
+    rows[29] = step_row(30, loss=math.nan)
+    (good / "steps.jsonl").write_text("\n".join(rows) + "\n")
+    rows = [step_row(n, loss=2.0 if n < 95 else 1e4, scale=2.0**20) for n in range(1, 101)]
+    (short / "steps.jsonl").write_text("\n".join(rows) + "\n")
+    for run in (good, short):
+        (run / "evals.jsonl").unlink()
+    file = tmp_path / "report.html"
+    file.write_text(report_page(read_sources([good, short])))
+    page = opened(file).page
+    show = "([start, end]) => Bokeh.documents[0].get_model_by_name('steps').setv({ start, end })"
+
+    def heights(*shown: float) -> list[list[float]]:
+        page.evaluate(show, shown)
+        return [page.evaluate(RANGES, name)[2:] for name in ("loss", "scale")]
+
+    loss, scale = heights(600, 700)
+    assert 2.05 < loss[0] < loss[1] < 2.08
+    assert scale == [512, 2048]
+    loss, _ = heights(30.5, 31.5)  # beside the mark of step 30: the line of the short run only
+    assert loss[1] < 2.1
+    loss, _ = heights(94.2, 94.8)  # between two points of a line that goes up
+    assert loss[1] > 1e4
+
+
+def test_a_double_click_leaves_a_chart_as_it_is(tmp_path: Path, opened: Any) -> None:
+    run = made_up_run(tmp_path / "run", steps=300, sampled=10)
+    (tmp_path / "sweep" / "trials").mkdir(parents=True)
+    rows = [{"scale": 2.0**n, "measured": {"underflow": n / 160 + 5}} for n in range(8, 20)]
+    sweep = {"kind": "loss-scale", "rows": rows}
+    (tmp_path / "sweep" / "result.json").write_text(json.dumps(sweep))
+    file = tmp_path / "report.html"
+    file.write_text(report_page(read_sources([run, tmp_path / "sweep"])))
+    page = opened(file).page
+    for name in ("loss", "layers", "sweep0-underflow"):
+        plot = page.locator(f'[data-chart="{name}"] .plot')
+        plot.scroll_into_view_if_needed()
+        page.wait_for_function("() => Bokeh.documents[0].is_idle")
+        page.wait_for_timeout(300)
+        box = plot.bounding_box()
+        height = box["y"] + box["height"] / 2
+        whole = page.evaluate(RANGES, name)
+        page.mouse.move(box["x"] + box["width"] * 0.4, height)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.6, height, steps=5)
+        page.mouse.up()
+        page.wait_for_timeout(300)
+        dragged = page.evaluate(RANGES, name)
+        assert (dragged == whole) == name.startswith("sweep")
+        page.mouse.dblclick(box["x"] + box["width"] * 0.5, height)
+        page.wait_for_timeout(300)
+        assert page.evaluate(RANGES, name) == dragged
+        page.click('[data-zoom="all"]')
+        assert page.evaluate(RANGES, name) == whole
+
+
 def test_charts_follow_the_theme(report: Path, opened: Any) -> None:
     page = opened(report, scheme="dark").page
     axis = "() => Bokeh.documents[0].get_model_by_name('loss').left[0].major_label_text_color"
