@@ -132,6 +132,16 @@ def test_several_comparisons_are_adjusted(tmp_path):
         assert verdict.p_holm >= verdict.difference.p
 
 
+def test_only_what_was_tested_counts_as_a_comparison(tmp_path):
+    paths = seeded(tmp_path, "a", [0.90, 0.91, 0.92])
+    paths += seeded(tmp_path, "b", [0.95, 0.961, 0.97], "optim.lr=0.2")
+    paths += seeded(tmp_path, "c", [0.95], "optim.lr=0.3")
+    assert not any("Holm" in sentence for sentence in _sentences(compared(*paths)))
+    paths += seeded(tmp_path, "d", [0.95, 0.961, 0.97], "optim.lr=0.4")
+    said = [sentence for sentence in _sentences(compared(*paths)) if "Holm" in sentence]
+    assert len(said) == 2 and all("(Holm, 2 comparisons)" in sentence for sentence in said)
+
+
 def test_a_small_p_among_several_is_chance(tmp_path):
     paths = seeded(tmp_path, "a", [0.90, 0.91, 0.92])
     for number in range(3):

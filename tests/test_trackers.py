@@ -26,6 +26,7 @@ from mpcli.rundir.rows import LONGEST_ROW, Tail
 from mpcli.trackers import __main__ as process
 from mpcli.trackers import display
 from mpcli.trackers.base import About
+from mpcli.trackers.mlflow import database_url
 from tests.small import CPU, Silent, resume_small, run_small, small_recipe
 from tests.stopped import EVERY_OTHER, kill_at, killed_run
 
@@ -41,6 +42,7 @@ def _unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(display, "_PATIENCE", 600.0)
+    monkeypatch.setattr(display, "_TIME_TO_REACH", 600.0)
 
 
 def tensorboard(folder: Path) -> tuple[int, list[Point], list[Point]]:
@@ -241,6 +243,29 @@ def test_a_signal_that_comes_while_trackers_are_waited_for_shortens_that(tmp_pat
     assert problem.what == "tracker tensorboard: was not ready 0.5 s after the training"
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("[]", 0.2), ('["reached", ""]', 1.5)], ids=["never", "reached"]
+)
+def test_what_never_was_in_reach_and_does_not_answer_is_not_waited_for_long(
+    tmp_path, monkeypatch, said, seconds
+):
+    begun = tmp_path / "begun"
+    program = (
+        f"import time; print({said!r}, flush=True); open({str(begun)!r}, 'w'); time.sleep(10000)"
+    )
+
+    def wait() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+
+    monkeypatch.setattr(display, "_COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(display, "_PATIENCE", 1.5)
+    monkeypatch.setattr(display, "_SHORT_PATIENCE", 0.2)
+    monkeypatch.setattr(display, "_TIME_TO_REACH", 0.0)
+    (problem,) = tracked_to_the_end(tmp_path, first=wait).warnings
+    assert problem.what == f"tracker tensorboard: was not ready {seconds:g} s after the training"
+
+
 def test_signals_to_the_process_group_do_not_reach_trackers(tmp_path, monkeypatch):
     program = (
         "import os, signal\n"
@@ -252,12 +277,15 @@ def test_signals_to_the_process_group_do_not_reach_trackers(tmp_path, monkeypatc
     assert problem.what == "tracker tensorboard: alive"
 
 
-def tracked_to_the_end(folder: Path, rank: int = 0) -> Progress:
+def tracked_to_the_end(
+    folder: Path, rank: int = 0, first: Callable[[], object] = lambda: None
+) -> Progress:
     """Of a run that ends at once, beside a tracker."""
     recipe = small_recipe(folder, "output.trackers=[tensorboard]").recipe
     progress, run = Progress(), RunDirectory.join(folder, 1, rank)
     with display.Tracked(Silent(), run, progress) as tracked:
         tracked.start(make_plan(recipe, CPU), recipe)
+        first()
         tracked.finish("done")
     return progress
 
@@ -286,9 +314,19 @@ def test_a_database_that_is_half_made_is_made_anew(tmp_path):
             time.sleep(0.001)
         tracker.kill()
     done = subprocess.run(command, input=b"done", capture_output=True, check=True)
-    assert done.stdout == b""
+    assert done.stdout == b'["reached", ""]\n'
     runs, losses, _ = mlflow(folder)
     assert (runs, len(losses)) == (1, 4)
+
+
+@pytest.mark.parametrize("name", ["a?b", "50%25", "50%", "a#b", "a b"])
+def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
+    sqlalchemy = pytest.importorskip("sqlalchemy", minversion="2.1")  # which quotes names
+    database = tmp_path / name / "mlflow.db"
+    database.parent.mkdir()
+    with contextlib.closing(sqlalchemy.create_engine(database_url(database)).connect()):
+        assert database.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def has_table(path: Path) -> bool:
@@ -350,7 +388,8 @@ def followed(
 def test_what_fails_is_told_once_and_made_again_until_nothing_is_missing(tmp_path, monkeypatch):
     run, _ = run_small(tmp_path)
     with run.tracking("tensorboard"):
-        assert followed(monkeypatch, run) == [("warning", "ConnectionError: no way to make")]
+        warning = ("warning", "ConnectionError: no way to make")
+        assert followed(monkeypatch, run) == [warning, ("reached", "")]
         every = [*(("step", n) for n in (1, 2, 3, 4)), ("evaluation", 4), ("done", 0)]
         assert Flaky.rows == every
         assert run.tracker_state("tensorboard") == TrackerState(run="it", step=4, evaluated=4)

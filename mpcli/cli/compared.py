@@ -11,7 +11,7 @@ from typing import Any
 
 from mpcli.cli.console import clock_text, memory_text, show_table, write
 from mpcli.cli.listing import run_metric_text, show_listing, steps_text, time_text
-from mpcli.comparison.compare import Comparison, Measure
+from mpcli.comparison.compare import Comparison, Facts, Measure
 from mpcli.comparison.curves import TENTHS, Apart
 from mpcli.comparison.differences import Differing
 from mpcli.comparison.sides import ComparedRun, KeptFinding, Side, Spread
@@ -28,9 +28,9 @@ _LONGEST = 60  # characters of a value
 def show(compared: Comparison) -> None:
     """Print a comparison on stdout."""
     _show_runs(compared.sides)
-    _show_differences("Recipe", compared, compared.recipe)
-    _show_differences("Environment", compared, compared.environment)
-    _show_differences("Plan", compared, _by_module(compared.plan))
+    _show_differences("recipe", compared, compared.recipe)
+    _show_differences("environment", compared, compared.environment)
+    _show_differences("plan", compared, _by_module(compared.plan))
     _show_measures(compared)
     _show_curves(compared)
     _show_findings(compared.sides)
@@ -50,7 +50,8 @@ def as_object(compared: Comparison) -> dict[str, Any]:
 
     return {
         "sides": [_side_object(side, compared.metric) for side in compared.sides],
-        "same_recipe": compared.alike,
+        "same_recipe": None if compared.recipe_unknown else compared.alike,
+        "unknown": compared.unknown,
         "recipe": rows(compared.recipe),
         "environment": rows(compared.environment),
         "plan": rows(compared.plan),
@@ -107,11 +108,14 @@ def _show_runs(sides: Sequence[Side]) -> None:
     show_listing("Runs", ("run", "state", "seed", "steps", "metric", "time"), rows)
 
 
-def _show_differences(title: str, compared: Comparison, rows: Sequence[Differing]) -> None:
-    if not rows:
-        write(f"{title}: no difference\n")
-        return
+def _show_differences(of: Facts, compared: Comparison, rows: Sequence[Differing]) -> None:
+    title, unknown = of.capitalize(), compared.unknown[of]
     labels = [side.label for side in compared.sides]
+    if not rows:
+        not_known = [f"not known of {', '.join(unknown)}"] if unknown else []
+        none = ["no difference"] if len(labels) - len(unknown) > 1 or not unknown else []
+        write(f"{title}: {'; '.join(none + not_known)}\n")
+        return
     shown = [(row.path, *map(_values_text, row.values)) for row in rows[:ROWS]]
     _show(title, ("", *labels), shown, len(rows))
 
@@ -322,6 +326,7 @@ def _judged(compared: Comparison) -> Iterable[str]:
             have, are = ("has", "is") if len(seeds) == 1 else ("have", "are")
             left_out = f"{have} no finite {split} {name} and {are} left out"
             yield f"{side.label}: {_seeds_text(seeds)} {left_out}"
+    tested = sum(verdict.p_holm is not None for verdict in compared.verdicts)
     for verdict in compared.verdicts:
         for label, seeds in verdict.unpaired.items():
             other = verdict.side if label == verdict.reference else verdict.reference
@@ -330,7 +335,7 @@ def _judged(compared: Comparison) -> Iterable[str]:
             no_partner = f"{have} no partner in {other}: left out of the {of_what}"
             yield f"{_seeds_text(seeds)} of {label} {no_partner}"
         pair = f"{verdict.side} - {verdict.reference}"
-        yield f"{split} {name}, {pair}: {_verdict(verdict, name, len(compared.verdicts))}"
+        yield f"{split} {name}, {pair}: {_verdict(verdict, name, tested)}"
 
 
 def _seeds_text(seeds: Sequence[int]) -> str:
@@ -338,7 +343,7 @@ def _seeds_text(seeds: Sequence[int]) -> str:
     return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
 
 
-def _verdict(verdict: Verdict, name: str, number: int) -> str:
+def _verdict(verdict: Verdict, name: str, tested: int) -> str:
     found = verdict.difference
     if found.mean is None:
         return f"cannot tell: {verdict.why_not}"
@@ -347,8 +352,8 @@ def _verdict(verdict: Verdict, name: str, number: int) -> str:
         return f"{text}; cannot tell from {verdict.why_not} whether that is more than seed noise"
     how = f"paired over {found.pairs} seeds" if found.test == "paired" else "over all seeds"
     p = f"p = {verdict.p_holm:.2g}"
-    if number > 1:
-        p += f" (Holm, {number} comparisons)"
+    if tested > 1:
+        p += f" (Holm, {tested} comparisons)"
     more = "more" if verdict.is_significant else "not more"
     return f"{text}, {how}, {p}: {more} than seed noise"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from mpcli.comparison.curves import Apart, apart, tenths
 from mpcli.comparison.differences import Differing, Flat, differing
 from mpcli.comparison.sides import ComparedRun, Side, Spread, are_alike, sides_of, spread
 from mpcli.comparison.verdict import Split, Verdict, common_metric, verdicts
+
+Facts = Literal["recipe", "environment", "plan"]
+"""What is said of a run before it has steps."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Comparison:
 
     Attributes:
         alike: all runs have one recipe but for the seed, so each is a side of its own.
+        unknown: the sides with a run of which that is not known.
         tenths: of each side, the mean loss of each tenth of the run.
         apart: of each side but the first, its mean curve beside that of the first.
         together: the metric over all runs, where they are alike.
@@ -43,6 +48,7 @@ class Comparison:
     recipe: tuple[Differing, ...]
     environment: tuple[Differing, ...]
     plan: tuple[Differing, ...]
+    unknown: Mapping[Facts, tuple[str, ...]]
     measures: tuple[Measure, ...]
     tenths: tuple[tuple[float | None, ...], ...]
     apart: tuple[Apart, ...]
@@ -50,21 +56,36 @@ class Comparison:
     verdicts: tuple[Verdict, ...]
     together: Spread | None
 
+    @property
+    def recipe_unknown(self) -> bool:
+        """Whether nobody can say that all have the same recipe, or that they have not."""
+        return not self.recipe and bool(self.unknown["recipe"])
+
 
 def compare(runs: Sequence[ComparedRun]) -> Comparison:
     """Two runs or more beside each other."""
     sides, alike = sides_of(runs), are_alike(runs)
     grouped = any(len(side.runs) > 1 for side in sides)
-    recipe = differing(_recipes(sides))
+    facts: dict[Facts, list[list[Flat | None]]] = {
+        "recipe": _recipes(sides),
+        "environment": [[run.environment for run in side.runs] for side in sides],
+        "plan": [[run.plan for run in side.runs] for side in sides],
+    }
     metric = common_metric(sides)
     curves = [[run.curve for run in side.counted] for side in sides]
     return Comparison(
         sides=sides,
         alike=alike,
         # Seeds of groups stand beside the runs.
-        recipe=tuple(row for row in recipe if not (grouped and row.path == "train.seed")),
-        environment=tuple(differing([[run.environment for run in s.runs] for s in sides])),
-        plan=tuple(differing([[run.plan for run in side.runs] for side in sides])),
+        recipe=tuple(
+            row for row in differing(facts["recipe"]) if not (grouped and row.path == "train.seed")
+        ),
+        environment=tuple(differing(facts["environment"])),
+        plan=tuple(differing(facts["plan"])),
+        unknown={
+            of: tuple(s.label for s, known in zip(sides, values, strict=True) if None in known)
+            for of, values in facts.items()
+        },
         measures=tuple(_measures(sides)),
         tenths=tuple(tenths(side) for side in curves),
         apart=tuple(apart(side, curves[0]) for side in curves[1:]),

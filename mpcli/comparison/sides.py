@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,14 +139,13 @@ def read_run(path: Path) -> ComparedRun:
     about = overview(path)
     try:
         run = RunDirectory.read(path)
+        foreign = run.foreign()
+        result = state_of(run)[1]
     except UserError:
-        run = RunDirectory(path)
-        if not (run.recipe_path.is_file() and run.attempt_path.is_dir()):
+        if not _is_damaged(RunDirectory(path)):
             raise
         return _unreadable(about)
-    result = state_of(run)[1]
     plan = _plan(run)
-    foreign = run.foreign()
     recipe = _settings(foreign) if foreign else _recipe(run)
     peaks = [row.memory_peak_bytes for row in run.last_steps(1)]
     environment = flat(run.environment())
@@ -161,6 +162,17 @@ def read_run(path: Path) -> ComparedRun:
         peak_memory_bytes=_peak(result, peaks),
         findings=_findings(run.diagnosis()),
     )
+
+
+def _is_damaged(run: RunDirectory) -> bool:
+    """Whether what cannot be read is a run, and not something else."""
+    with contextlib.suppress(OSError):
+        try:
+            is_ours_or_foreign = run.recipe_path.is_file() or run.foreign() is not None
+        except UserError:  # there is something that says nothing
+            is_ours_or_foreign = True
+        return is_ours_or_foreign and os.path.lexists(run.attempt_path.parent)
+    return False
 
 
 def _unreadable(about: Overview) -> ComparedRun:

@@ -2,7 +2,7 @@
 
 `python -m mpcli.trackers NAME RUN ATTEMPT STEP`, where STEP is the last one whose rows stay.
 Standard input says how the training ended, or that it is gone; standard output has what is said,
-a JSON list a line: `warning` or `info`, and the text.
+a JSON list a line: `warning` or `info`, and the text; `reached`, once, when rows were passed on.
 """
 
 from __future__ import annotations
@@ -41,8 +41,15 @@ _MOST_LINES = 200  # passed on at once
 class Follower:
     """Passes on to a tracker what it does not have yet of a run, and notes how far it got."""
 
-    def __init__(self, run: RunDirectory, name: str, step: int, say: Callable[[str], None]) -> None:
-        self._run, self._name = run, name
+    def __init__(
+        self,
+        run: RunDirectory,
+        name: str,
+        step: int,
+        say: Callable[[str], None],
+        reached: Callable[[], None],
+    ) -> None:
+        self._run, self._name, self._reached = run, name, reached
         before = run.tracker_state(name)
         self._state = TrackerState(
             run=before.run, step=min(before.step, step), evaluated=min(before.evaluated, step)
@@ -61,21 +68,27 @@ class Follower:
         self._steps, self._evaluations = run.new_steps(), run.new_evaluations()
 
     def go_on(self) -> None:
-        """Pass on all that is there; after an exception this begins where that came."""
+        """Pass on all that is there; after an exception this begins where that came.
+
+        There may be more for as long as the training goes on: what was reached is said before.
+        """
         if not self._begun:
             self._note(run=self._tracker.begin())
             self._begun = True
         while lines := self._steps.read(_MOST_LINES):
             if rows := [row for row in lines if row.step > self._state.step]:
                 self._tracker.steps(rows)
+                self._reached()
                 self._note(step=rows[-1].step)
             self._steps.advance()
         while evaluations := self._evaluations.read(1):
             for evaluation in evaluations:
                 if evaluation.step > self._state.evaluated:
                     self._tracker.evaluated(evaluation)
+                    self._reached()
                     self._note(evaluated=evaluation.step)
             self._evaluations.advance()
+        self._reached()
 
     def finish(self, status: str) -> None:
         """The attempt is over, and all of it is passed on."""
@@ -94,13 +107,21 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
     for one that never was in reach.
     """
     follower, status, pause, told, reached = None, None, 0.0, False, False
+
+    def in_reach() -> None:
+        nonlocal reached
+        if not reached:
+            reached = True
+            say("reached", "")
+
     while True:
         heard = _status(pause)
         status = status or heard
         try:
-            follower = follower or Follower(run, name, step, lambda text: say("info", text))
+            follower = follower or Follower(
+                run, name, step, lambda text: say("info", text), in_reach
+            )
             follower.go_on()
-            reached = True
             if status:
                 follower.finish(status)
                 return

@@ -23,6 +23,7 @@ from mpcli.trainer import Display
 logger = logging.getLogger(__name__)
 
 _PATIENCE, _SHORT_PATIENCE = 30.0, 5.0  # seconds, that the end of a run may take longer
+_TIME_TO_REACH = 30.0  # seconds from its start, that one which reached nothing yet has for that
 _PERIOD = 0.05
 _COMMAND = (sys.executable, "-P", "-m", "mpcli.trackers")
 _HINT = "the run is not affected: steps.jsonl and evals.jsonl have everything"
@@ -87,22 +88,25 @@ class Tracked:
         """Tell trackers how the training ended, and give them some time to write what is left.
 
         Someone who stops a run waits for its end: they get less then, also when the signal comes
-        in the middle of this.
+        in the middle of this. So do those that had time and never reached anything.
         """
         for process in self._processes:
             process.tell(status)
         began = time.monotonic()
-        patience = _PATIENCE if status in ("done", "diverged") else _SHORT_PATIENCE
+        most = _PATIENCE if status in ("done", "diverged") else _SHORT_PATIENCE
+        patience = most
         with contextlib.suppress(KeyboardInterrupt):  # the second: the result is not written yet
-            while any(process.runs for process in self._processes):
-                patience = min(patience, _SHORT_PATIENCE) if asked() else patience
+            while left := [process for process in self._processes if process.runs]:
+                self._listen()
+                most = min(most, _SHORT_PATIENCE) if asked() else most
+                patience = min(most, max(process.patience(began) for process in left))
                 if time.monotonic() > began + patience:
                     break
                 time.sleep(_PERIOD)
         self._listen()
         for process in self._processes:
             if process.runs:
-                self._warn(process.name, f"was not ready {patience:g} s after the training")
+                self._warn(process.name, f"was not ready {patience:.3g} s after the training")
             elif process.code:
                 self._warn(process.name, f"its process ended with {process.code}")
             process.leave(kill=True)
@@ -112,6 +116,8 @@ class Tracked:
             for severity, text in process.said():
                 if severity == "warning":
                     self._warn(process.name, text)
+                elif severity == "reached":
+                    process.reached = True
                 else:
                     logger.info("%s", text)
                     self._display.message(text)
@@ -128,7 +134,7 @@ class _Process:
     """One tracker's process; see `__main__.py` for what is said to it and by it."""
 
     def __init__(self, name: str, run: RunDirectory, step: int) -> None:
-        self.name = name
+        self.name, self.reached, self._began = name, False, time.monotonic()
         arguments = (name, str(run.path), str(run.attempt), str(step))
         with blocked():  # signals to the process group are the training's business
             self._process = subprocess.Popen(
@@ -152,6 +158,12 @@ class _Process:
     def code(self) -> int | None:
         """Its exit code."""
         return self._process.returncode
+
+    def patience(self, over: float) -> float:
+        """How many seconds after the training, which is `over` then, it is worth waiting for."""
+        if self.reached:
+            return _PATIENCE
+        return max(_SHORT_PATIENCE, self._began + _TIME_TO_REACH - over)
 
     def tell(self, status: Status) -> None:
         """Say how the training ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpcli.recipe.changes import leaves
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 _MOST_METRICS, _MOST_PARAMS, _LONGEST_PARAM = 1000, 100, 6000  # of one call, as the API says
 _STATUS = {"done": "FINISHED", "diverged": "FAILED", "failed": "FAILED"}
+
+
+def database_url(database: Path) -> str:
+    """Of an SQLite file, whatever is in the names of its folders."""
+    from sqlalchemy import URL
+
+    return str(URL.create("sqlite", database=str(database)))
 
 
 class MLflow:
@@ -43,9 +51,9 @@ class MLflow:
             for left in path.parent.glob("mlflow.db.tmp*"):
                 left.unlink()
             new = path.with_name("mlflow.db.tmp")
-            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            MlflowClient(database_url(new)).search_experiments(max_results=1)
             new.rename(path)
-        return f"sqlite:///{path}"
+        return database_url(path)
 
     def begin(self) -> str:
         """The run of an earlier attempt is a running one again; its parameters are as they were."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests import snapshots
-from tests.synthetic_runs import all_states, make_run
+from tests.synthetic_runs import all_states, begin_recording, make_run
 
 FP32 = [f"runs/small/20270115T01{seed}000Z-1a2b3c41" for seed in range(3)]
 FP16 = [f"runs/small/20270115T02{seed}000Z-1a2b3c42" for seed in range(3)]
@@ -111,6 +112,42 @@ def test_a_damaged_run_stands_beside_the_others(tmp_path, mptrain):
     states = [run["state"] for side in outcome.json["sides"] for run in side["runs"]]
     assert states == ["done", "done", "unreadable"]
     assert "unreadable" in mptrain("compare", *runs).out
+
+
+@pytest.mark.parametrize("damage", ["cut off", "not ours", "attempts", "recording's attempts"])
+def test_a_run_that_nothing_can_be_read_of_ends_no_comparison(tmp_path, mptrain, damage):
+    good = make_run(tmp_path / "good", done=5)
+    if damage == "not ours":
+        bad = make_run(tmp_path / "bad", done=5)
+        (bad / "foreign.json").write_text("{}")
+    elif damage == "attempts":
+        bad = make_run(tmp_path / "bad", done=5)
+    else:
+        recording = begin_recording(tmp_path / "bad")
+        recording.close()
+        bad = recording.path
+    if damage == "cut off":
+        (bad / "foreign.json").write_text((bad / "foreign.json").read_text()[:20])
+    if damage.endswith("attempts"):
+        shutil.rmtree(bad / "attempts")
+        (bad / "attempts").write_text("")
+    outcome = mptrain("compare", good, bad)
+    assert outcome.code == 0
+    for facts in ("Recipe", "Environment", "Plan"):
+        assert f"{facts}: not known of B\n" in outcome.out
+    found = mptrain("compare", good, bad, "--json").json
+    assert found["same_recipe"] is None
+    assert found["unknown"] == {"recipe": ["B"], "environment": ["B"], "plan": ["B"]}
+    other = make_run(tmp_path / "other", "optim.lr=0.3", done=5)
+    out = mptrain("compare", good, bad, other).out
+    assert "Environment: no difference; not known of B\n" in out
+
+
+@pytest.mark.parametrize("command", [("compare", "."), ("runs",), ("watch",)])
+def test_a_name_that_is_too_long_is_told(mptrain, command):
+    outcome = mptrain(*command, "x" * 300)
+    assert outcome.code == 2
+    assert "x: file name too long\n" in outcome.err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
