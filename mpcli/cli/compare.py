@@ -45,13 +45,11 @@ def compare(
 
 def _read(paths: list[str]) -> list[ComparedRun]:
     """Each run once, whatever names it has."""
-    from mpcli.cli.listing import check_name
     from mpcli.comparison.sides import read_run
     from mpcli.rundir import RunDirectory
 
     places: dict[Path, Path] = {}
     for path in map(Path, paths):
-        check_name(path)
         known = places.setdefault(path.resolve(), path)
         if known is not path:
             how = "named twice" if path == known else str(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import sys
@@ -49,6 +50,9 @@ def guarded(
     except (KeyboardInterrupt, typer.Abort):
         return fail([Problem("interrupted")], Exit.INTERRUPTED, as_json=as_json)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            problem = Problem(f"{error.filename}: file name too long")
+            return fail([problem], Exit.USAGE, as_json=as_json)
         traceback.print_exc()
         problem = Problem(
             f"{type(error).__name__}: {error}",

@@ -6,11 +6,9 @@ import io
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpcli.cli.console import clock_text, memory_text, write
-from mpcli.recipe.errors import user_error
 from mpcli.sizes import metric_text
 
 if TYPE_CHECKING:
@@ -23,19 +21,6 @@ _STYLES = {
     "running": "cyan", "done": "green", "diverged": "red", "failed": "red", "killed": "red",
     "unreadable": "red", "preempted": "yellow", "interrupted": "yellow",
 }  # fmt: skip
-
-
-def check_name(path: Path) -> None:
-    """Refuse what cannot even be looked for, such as a name that is too long.
-
-    Raises:
-        UserError: exit 2.
-    """
-    try:
-        path.exists()
-    except OSError as error:
-        hint = "name a folder that can be looked into"
-        raise user_error(f"{path}: {(error.strerror or str(error)).lower()}", hint) from error
 
 
 def show_listing(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

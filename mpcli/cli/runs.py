@@ -70,9 +70,6 @@ def runs(
 
 
 def _check_folder(place: Path) -> None:
-    from mpcli.cli.listing import check_name
-
-    check_name(place)
     if not place.is_dir():
         found = "is a file" if place.exists() else "no such folder"
         hint = "name the folder that the runs are in; `mptrain run` makes one in `runs`"

@@ -11,7 +11,6 @@ import typer
 
 from mpcli.cli.console import evaluation_text, write
 from mpcli.cli.errors import show_problems
-from mpcli.cli.listing import check_name
 from mpcli.cli.options import named_or_newest
 from mpcli.recipe.errors import Exit, Problem, user_error
 from mpcli.recipe.render import visible
@@ -38,7 +37,6 @@ def watch(
 ) -> None:
     """Show a run as it goes on, until it ends; Ctrl-C leaves it alone."""
     place = named_or_newest(path)
-    check_name(place)
     with uninterrupted():
         from mpcli.cli.live import ReaderLeft, view
         from mpcli.watching import Watched
