@@ -100,18 +100,17 @@ def loss_scale(
     """Predict and measure what the loss scale does; recommend one."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import start_server
 
     _check_first(output)
-
     wanted = ask.SCALES if values is None else ask.scales(values)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
     ask.check_scaled(loaded)
-    start_server()
-    planned, warnings = planned_for(loaded, strict=strict)
+    planned, warnings = _planned_beside_imports(loaded, strict=strict)
     length = steps or ask.short_steps(planned.steps)
     if length != (steps or planned.steps):
-        _tell(f"each run has {length} of the recipe's {planned.steps:,} steps; `--steps` says else")
+        _tell(
+            f"each run has {length} of the recipe's {planned.steps:,} steps; `--steps` changes it"
+        )
     asked = ask.loss_scale_sweep(loaded.recipe, wanted, steps=length, seeds=seeds)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     _check(loaded, asked.cells, sweep.folder)
@@ -163,15 +162,12 @@ def precision(
     """Compare modes: accuracy, time and memory, same seeds."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import start_server
 
     _check_first(output)
-
     wanted = ask.MODES if modes is None else ask.modes(modes)
     _check_several(wanted)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
-    start_server()
-    planned, warnings = planned_for(loaded, strict=strict)
+    planned, warnings = _planned_beside_imports(loaded, strict=strict)
     asked = ask.precision_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     if modes is None:
         _, refused = _planned(loaded, asked.cells, Path(), strict=strict)
@@ -222,14 +218,11 @@ def grid(
     """Run every combination of values and rank them."""
     from mpcli.recipe.load import load_recipe
     from mpcli.sweep import asked as ask
-    from mpcli.sweep.jobs import start_server
 
     _check_first(output)
-
     wanted = ask.grid(over, overrides)
     loaded = load_recipe(recipe, overrides, named_plugin(plugin))
-    start_server()
-    planned, warnings = planned_for(loaded, strict=strict)
+    planned, warnings = _planned_beside_imports(loaded, strict=strict)
     asked = ask.grid_sweep(loaded.recipe, wanted, steps=steps, seeds=seeds)
     sweep = _Sweep(loaded, planned, asked, output, storage, jobs)
     _check(loaded, asked.cells, sweep.folder, strict=strict)
@@ -245,6 +238,14 @@ def grid(
 
         show_grid(result)
     _end(result, as_json=as_json)
+
+
+def _planned_beside_imports(loaded: LoadedRecipe, *, strict: bool) -> tuple[Plan, list[Problem]]:
+    """Plan the recipe, while the server of the trials' processes imports what they need."""
+    from mpcli.sweep.jobs import start_server
+
+    start_server()
+    return planned_for(loaded, strict=strict)
 
 
 def _check_several(modes: Sequence[Mode]) -> None:

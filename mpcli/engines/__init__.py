@@ -1,6 +1,6 @@
 """Engines: the classes that execute a step.
 
-Only a recipe with fsdp2 imports it: torch's part of it takes over a second.
+fsdp2 is imported where a recipe needs it: torch's part of it takes over a second.
 """
 
 from __future__ import annotations

@@ -70,13 +70,13 @@ def memory_of(
         case Ddp() as engine:
             return _fullest(_ddp(_accumulated(step, accumulation), engine), 0, device)
         case Fsdp2() as engine:
-            from mpcli.plan.divided import fsdp2
+            from mpcli.plan.divided import fsdp2  # late, as in `engines`
 
             several = accumulation > 1
             divided = fsdp2(step, engine, recipe, data, world_size, several, fp32_modules)
             return _fullest(*divided, device)
         case DeepSpeed() as engine:
-            from mpcli.plan.divided import deepspeed
+            from mpcli.plan.divided import deepspeed  # late, as in `engines`
 
             divided = deepspeed(step, engine, world_size)
             return _fullest(*divided, device)

@@ -39,17 +39,17 @@ _MOST_LINES = 200  # passed on at once
 
 
 class Follower:
-    """Passes on to a tracker what it does not have yet of a run, and notes how far it got."""
+    """Passes on to a tracker what it does not have yet of a run, and notes how far it got.
+
+    Attributes:
+        reached: whether the tracker has taken anything.
+    """
 
     def __init__(
-        self,
-        run: RunDirectory,
-        name: str,
-        step: int,
-        say: Callable[[str], None],
-        reached: Callable[[], None],
+        self, run: RunDirectory, name: str, step: int, say: Callable[[str, str], None]
     ) -> None:
-        self._run, self._name, self._reached = run, name, reached
+        self.reached = False
+        self._run, self._name, self._say = run, name, say
         before = run.tracker_state(name)
         self._state = TrackerState(
             run=before.run, step=min(before.step, step), evaluated=min(before.evaluated, step)
@@ -63,7 +63,7 @@ class Follower:
             identity=before.run,
             step=self._state.step,
         )
-        self._tracker = TRACKERS[name](about, say)
+        self._tracker = TRACKERS[name](about, lambda text: say("info", text))
         self._begun = False
         self._steps, self._evaluations = run.new_steps(), run.new_evaluations()
 
@@ -78,21 +78,26 @@ class Follower:
         while lines := self._steps.read(_MOST_LINES):
             if rows := [row for row in lines if row.step > self._state.step]:
                 self._tracker.steps(rows)
-                self._reached()
+                self._reach()
                 self._note(step=rows[-1].step)
             self._steps.advance()
         while evaluations := self._evaluations.read(1):
             for evaluation in evaluations:
                 if evaluation.step > self._state.evaluated:
                     self._tracker.evaluated(evaluation)
-                    self._reached()
+                    self._reach()
                     self._note(evaluated=evaluation.step)
             self._evaluations.advance()
-        self._reached()
+        self._reach()
 
     def finish(self, status: str) -> None:
         """The attempt is over, and all of it is passed on."""
         self._tracker.finish(status)
+
+    def _reach(self) -> None:
+        if not self.reached:
+            self.reached = True
+            self._say("reached", "")
 
     def _note(self, **changes: Any) -> None:
         self._state = self._state.model_copy(update=changes)
@@ -106,21 +111,12 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
     disk, and none is lost while a tracker is out of reach. A training that is over does not wait
     for one that never was in reach.
     """
-    follower, status, pause, told, reached = None, None, 0.0, False, False
-
-    def in_reach() -> None:
-        nonlocal reached
-        if not reached:
-            reached = True
-            say("reached", "")
-
+    follower, status, pause, told = None, None, 0.0, False
     while True:
         heard = _status(pause)
         status = status or heard
         try:
-            follower = follower or Follower(
-                run, name, step, lambda text: say("info", text), in_reach
-            )
+            follower = follower or Follower(run, name, step, say)
             follower.go_on()
             if status:
                 follower.finish(status)
@@ -129,7 +125,7 @@ def follow(run: RunDirectory, name: str, step: int, say: Callable[[str, str], No
         except Exception as error:
             if not told:
                 say("warning", reason(error))
-            if heard == "killed" or (status and not reached):
+            if heard == "killed" or (status and not (follower and follower.reached)):
                 return
             told, pause = True, _LAST_RETRY if status else _RETRY
 

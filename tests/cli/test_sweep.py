@@ -128,7 +128,7 @@ def test_loss_scale_asks_for_every_scale_and_confirms_what_it_recommends(mptrain
     outcome = mptrain("sweep", "loss-scale", recipe, "--values", "1,2^8", "--jobs", "2")
     assert outcome.code == 0, outcome.err
     first, second = sweeps.asked
-    assert "each run has 3 of the recipe's 6 steps; `--steps` says else\n" in outcome.err
+    assert "each run has 3 of the recipe's 6 steps; `--steps` changes it\n" in outcome.err
     assert [cell.label for cell in first["cells"]] == ["fp32", "scale=1", "scale=256"]
     assert [cell.label for cell in second["cells"]][3:] == ["recommended"]
     assert first["jobs"] == 2 and first["storage"] is None

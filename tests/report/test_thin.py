@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -61,6 +64,14 @@ def test_every_skip_of_a_long_run_is_shown_and_the_page_says_so(tmp_path: Path) 
 def test_a_page_of_10000_steps_and_100_samples_of_60_layers_is_below_5_mb(tmp_path: Path) -> None:
     path = made_up_run(tmp_path / "run", steps=10_000, sampled=100, layers=60)
     assert len(report_page(read_sources([path])).encode()) <= 5_000_000
+    # What it takes to make it is below 500 MB, in a process of its own.
+    code = "import sys; from mpcli.cli.app import main; main(sys.argv[1:])\n"
+    code += "print(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", code, "report", str(path), "-o", str(tmp_path / "page.html")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", told)
+    assert (tmp_path / "page.html").exists()
+    assert int(peak) * 1024 <= 500_000_000
 
 
 def test_samples_shown_together_keep_the_most_of_each(tmp_path: Path) -> None:
